@@ -1,0 +1,87 @@
+"""What every program here shares: one way to fail on bad input, one console, one progress bar."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# Off a terminal rich would wrap tables at 80 columns; a log or a pipe wants them whole.
+console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True)
+
+
+class Failure(Exception):
+    """A program cannot go on. It prints the message alone and exits with `status`."""
+
+    status = 1
+
+
+class InputError(Failure):
+    """What the user gave cannot be used: the message names the field, the value and a way out."""
+
+    status = 2
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs `main`; a `Failure` ends the process with its message and status, no traceback."""
+    try:
+        main()
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
+
+
+def progress_bar(description: str) -> Progress:
+    """A bar with count, rate or loss (the task's field `status`), time used and time left.
+
+    Draws nothing when the output is no terminal; callers that run long print lines instead.
+    """
+    return Progress(
+        TextColumn(description),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def writable_folder(path: Path) -> Path:
+    """`path`, made with its parents if need be, after proof that a file can be written into it.
+
+    Raises:
+      InputError: it cannot be made, is no folder, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".write-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write into the folder {path}: {error.strerror}") from None
+    return path
+
+
+def write_file(path: Path, content: str) -> None:
+    """Writes `content` to `path` whole or not at all: a reader never meets half a file.
+
+    Raises:
+      InputError: the folder of `path` cannot be written.
+    """
+    writable_folder(path.parent)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None

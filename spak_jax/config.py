@@ -1,0 +1,269 @@
+"""The configuration of a run: read from TOML, overridden from the command line, checked.
+
+A configuration is a frozen value. It knows nothing of arrays; `addition`, `model` and `train`
+build what it describes, and every checkpoint carries it whole.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spak_jax.command_line import InputError
+
+# The longest operand a training law or a scoring set may ask for, in decimal digits.
+MAX_DIGITS = 100
+
+Digits = Annotated[int, Field(ge=1, le=MAX_DIGITS)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Architecture(Section):
+    """What the static and the looped model have in common."""
+
+    width: Positive
+    heads: Positive
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    positions: Literal["rope"] = "rope"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # The type of activations and products; weights and the residual stream stay float32.
+    # "auto" is bfloat16 on a GPU and float32 elsewhere.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"model.heads = {self.heads} must divide model.width = {self.width}")
+        if self.width // self.heads % 2:
+            raise ValueError(
+                f"model.heads = {self.heads} gives heads of {self.width // self.heads}"
+                " channels; RoPE turns pairs of channels, so their number must be even"
+            )
+        return self
+
+
+class StaticModel(Architecture):
+    """`layers` blocks, each with weights of its own (GPT-12L)."""
+
+    kind: Literal["gpt"]
+    layers: Positive
+
+
+class LoopedModel(Architecture):
+    """One block applied `loops` times (LoopLM)."""
+
+    kind: Literal["loop"]
+    loops: Positive
+    inject_input: bool = False
+
+
+class Data(Section):
+    """The law that training problems are drawn by, and how they are laid out in rows."""
+
+    max_digits: Digits = 4
+    # With this chance a problem's operands have at most 5 or 6 digits instead, chosen evenly.
+    bridge_fraction: Fraction = 0.3
+    bridge_digits: Annotated[tuple[Digits, ...], Field(min_length=1)] = (5, 6)
+    # "packed": problems follow one another in a row; "single": one problem a row, padded.
+    layout: Literal["packed", "single"] = "packed"
+    row_length: Positive = 64
+    # Problems drawn once and reused for the whole training; 0 for fresh ones at every step.
+    examples: Annotated[int, Field(ge=0, le=10_000_000)] = 180_000
+    seed: Seed = 0
+
+    @property
+    def longest(self) -> int:
+        """The most digits that an operand can have in training; longer ones are zero-shot."""
+        bridge = self.bridge_digits if self.bridge_fraction > 0 else ()
+        return max((self.max_digits, *bridge))
+
+    @model_validator(mode="after")
+    def _rows_hold_a_problem(self) -> Self:
+        # Two operands, one more digit in the sum, `+` and `=`; the newline is only predicted.
+        needed = 3 * self.longest + 3
+        if self.row_length < needed:
+            raise ValueError(
+                f"data.row_length = {self.row_length} cannot hold a problem of {self.longest}"
+                f" digits: at least {needed} tokens are needed"
+            )
+        if 0 < self.examples < 9:
+            raise ValueError(
+                f"data.examples = {self.examples} leaves no validation problem: 0 for an endless"
+                " stream, or at least 9"
+            )
+        return self
+
+
+class Train(Section):
+    """The recipe: AdamW, warm-up, cosine decay; everything counted in optimizer steps."""
+
+    steps: Positive = 15_000
+    batch: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    decay_steps: Positive = 15_000
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    seed: Seed = 0
+    # Steps run by one compiled call, between two looks at the loss.
+    steps_per_call: Positive = 100
+    checkpoint_every: Positive = 1_000
+
+    @model_validator(mode="after")
+    def _schedule_ends_after_warmup(self) -> Self:
+        if self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"train.decay_steps = {self.decay_steps} must exceed train.warmup_steps ="
+                f" {self.warmup_steps}: it counts from the first step"
+            )
+        return self
+
+
+class Evaluation(Section):
+    """The zero-shot scoring that ends a training."""
+
+    digits: Annotated[tuple[Digits, ...], Field(min_length=1)] = tuple(range(1, 13))
+    examples: Positive = 1_000
+    seed: Seed = 0
+
+
+class Config(Section):
+    # Names the run folder, so it must be a plain file name.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    # The name in tables and figures.
+    system: Annotated[str, Field(min_length=1, max_length=100)]
+    model: Annotated[StaticModel | LoopedModel, Field(discriminator="kind")]
+    data: Data = Data()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a TOML file, changed by overrides such as `model.loops=24`.
+
+    Args:
+      path: the file.
+      overrides: `key.path=value`, the value in TOML.
+
+    Raises:
+      InputError: the file cannot be read, or a key or value is not allowed.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+    for override in overrides:
+        _merge(values, _parse_override(override), override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], source: str) -> Config:
+    """The configuration that nested plain values describe.
+
+    Args:
+      values: as TOML or JSON gives them.
+      source: where they come from, for the message.
+
+    Raises:
+      InputError: naming the first key or value that is not allowed, and what is.
+    """
+    try:
+        # JSON, whose lists pydantic takes for tuples where its strict mode takes no others.
+        return Config.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        first, *others = (_explain(problem) for problem in error.errors())
+        more = f" (and {len(others)} more)" if others else ""
+        raise InputError(f"{source}: {first}{more}") from None
+
+
+def first_difference(stored: Config, asked: Config) -> str | None:
+    """The first field that differs, with both values, or None where the two are equal."""
+    pairs = dict(_leaves(stored.model_dump()))
+    for key, value in _leaves(asked.model_dump()):
+        if key not in pairs or pairs[key] != value:
+            return f"{key} is {pairs.get(key, 'absent')!r} there and {value!r} here"
+        del pairs[key]
+    for key, value in pairs.items():
+        return f"{key} is {value!r} there and absent here"
+    return None
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(override)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(
+            f"override {override!r}: expected key.path=value with the value in TOML, such as"
+            f' model.loops=24 or name="trial" ({error})'
+        ) from None
+    if not values:
+        raise InputError(f"override {override!r}: expected key.path=value")
+    return values
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any], override: str) -> None:
+    for key, change in changes.items():
+        if isinstance(change, Mapping):
+            inner = values.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise InputError(f"override {override!r}: {key} is a value, not a section")
+            _merge(inner, change, override)
+        else:
+            values[key] = change
+
+
+def _explain(problem: Any) -> str:
+    """One of pydantic's findings in the words of a configuration file."""
+    # A tagged union puts its tag ("gpt", "loop") behind "model"; the file has no such level.
+    path = [part for i, part in enumerate(problem["loc"]) if not (i == 1 and part in MODEL_KINDS)]
+    key = ".".join(str(part) for part in path)
+    match problem["type"]:
+        case "extra_forbidden":
+            allowed = _allowed_keys(problem["loc"][:-1])
+            close = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            return f"unknown key {key}: {hint}allowed here: {', '.join(allowed)}"
+        case "missing":
+            return f"{key} is missing"
+        case "union_tag_not_found":
+            return f"{key}.kind is missing: one of {', '.join(MODEL_KINDS)}"
+        case "union_tag_invalid":
+            tag = problem["ctx"]["tag"]
+            return f"{key}.kind = {tag!r}: must be one of {', '.join(MODEL_KINDS)}"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{key} = {shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+MODEL_KINDS = {"gpt": StaticModel, "loop": LoopedModel}
+
+
+def _allowed_keys(location: Sequence[Any]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = MODEL_KINDS.get(part) or section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,107 @@
+"""What several test files share: tiny configurations, and programs run as a user runs them."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+import pytest
+
+# Tests compare float32 numbers; a GPU that happens to be there would change them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a test's time is compiling what another test, worker or run has compiled before.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "spak-jax-test-cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+from spak_jax.config import Config, parse_config  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+TINY = """
+name = "tiny"
+system = "Tiny loop"
+[model]
+kind = "loop"
+width = 16
+heads = 2
+loops = 3
+[data]
+layout = "single"
+row_length = 24
+examples = 900
+[train]
+steps = 12
+batch = 8
+warmup_steps = 2
+decay_steps = 12
+steps_per_call = 5
+checkpoint_every = 4
+[evaluation]
+digits = [1, 2, 7]
+examples = 20
+"""
+
+
+@pytest.fixture
+def tiny_toml(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def tiny() -> Config:
+    return tiny_config()
+
+
+def tiny_config(**sections) -> Config:
+    """The tiny configuration with some keys of some sections changed."""
+    values = tomllib.loads(TINY)
+    for section, changes in sections.items():
+        values[section] = values[section] | changes
+    return parse_config(values, "test")
+
+
+def run_program(*words: str, **options) -> subprocess.CompletedProcess:
+    """`python -m WORDS...` from the repository's root, its output as text."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess, *said: str) -> None:
+    """One message with these words, exit status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in said:
+        assert word in result.stderr
+
+
+@pytest.fixture(scope="session")
+def half_trained(tmp_path_factory) -> Path:
+    """The run folder of a small LoopLM that adds some single digits right and others not."""
+    from spak_jax.train import train
+
+    run = tmp_path_factory.mktemp("runs") / "half-trained"
+    config = tiny_config(
+        model={"width": 32, "dropout": 0.0},
+        data={"max_digits": 1, "bridge_fraction": 0.0, "row_length": 8, "examples": 0},
+        train={
+            "steps": 220,
+            "batch": 64,
+            "learning_rate": 1e-2,
+            "decay_steps": 220,
+            "steps_per_call": 110,
+            "checkpoint_every": 110,
+        },
+    )
+    train(config, run)
+    return run
