@@ -1,0 +1,311 @@
+"""The two models as Flax NNX modules: GPT, which stacks blocks, and LoopLM, which repeats one.
+
+What is unusual here:
+- `GPT` is one `lax.scan` over the stacked weights of its blocks, `LoopLM` one over the loops of a
+  single block; both compile one block whatever the depth.
+- LoopLM adds a learned step embedding before each loop, and its training loss reads out every
+  loop of the second half, not the last alone.
+- No bias anywhere; LayerNorm with scale only; the token embedding is also the output head.
+- Weights and the residual stream are float32; products run in the compute dtype.
+- Dropout keys are arguments: a call without one is deterministic.
+- Halting runs the loops of the model that was trained, position information included, and only
+  freezes what has been decided.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import attention
+from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
+
+INIT_STD = 0.02
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+
+    Args:
+      config: width, heads, MLP kind, dropout.
+      depth: blocks that add to one residual stream; their outputs start out smaller for it.
+      dtype: of the products.
+    """
+
+    def __init__(self, config: Architecture, depth: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        width = config.width
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.dtype = dtype
+
+        def linear(inputs, outputs, std=INIT_STD):
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=nnx.initializers.normal(std),
+                rngs=rngs,
+            )
+
+        residual_std = INIT_STD / (2 * depth) ** 0.5
+        self.norm1 = _norm(width, dtype, rngs)
+        self.qkv = linear(width, 3 * width)
+        self.attention_out = linear(width, width, residual_std)
+        self.norm2 = _norm(width, dtype, rngs)
+        # SwiGLU has a third matrix; 8/3 of the width keeps the number of weights.
+        self.gated = config.mlp == "swiglu"
+        hidden = 8 * width // 3 if self.gated else 4 * width
+        self.mlp_in = linear(width, hidden)
+        if self.gated:
+            self.mlp_value = linear(width, hidden)
+        self.mlp_out = linear(hidden, width, residual_std)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """`[batch, length, width]` float32 to the same; `key` turns dropout on."""
+        batch, length, width = x.shape
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        q, k, v = jnp.moveaxis(
+            self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, -1), 2, 0
+        )
+        mixed = attention(
+            q, k, v, positions=positions, dropout_rate=self.dropout, dropout_key=keys[0]
+        )
+        mixed = self.attention_out(mixed.reshape(batch, length, width))
+        x = x + dropout(mixed, self.dropout, keys[1])
+        return x + dropout(self._mlp(self.norm2(x)), self.dropout, keys[2])
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        hidden = self.mlp_in(x)
+        if self.gated:
+            return self.mlp_out(jax.nn.silu(hidden) * self.mlp_value(x))
+        return self.mlp_out(jax.nn.gelu(hidden, approximate=False))
+
+
+class _Transformer(nnx.Module):
+    """Token embedding, final norm and tied head, which both models share."""
+
+    def __init__(self, config: Architecture, vocabulary: int, dtype, rngs: nnx.Rngs):
+        self.embedding = nnx.Embed(
+            vocabulary,
+            config.width,
+            embedding_init=nnx.initializers.normal(INIT_STD),
+            rngs=rngs,
+        )
+        self.final_norm = _norm(config.width, dtype, rngs)
+        self.dropout = config.dropout
+        self.dtype = dtype
+
+    def readout(self, state: jax.Array) -> jax.Array:
+        """float32 logits `[..., vocabulary]` of a residual stream `[..., width]`."""
+        head = self.embedding.embedding[...].astype(self.dtype)
+        return jnp.einsum(
+            "...d,vd->...v", self.final_norm(state), head, preferred_element_type=jnp.float32
+        )
+
+    def _embed(self, tokens, positions, key, depth):
+        """The first state, positions, and one dropout key for each of `depth` blocks."""
+        if positions is None:
+            positions = jnp.arange(tokens.shape[-1])
+        first, *keys = (None,) if key is None else jax.random.split(key, depth + 1)
+        keys = jnp.stack(keys) if keys else None
+        return dropout(self.embedding(tokens), self.dropout, first), positions, keys
+
+
+class GPT(_Transformer):
+    """A transformer of `config.layers` blocks with weights of their own."""
+
+    def __init__(self, config: StaticModel, vocabulary: int, dtype, *, rngs: nnx.Rngs):
+        super().__init__(config, vocabulary, dtype, rngs)
+        self.layers = config.layers
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap
+        def stacked_blocks(rngs):
+            return Block(config, config.layers, dtype, rngs=rngs)
+
+        self.blocks = stacked_blocks(rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+          tokens: int `[batch, length]`.
+          positions: int `[length]` or `[batch, length]`; None counts from 0.
+          key: PRNG key for dropout; None is deterministic.
+
+        Returns:
+          float32 `[batch, length, vocabulary]`.
+        """
+        state, positions, keys = self._embed(tokens, positions, key, self.layers)
+        definition, weights = nnx.split(self.blocks)
+
+        def step(state, layer):
+            block = nnx.merge(definition, layer[0])
+            return block(state, positions, layer[1]), None
+
+        state, _ = jax.lax.scan(step, state, (weights, keys))
+        return self.readout(state)
+
+    def supervised_logits(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """What the training loss averages over: `[1, batch, length, vocabulary]`."""
+        return self(tokens, key=key)[None]
+
+
+class LoopLM(_Transformer):
+    """One block applied `config.loops` times, or as often as a call asks for."""
+
+    def __init__(self, config: LoopedModel, vocabulary: int, dtype, *, rngs: nnx.Rngs):
+        super().__init__(config, vocabulary, dtype, rngs)
+        self.loops = config.loops
+        self.inject_input = config.inject_input
+        self.block = Block(config, 1, dtype, rngs=rngs)
+        self.step_embedding = nnx.Embed(
+            config.loops,
+            config.width,
+            embedding_init=nnx.initializers.normal(INIT_STD),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        loops: int | None = None,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits after the last loop.
+
+        Args:
+          tokens: int `[batch, length]`.
+          loops: None for as many as in training; beyond those the last step embedding repeats.
+          positions: int `[length]` or `[batch, length]`; None counts from 0.
+          key: PRNG key for dropout; None is deterministic.
+
+        Returns:
+          float32 `[batch, length, vocabulary]`.
+        """
+        step, state, inputs = self._loop(tokens, loops, positions, key)
+        state, _ = jax.lax.scan(lambda state, x: (step(state, x), None), state, inputs)
+        return self.readout(state)
+
+    def supervised_logits(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """What the training loss averages over: the logits after every loop of the second half.
+
+        Returns:
+          float32 `[loops - loops // 2, batch, length, vocabulary]`.
+        """
+        step, state, inputs = self._loop(tokens, None, None, key)
+        half = self.loops // 2
+
+        def silent(state, x):
+            return step(state, x), None
+
+        def supervised(state, x):
+            state = step(state, x)
+            return state, state
+
+        state, _ = jax.lax.scan(silent, state, jax.tree.map(lambda x: x[:half], inputs))
+        _, states = jax.lax.scan(supervised, state, jax.tree.map(lambda x: x[half:], inputs))
+        return self.readout(states)
+
+    def halting_logits(
+        self,
+        tokens: jax.Array,
+        thresholds: jax.Array,
+        *,
+        loops: int | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits where each token stops once it is sure ("wait to think").
+
+        After a loop, a token whose largest probability reaches its threshold keeps that loop's
+        state from then on; the tokens that go on still attend to it.
+
+        Args:
+          tokens: int `[batch, length]`.
+          thresholds: float, broadcastable to `[batch, length]`; above 1 never halts.
+          loops: the most loops to run; None for as many as in training.
+          positions: as in a plain call.
+
+        Returns:
+          float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
+          token took, `[batch, length]`.
+        """
+        step, state, inputs = self._loop(tokens, loops, positions, None)
+
+        def halting(carry, x):
+            state, halted, steps = carry
+            state = jnp.where(halted[..., None], state, step(state, x))
+            steps = steps + ~halted
+            sure = jax.nn.softmax(self.readout(state)).max(-1) >= thresholds
+            return (state, halted | sure, steps), None
+
+        nothing = jnp.zeros(tokens.shape, bool)
+        carry = (state, nothing, nothing.astype(jnp.int32))
+        (state, _, steps), _ = jax.lax.scan(halting, carry, inputs)
+        return self.readout(state), steps
+
+    def _loop(self, tokens, loops, positions, key):
+        """One loop as a function of the state, the first state, and what each loop is given."""
+        loops = self.loops if loops is None else loops
+        first, positions, keys = self._embed(tokens, positions, key, loops)
+        index = jnp.minimum(jnp.arange(loops), self.loops - 1)
+        definition, weights = nnx.split(self.block)
+
+        def step(state, x):
+            embedding, key = x
+            state = state + embedding
+            if self.inject_input:
+                state = state + first
+            return nnx.merge(definition, weights)(state, positions, key)
+
+        return step, first, (self.step_embedding(index), keys)
+
+
+def build(config: Config, vocabulary: int, key: jax.Array) -> GPT | LoopLM:
+    """The model that a configuration describes, freshly initialised from a PRNG key."""
+    architecture = config.model
+    kind = GPT if isinstance(architecture, StaticModel) else LoopLM
+    return kind(architecture, vocabulary, compute_dtype(architecture.dtype), rngs=nnx.Rngs(key))
+
+
+def abstract(config: Config, vocabulary: int):
+    """The structure of a configuration's model and its weights as shapes: nothing is computed.
+
+    Returns:
+      What `nnx.merge` makes a model from: graph definition, and state of `ShapeDtypeStruct`.
+    """
+    return nnx.split(nnx.eval_shape(lambda: build(config, vocabulary, jax.random.key(0))))
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of products: "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return jnp.dtype(name)
+
+
+def parameter_count(weights) -> int:
+    """The number of weights in a pytree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(weights))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Sets a share `rate` to zero and scales the rest up; the identity without a key."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def _norm(width: int, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=1e-5, use_bias=False, dtype=dtype, rngs=rngs)

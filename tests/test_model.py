@@ -1,0 +1,412 @@
+"""The models against PyTorch written from the equations, and against what they promise."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spak_jax import addition, checkpoint, model, train
+from spak_jax.addition import Batch
+from spak_jax.config import Config, parse_config, read_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+WIDTH, HEADS, LENGTH = 32, 2, 14
+
+# What float32 leaves of a comparison with float64, relative to the norm of all that is compared.
+ROUNDING = 1e-5
+
+GPT = {"kind": "gpt", "layers": 3}
+LOOP = {"kind": "loop", "loops": 4}
+ARCHITECTURES = {
+    "gpt": GPT,
+    "gpt-swiglu": GPT | {"mlp": "swiglu"},
+    "loop": LOOP,
+    "loop-odd-swiglu": LOOP | {"loops": 5, "mlp": "swiglu"},
+    "loop-odd-injected": LOOP | {"loops": 3, "inject_input": True},
+    "loop-injected-swiglu": LOOP | {"inject_input": True, "mlp": "swiglu"},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Compiling takes nearly all of the time here, and models this small need no fast code."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def reference():
+    """The PyTorch equations; tests that ask for them are skipped without PyTorch."""
+    pytest.importorskip("torch")
+    import torch_reference
+
+    return torch_reference
+
+
+def make_config(**architecture) -> Config:
+    sizes = {"width": WIDTH, "heads": HEADS, "dtype": "float32", "dropout": 0.0}
+    return parse_config({"name": "t", "system": "t", "model": sizes | architecture}, "test")
+
+
+def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights by name, far larger than initial ones, so that nothing hides in rounding."""
+    _, state = model.abstract(config, addition.VOCABULARY_SIZE)
+    random = np.random.default_rng(seed)
+    return {
+        name: (
+            random.normal(1, 0.3, leaf.shape)
+            if name.endswith("scale")
+            else random.normal(0, 0.6 if name.startswith("embedding") else 0.2, leaf.shape)
+        ).astype(np.float32)
+        for name, leaf in checkpoint.named_arrays(nnx.to_pure_dict(state)).items()
+    }
+
+
+def build(config: Config, weights: dict[str, np.ndarray]):
+    """The Flax model with these weights."""
+    definition, state = model.abstract(config, addition.VOCABULARY_SIZE)
+    named = checkpoint.from_named(nnx.to_pure_dict(state), jax.tree.map(jnp.asarray, weights))
+    nnx.replace_by_pure_dict(state, named)
+    return nnx.merge(definition, state)
+
+
+def random_model(**architecture):
+    config = make_config(**architecture)
+    return build(config, random_weights(config))
+
+
+def random_batch(seed: int = 0, rows: int = 3, length: int = LENGTH) -> Batch:
+    random = np.random.default_rng(seed)
+    text = random.integers(0, addition.VOCABULARY_SIZE, (rows, length + 1))
+    return Batch(text[:, :-1], text[:, 1:], random.random((rows, length)) < 0.5)
+
+
+@nnx.jit(static_argnames="loops")
+def logits_of(network, tokens, positions=None, key=None, loops=None):
+    more = {} if loops is None else {"loops": loops}
+    return network(jnp.asarray(tokens), positions=positions, key=key, **more)
+
+
+@nnx.jit(static_argnames="loops")
+def halting_of(network, tokens, thresholds, positions=None, loops=None):
+    return network.halting_logits(tokens, thresholds, loops=loops, positions=positions)
+
+
+@nnx.jit
+def supervised_of(network, tokens):
+    return network.supervised_logits(jnp.asarray(tokens))
+
+
+@nnx.jit
+def block_of(block, x, key=None):
+    return block(x, jnp.arange(LENGTH), key)
+
+
+def error(found, expected) -> float:
+    """The norm of the difference relative to that of what is expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def to_torch(weights: dict[str, np.ndarray]):
+    import torch
+
+    return {name: torch.tensor(array, dtype=torch.float64) for name, array in weights.items()}
+
+
+def reference_states(reference, config: Config, weights, tokens, loops=None):
+    import torch
+
+    tokens, architecture = torch.tensor(tokens), config.model
+    if architecture.kind == "gpt":
+        return reference.gpt_states(weights, tokens, HEADS)
+    return reference.loop_states(weights, tokens, HEADS, architecture.inject_input, loops)
+
+
+# Against the equations in PyTorch.
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_loss_and_all_gradients_equal_the_reference(name, reference):
+    import torch
+
+    config = make_config(**ARCHITECTURES[name])
+    weights, batch = random_weights(config), random_batch()
+    network = build(config, weights)
+
+    def loss_and_logits(network):
+        return train.loss(network, batch, None), network(jnp.asarray(batch.tokens))
+
+    graded = nnx.jit(nnx.value_and_grad(loss_and_logits, has_aux=True))
+    (loss, logits), gradients = graded(network)
+    gradients = checkpoint.named_arrays(nnx.to_pure_dict(gradients))
+
+    theirs = {weight: array.requires_grad_() for weight, array in to_torch(weights).items()}
+    states = reference_states(reference, config, theirs, batch.tokens)
+    supervised = states[-1:] if config.model.kind == "gpt" else states[len(states) // 2 :]
+    expected = reference.loss(
+        theirs, supervised, torch.tensor(batch.targets), torch.tensor(batch.answer)
+    )
+    expected.backward()
+
+    assert logits.dtype == jnp.float32
+    assert error(logits, reference.readout(theirs, states[-1]).detach()) < ROUNDING
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-6)
+    assert gradients.keys() == theirs.keys()
+    for weight, array in theirs.items():
+        assert error(gradients[weight], array.grad) < ROUNDING, weight
+
+
+@pytest.mark.parametrize("name", ["loop", "loop-injected-swiglu"])
+@pytest.mark.parametrize("loops", [1, 7])
+def test_other_loops_than_trained_equal_the_reference(name, loops, reference):
+    config = make_config(**ARCHITECTURES[name])
+    weights, tokens = random_weights(config), random_batch().tokens
+    theirs = to_torch(weights)
+    states = reference_states(reference, config, theirs, tokens, loops)
+    assert len(states) == loops
+    found = logits_of(build(config, weights), tokens, loops=loops)
+    assert error(found, reference.readout(theirs, states[-1])) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["loop", "loop-injected-swiglu"])
+@pytest.mark.parametrize("loops", [None, 7])
+def test_halting_equals_the_reference(name, loops, reference):
+    import torch
+
+    config = make_config(**ARCHITECTURES[name])
+    weights, tokens = random_weights(config), random_batch().tokens
+    thresholds = np.random.default_rng(1).uniform(0.4, 1.1, tokens.shape).astype(np.float32)
+    logits, steps = halting_of(build(config, weights), tokens, thresholds, loops=loops)
+    expected, taken, closest = reference.halt(
+        to_torch(weights),
+        torch.tensor(tokens),
+        torch.tensor(thresholds),
+        HEADS,
+        config.model.inject_input,
+        loops,
+    )
+    # Rounding decides nothing here, and tokens stop at different loops.
+    assert closest > 1e-5
+    assert len(taken.unique()) >= 3
+    assert steps.dtype == jnp.int32
+    np.testing.assert_array_equal(steps, taken)
+    assert error(logits, expected) < ROUNDING
+
+
+# Halting.
+
+
+def test_no_halting_above_one():
+    network, tokens = random_model(**LOOP), random_batch().tokens
+    logits, steps = halting_of(network, tokens, jnp.float32(1.01))
+    assert (steps == 4).all()
+    assert error(logits, logits_of(network, tokens)) < 1e-6
+
+
+def test_a_threshold_of_zero_halts_after_one_loop():
+    network, tokens = random_model(**LOOP), random_batch().tokens
+    logits, steps = halting_of(network, tokens, jnp.float32(0))
+    assert (steps == 1).all()
+    assert error(logits, logits_of(network, tokens, loops=1)) < 1e-6
+
+
+def test_a_halted_token_keeps_its_state():
+    network, tokens = random_model(**LOOP), random_batch().tokens
+    stopped = np.arange(LENGTH) % 3 == 0
+    logits, steps = halting_of(network, tokens, jnp.where(stopped, 0.0, 1.01))
+    np.testing.assert_array_equal(steps, np.broadcast_to(np.where(stopped, 1, 4), tokens.shape))
+    once = logits_of(network, tokens, loops=1)
+    assert error(logits[:, stopped], once[:, stopped]) < 1e-6
+    # The others go on, and what they attend to has stopped changing.
+    assert error(logits[:, ~stopped], logits_of(network, tokens)[:, ~stopped]) > 0.01
+
+
+def test_halting_knows_positions():
+    network, tokens = random_model(**LOOP), random_batch().tokens
+    uneven = jnp.arange(LENGTH) * 2
+    plain, _ = halting_of(network, tokens, jnp.float32(1.01))
+    moved, _ = halting_of(network, tokens, jnp.float32(1.01), uneven)
+    assert error(moved, plain) > 0.01
+    assert error(moved, logits_of(network, tokens, uneven)) < 1e-6
+
+
+# Sizes and initial values.
+
+
+@pytest.mark.parametrize(
+    ("file", "parameters"),
+    [
+        ("gpt12", 9_446_912),
+        ("loop12", 793_600),
+        ("loop30", 798_208),
+        ("loop128e", 201_728),
+        ("gpt12-w768", 84_963_840),
+        ("loop12-w768", 7_099_392),
+    ],
+)
+def test_parameter_counts(file, parameters):
+    config = read_config(CONFIGS / f"{file}.toml")
+    _, weights = model.abstract(config, addition.VOCABULARY_SIZE)
+    assert model.parameter_count(weights) == parameters
+
+
+def fresh_model(config: Config):
+    return nnx.jit(lambda: model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0)))()
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt-swiglu", "loop", "loop-odd-swiglu"])
+def test_initial_values(name):
+    config = make_config(**ARCHITECTURES[name] | {"width": 128})
+    network = fresh_model(config)
+    layers = config.model.layers if config.model.kind == "gpt" else 1
+    smaller = 0.02 / math.sqrt(2 * layers)
+    for weight, array in checkpoint.named_arrays(nnx.to_pure_dict(nnx.state(network))).items():
+        assert array.dtype == jnp.float32, weight
+        if weight.endswith("scale"):
+            assert (array == 1).all(), weight
+            continue
+        expected = smaller if "attention_out" in weight or "mlp_out" in weight else 0.02
+        # Five standard errors of what so many draws show.
+        margin = 5 / math.sqrt(2 * array.size)
+        assert float(array.std()) == pytest.approx(expected, rel=margin), weight
+        assert abs(float(array.mean())) < 5 * expected / math.sqrt(array.size), weight
+
+
+def test_blocks_start_with_weights_of_their_own():
+    network = fresh_model(make_config(**GPT))
+    first, second, third = network.blocks.qkv.kernel[...]
+    assert not (first == second).any() and not (second == third).any()
+
+
+# What a token can see, and where it stands.
+
+
+@cache
+def two_models():
+    return random_model(**GPT), random_model(**LOOP)
+
+
+@settings(max_examples=10, deadline=None)
+@given(place=st.integers(0, LENGTH - 1), shift=st.integers(1, 12), seed=st.integers(0, 99))
+def test_no_token_sees_the_future(place, shift, seed):
+    tokens = random_batch(seed).tokens
+    changed = tokens.copy()
+    changed[:, place] = (changed[:, place] + shift) % addition.VOCABULARY_SIZE
+    for network in two_models():
+        before, after = logits_of(network, tokens), logits_of(network, changed)
+        np.testing.assert_allclose(after[:, :place], before[:, :place], rtol=0, atol=1e-6)
+        # Everything from there on does see it.
+        assert (np.abs(after - before)[:, place:].max(-1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["gpt", "loop"])
+def test_only_relative_positions_count(kind):
+    network, tokens = two_models()[kind], random_batch().tokens
+    counted = logits_of(network, tokens)
+    positions = jnp.arange(LENGTH)
+    assert error(logits_of(network, tokens, positions), counted) < 1e-6
+    assert error(logits_of(network, tokens, positions + 50), counted) < 2e-5
+    assert error(logits_of(network, tokens, positions * 2), counted) > 0.01
+    rows = jnp.stack([positions, positions + 9, positions * 2])
+    assert error(logits_of(network, tokens, rows)[1], counted[1]) < 2e-5
+    assert error(logits_of(network, tokens, rows)[2], counted[2]) > 0.01
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("architecture", [GPT, LOOP], ids=["gpt", "loop"])
+def test_dropout_depends_on_the_key_alone(architecture):
+    network, tokens = random_model(**architecture | {"dropout": 0.1}), random_batch().tokens
+    plain = logits_of(network, tokens)
+    without = logits_of(random_model(**architecture), tokens)
+    np.testing.assert_array_equal(plain, without)
+    one, same, other = (logits_of(network, tokens, key=jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert error(other, one) > 0.01
+    assert error(one, plain) > 0.01
+
+
+def test_dropout_keeps_the_mean():
+    x = jax.random.normal(jax.random.key(0), (50,)) + 3
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    dropped = jax.vmap(lambda key: model.dropout(x, 0.3, key))(keys)
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], jnp.broadcast_to(x, kept.shape)[kept] / 0.7, 1e-6)
+    assert float(kept.mean()) == pytest.approx(0.7, abs=5 * math.sqrt(0.21 / kept.size))
+    standard_error = float(jnp.abs(x).max()) * math.sqrt(0.3 / 0.7 / len(keys))
+    np.testing.assert_allclose(dropped.mean(0), x, atol=5 * standard_error)
+    assert model.dropout(x, 0.3, None) is x
+
+
+@pytest.mark.parametrize("silent", ["attention_out.kernel", "mlp_out.kernel"])
+def test_both_halves_of_a_block_drop(silent):
+    """With one half of the block silenced, zeros in what the other adds are dropped channels."""
+    config = make_config(**LOOP | {"dropout": 0.3})
+    weights = random_weights(config)
+    weights[f"block.{silent}"] *= 0
+    block = build(config, weights).block
+    x = jax.random.normal(jax.random.key(0), (8, LENGTH, WIDTH))
+    added = block_of(block, x, jax.random.key(1)) - x
+    assert float((added == 0).mean()) == pytest.approx(0.3, abs=0.05)
+    # Probabilities of attention are dropped besides; the first token has only one to drop.
+    expected = (block_of(block, x) - x) / 0.7
+    kept = jnp.where(added == 0, 0, added - expected)
+    assert (jnp.abs(kept).max() > 0.01) == (silent == "mlp_out.kernel")
+
+
+def test_the_embedding_drops():
+    config = make_config(**LOOP | {"dropout": 0.3})
+    weights = random_weights(config)
+    for silent in ("block.attention_out.kernel", "block.mlp_out.kernel"):
+        weights[silent] *= 0
+    network, tokens = build(config, weights), random_batch().tokens
+    dropped = logits_of(network, tokens, key=jax.random.key(0))
+    assert error(dropped, logits_of(network, tokens)) > 0.01
+
+
+# One way to compute against another.
+
+
+def test_the_scan_equals_an_unrolled_loop():
+    network, tokens = random_model(**GPT), random_batch().tokens
+    definition, weights = nnx.split(network.blocks)
+    state = network.embedding(jnp.asarray(tokens))
+    for layer in range(network.layers):
+        own = jax.tree.map(lambda array, layer=layer: array[layer], weights)
+        state = block_of(nnx.merge(definition, own), state)
+    assert error(logits_of(network, tokens), network.readout(state)) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", [GPT, LOOP], ids=["gpt", "loop"])
+def test_bfloat16_stays_near_float32(architecture):
+    tokens = random_batch().tokens
+    found = logits_of(random_model(**architecture | {"dtype": "bfloat16"}), tokens)
+    assert found.dtype == jnp.float32
+    assert 1e-4 < error(found, logits_of(random_model(**architecture), tokens)) < 0.05
+
+
+@pytest.mark.parametrize("loops", [1, 4, 5])
+def test_supervised_logits_are_those_of_the_second_half(loops):
+    network, tokens = random_model(**LOOP | {"loops": loops}), random_batch().tokens
+    supervised = supervised_of(network, tokens)
+    assert supervised.shape == (loops - loops // 2, *tokens.shape, addition.VOCABULARY_SIZE)
+    assert error(supervised[-1], logits_of(network, tokens)) < 1e-6
+    assert error(supervised[0], logits_of(network, tokens, loops=loops // 2 + 1)) < 1e-6
+
+
+def test_a_gpt_supervises_its_logits():
+    network, tokens = random_model(**GPT), random_batch().tokens
+    supervised = supervised_of(network, tokens)
+    assert error(supervised, logits_of(network, tokens)[None]) < 1e-6
