@@ -1,0 +1,233 @@
+"""Training: it learns, it goes on to the last bit as if never stopped, it stops before harm."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT, assert_refused, run_program, tiny_config
+from flax import nnx
+
+from spak_jax import addition, checkpoint, model
+from spak_jax import train as training
+from spak_jax.command_line import Failure, InputError
+from spak_jax.config import Train
+
+
+def assert_same_run(one, other):
+    """The newest checkpoints of two run folders hold the same bits."""
+    a, b = (checkpoint.restore(run, optimizer=True) for run in (one, other))
+    assert a.step == b.step
+    for mine, theirs in ((a.weights, b.weights), (a.optimizer, b.optimizer)):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert mine[name].tobytes() == theirs[name].tobytes(), name
+
+
+def test_schedule_warms_up_decays_and_stays():
+    rate = training.schedule(Train())
+    assert float(rate(0)) == 0
+    np.testing.assert_allclose(rate(50), 5e-4, rtol=1e-5)
+    np.testing.assert_allclose(rate(100), 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(rate(7_550), (1e-3 + 1e-4) / 2, rtol=1e-4)
+    np.testing.assert_allclose([rate(15_000), rate(20_000)], 1e-4, rtol=1e-4)
+
+
+def test_loss_counts_answer_tokens_of_supervised_readouts_only(tiny):
+    network = model.build(tiny, addition.VOCABULARY_SIZE, jax.random.key(0))
+    batch = addition.training_batch(jax.random.key(1), tiny.data, 4, None)
+    value = training.loss(network, batch, None)
+    # By hand: loops 2 and 3 of 3, every answer token alike.
+    entropies = []
+    for loops in (2, 3):
+        log_p = jax.nn.log_softmax(network(batch.tokens, loops=loops))
+        picked = jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
+        entropies += (-picked[batch.answer]).tolist()
+    np.testing.assert_allclose(value, np.mean(entropies), rtol=1e-6)
+    changed = batch._replace(targets=jnp.where(batch.answer, batch.targets, 5))
+    assert training.loss(network, changed, None) == value
+
+
+def test_the_optimizer_is_adamw_behind_a_clip():
+    recipe = Train(warmup_steps=1, decay_steps=10, clip_norm=1.0)
+    weights = {"w": jnp.array([1.0, -2.0])}
+    gradient = {"w": jnp.array([30.0, 40.0])}
+    update = training.optimizer(recipe)
+    _, state = update.update(gradient, update.init(weights), weights)
+    changes, _ = update.update(gradient, state, weights)
+    # Two equal gradients, clipped to norm 1: Adam's bias-corrected ratio is the sign.
+    expected = -1e-3 * (np.array([1.0, 1.0]) + 1e-4 * np.array([1.0, -2.0]))
+    np.testing.assert_allclose(changes["w"], expected, rtol=1e-4)
+
+
+def test_one_compiled_call_equals_single_steps(tiny):
+    """The same program takes any number of steps, and each is the plain one."""
+    run_steps = jax.jit(training.make_training(tiny))
+    supply = training.make_supply(tiny)
+    together, losses = run_steps(training.initial_state(tiny), supply, jnp.int32(4))
+    assert np.isnan(losses[4:]).all()
+    state = training.initial_state(tiny)
+    for i in range(4):
+        state, loss = run_steps(state, supply, jnp.int32(1))
+        assert loss[0] == losses[i]
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(together), strict=True):
+        assert (one == other).all()
+
+
+def test_a_step_is_the_plain_recipe(tiny):
+    config = tiny_config(model={"dropout": 0.0})
+    state, supply = training.initial_state(config), training.make_supply(config)
+    # The first step's rate is 0; the second moves the weights.
+    after, losses = jax.jit(training.make_training(config))(state, supply, jnp.int32(2))
+    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    key = jax.random.split(jax.random.key(config.train.seed), 4)[1]
+    weights, optimizer = state.weights, state.optimizer
+    update = training.optimizer(config.train)
+
+    @jax.jit
+    def loss_and_gradient(weights, batch):
+        def objective(weights):
+            return training.loss(nnx.merge(definition, weights), batch, None)
+
+        return jax.value_and_grad(objective)(weights)
+
+    for i in range(2):
+        batch = addition.training_batch(
+            jax.random.fold_in(key, i), config.data, config.train.batch, supply.training
+        )
+        value, gradient = loss_and_gradient(weights, batch)
+        np.testing.assert_allclose(losses[i], value, rtol=1e-5)
+        changes, optimizer = update.update(gradient, optimizer, weights)
+        weights = optax.apply_updates(weights, changes)
+    for mine, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(after.weights), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_training_learns_and_leaves_metrics(half_trained):
+    lines = [json.loads(line) for line in (half_trained / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [110, 220]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert all(line["validation_loss"] > 0 and line["seconds_per_step"] > 0 for line in lines)
+
+
+def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch):
+    training.train(tiny, tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    save = checkpoint.Run.save
+
+    def stop_at_step_8(run, step, *rest):
+        if step == 8:
+            raise Stopped
+        save(run, step, *rest)
+
+    monkeypatch.setattr(checkpoint.Run, "save", stop_at_step_8)
+    with pytest.raises(Stopped):
+        training.train(tiny, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert checkpoint.steps_in(tmp_path / "stopped") == [0, 4]
+    training.train(tiny, tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    steps = lambda run: [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]  # noqa: E731
+    assert steps(tmp_path / "stopped") == steps(tmp_path / "whole") == [4, 8, 12]
+
+
+def test_seeds_differ_and_repeat(tiny, tmp_path):
+    weights = lambda seed: jax.tree.leaves(  # noqa: E731
+        training.initial_state(tiny_config(train={"seed": seed})).weights
+    )
+    same = [(a == b).all() for a, b in zip(weights(0), weights(0), strict=True)]
+    other = [(a == b).all() for a, b in zip(weights(0), weights(1), strict=True)]
+    assert all(same) and not all(other)
+
+
+@pytest.mark.parametrize(("every", "found_in"), [(1, "validation loss"), (4, "loss")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path, every, found_in
+):
+    # The rate of step 1 is 0, so the second step's update is what breaks the weights.
+    config = tiny_config(train={"learning_rate": 1e30, "checkpoint_every": every})
+    with pytest.raises(Failure, match=f"the {found_in} is nan at step [234]") as failure:
+        training.train(config, tmp_path)
+    assert failure.value.status == 1 and "train.learning_rate" in str(failure.value)
+    kept = checkpoint.restore(tmp_path)
+    assert kept.step == (1 if every == 1 else 0) and f"step {kept.step} is kept" in str(
+        failure.value
+    )
+    assert all(np.isfinite(array).all() for array in kept.weights.values())
+
+
+def test_another_configuration_is_refused_and_nothing_changes(tiny, tmp_path):
+    training.train(tiny, tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=r"model.loops is 3 there and 4 here"):
+        training.train(tiny_config(model={"loops": 4}), tmp_path)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_killed_at_random_moments_ends_with_the_same_bits(tiny_toml, tmp_path):
+    """SIGKILL five times, wherever it hits; start again each time; compare with a quiet run."""
+    overrides = ["train.steps=2000", "train.decay_steps=2000", "train.checkpoint_every=50"]
+    words = [tiny_toml, *overrides]
+    seed = random.randrange(2**32)
+    print(f"kill moments from seed {seed}")
+    moments = random.Random(seed)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    length = lambda: metrics.stat().st_size if metrics.exists() else 0  # noqa: E731
+    kills = 0
+    while kills < 5:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "spak_jax.train",
+                *map(str, words),
+                "--run",
+                str(tmp_path / "killed"),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        start, grown = length(), moments.randrange(100, 6_000)
+        while process.poll() is None and length() < start + grown:
+            time.sleep(0.01)
+        time.sleep(moments.random() / 10)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills == 5, process.communicate()[0].decode()
+    for run in ("killed", "quiet"):
+        result = run_program("spak_jax.train", *words, "--run", tmp_path / run)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "killed", tmp_path / "quiet")
+
+
+def test_the_command_line_moves_an_old_run_aside_and_refuses_bad_input(tiny_toml, tmp_path):
+    run = tmp_path / "run"
+    words = ["spak_jax.train", tiny_toml, "train.steps=4", "--run", run]
+    first = run_program(*words)
+    assert first.returncode == 0, first.stderr
+    assert "zero-shot" in first.stdout
+    results = json.loads((run / "results.json").read_text())
+    assert results["step"] == 4 and results["lengths"]["7"]["zero_shot"]
+    assert run_program(*words, "--fresh").returncode == 0
+    assert (tmp_path / "run.old-1" / "results.json").exists()
+    assert_refused(
+        run_program(*words, "train.batch=9"), "train.batch is 8 there and 9 here", "--fresh"
+    )
+    assert_refused(run_program("spak_jax.train", tmp_path / "none.toml"), "none.toml")
+    assert_refused(
+        run_program("spak_jax.train", tiny_toml, "--run", tiny_toml / "run"), "tiny.toml/run"
+    )
