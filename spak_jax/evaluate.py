@@ -1,0 +1,549 @@
+"""Zero-shot scoring: `python -m spak_jax.evaluate RUN [options]`.
+
+A problem counts only where the whole answer is right, its closing newline included. Greedy
+generation is right exactly when the largest logit is right at every step along the true answer:
+as long as all earlier choices were right, the model has read the true text. So one forward pass
+over the true text scores all steps at once; `--decode` generates for real and must agree.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.table import Table
+from scipy.stats import binomtest
+
+from spak_jax import addition, checkpoint, model
+from spak_jax.addition import Batch, Problems
+from spak_jax.command_line import (
+    InputError,
+    console,
+    progress_bar,
+    run_program,
+    writable_folder,
+    write_file,
+)
+from spak_jax.config import MAX_DIGITS, Config, Evaluation, LoopedModel
+
+# "Wait to think": how sure a token must be to stop, before the `=` of its problem and from it on.
+HALT_BEFORE_EQUALS, HALT_FROM_EQUALS = 0.90, 0.999
+
+ROWS_PER_CALL = 512
+# Rows are filled up to a multiple of this, so that many lengths share one compiled program.
+LENGTH_STEP = 32
+# The seed's columns split one draw; 10 times as many problems leave each about enough.
+SEED_COLUMNS_FACTOR = 10
+CURVE_POINTS = 400
+MAX_LOOPS = 10_000
+LONGEST_PROBLEM = len(f"{'9' * MAX_DIGITS}+{'9' * MAX_DIGITS}={'9' * (MAX_DIGITS + 1)}")
+
+_problem_rows = jax.jit(addition.problem_rows, static_argnums=1)
+
+
+class Trained(NamedTuple):
+    """A model as a run left it: configuration, weights (an `nnx.State`), steps trained."""
+
+    config: Config
+    weights: Any
+    step: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to score and how.
+
+    digits: lengths, both operands exactly that long. examples: problems for each. seed: of the
+    problems. loops: None for as many as in training. halt: stop each token once it is sure.
+    decode: generate instead of teacher forcing.
+    """
+
+    digits: tuple[int, ...]
+    examples: int
+    seed: int
+    loops: int | None = None
+    halt: bool = False
+    decode: bool = False
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> "Settings":
+        return cls(evaluation.digits, evaluation.examples, evaluation.seed)
+
+
+class Outcome(NamedTuple):
+    """Of each problem: whether it was answered right, and loops taken at the tokens that answer.
+
+    correct: bool `[problems]`. steps: float32 `[problems]`, the mean over the answer's tokens.
+    """
+
+    correct: np.ndarray
+    steps: np.ndarray
+
+
+def load(run: Path) -> Trained:
+    """The newest checkpoint of a run folder as a model.
+
+    Raises:
+      InputError: the folder holds none that can be used.
+    """
+    restored = checkpoint.restore(run)
+    _, like = model.abstract(restored.config, addition.VOCABULARY_SIZE)
+    try:
+        weights = checkpoint.from_named(like, restored.weights)
+    except ValueError as error:
+        raise InputError(f"the checkpoint of step {restored.step} in {run}: {error}") from None
+    return Trained(restored.config, jax.device_put(weights), restored.step)
+
+
+def forward(trained: Trained, loops: int | None = None, halt: bool = False) -> Callable:
+    """A pure function of (weights, tokens) that gives logits and the loops each token took.
+
+    Raises:
+      InputError: loops or halting are asked of a model that does not loop.
+    """
+    looped = isinstance(trained.config.model, LoopedModel)
+    if not looped and (loops is not None or halt):
+        asked = "--halt" if halt else "--loops"
+        raise InputError(
+            f"{asked}: {trained.config.name} is a stack of {trained.config.model.layers} blocks;"
+            " only a looped model has loops to choose"
+        )
+    definition, _ = model.abstract(trained.config, addition.VOCABULARY_SIZE)
+    depth = (loops or trained.config.model.loops) if looped else 0
+
+    def plain(weights, tokens):
+        network = nnx.merge(definition, weights)
+        logits = network(tokens, loops=loops) if looped else network(tokens)
+        return logits, jnp.full(tokens.shape, depth, jnp.int32)
+
+    def halting(weights, tokens):
+        thresholds = jnp.where(
+            addition.from_equals_on(tokens), HALT_FROM_EQUALS, HALT_BEFORE_EQUALS
+        )
+        return nnx.merge(definition, weights).halting_logits(tokens, thresholds, loops=loops)
+
+    return halting if halt else plain
+
+
+def generate(run: Callable, weights, prompt: jax.Array, prompt_length: jax.Array):
+    """Greedy generation until each row's newline or the end of the buffer.
+
+    Args:
+      run: as `forward` returns it.
+      weights: of the model.
+      prompt: int32 `[rows, length]`, texts up to and with `=`; what follows them is ignored.
+      prompt_length: int32 `[rows]`.
+
+    Returns:
+      int32 tokens `[rows, length]`, newlines after each answer, and int32 loops `[rows, length]`
+      that the token before each took to choose it.
+    """
+    length = prompt.shape[1]
+    place = jnp.arange(length)
+    tokens = jnp.where(place < prompt_length[:, None], prompt, addition.NEWLINE)
+
+    def step(i, carry):
+        tokens, steps, done = carry
+        cursor = prompt_length + i
+        logits, taken = run(weights, tokens)
+        before = jnp.clip(cursor - 1, 0, length - 1)[:, None]
+        chosen = jnp.take_along_axis(logits.argmax(-1), before, axis=1)[:, 0]
+        taken = jnp.take_along_axis(taken, before, axis=1)
+        here = (place == cursor[:, None]) & ~done[:, None]
+        tokens = jnp.where(here, chosen[:, None], tokens)
+        steps = jnp.where(here, taken, steps)
+        return tokens, steps, done | (chosen == addition.NEWLINE)
+
+    count = (length - prompt_length).max()
+    carry = (tokens, jnp.zeros_like(tokens), jnp.zeros(len(tokens), bool))
+    tokens, steps, _ = jax.lax.fori_loop(0, count, step, carry)
+    return tokens, steps
+
+
+class Scorer:
+    """Answers problems with one model and settings, compiling once for each padded length."""
+
+    def __init__(self, trained: Trained, settings: Settings):
+        self._weights = trained.weights
+        run = forward(trained, settings.loops, settings.halt)
+        rows = _decoded if settings.decode else _teacher_forced
+        self._rows = jax.jit(lambda weights, batch: rows(run, weights, batch))
+
+    def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
+        """Scores problems.
+
+        Args:
+          problems: any number, as arrays of device or host.
+          advance: told after each call how many problems it scored.
+
+        Returns:
+          Their `Outcome`.
+        """
+        problems = jax.tree.map(np.asarray, problems)
+        count, digits = problems.a.shape
+        length = -(-addition.text_length(digits) // LENGTH_STEP) * LENGTH_STEP
+        outcomes = []
+        for start in range(0, count, ROWS_PER_CALL):
+            # The last call is filled up with its first problem, so that one program serves all.
+            index = np.arange(start, start + ROWS_PER_CALL)
+            index = np.where(index < count, index, start)
+            batch = _problem_rows(Problems(*(array[index] for array in problems)), length)
+            outcomes.append(self._rows(self._weights, batch))
+            advance(min(ROWS_PER_CALL, count - start))
+        correct, steps = (np.concatenate(parts)[:count] for parts in zip(*outcomes, strict=True))
+        return Outcome(correct, steps)
+
+
+def score(trained: Trained, settings: Settings) -> dict[str, Any]:
+    """Scores a model at every asked length, by the seed's columns and by carries.
+
+    Returns:
+      The contents of a results file, without the training curve.
+    """
+    scorer = Scorer(trained, settings)
+    key = jax.random.key(settings.seed)
+    longest = trained.config.data.longest
+    column_problems = addition.sample_seed_columns(
+        jax.random.fold_in(key, 0), SEED_COLUMNS_FACTOR * settings.examples
+    )
+    total = len(settings.digits) * settings.examples + len(column_problems.a)
+    lengths, outcomes, carries = {}, [], []
+    with progress_bar("scoring") as progress:
+        task = progress.add_task("", total=total, status="")
+        advance = lambda n: progress.advance(task, n)  # noqa: E731
+        for digits in settings.digits:
+            problems = addition.sample_exact(
+                jax.random.fold_in(key, digits), digits, settings.examples
+            )
+            outcome = scorer(problems, advance)
+            lengths[str(digits)] = summary(outcome, zero_shot=digits > longest)
+            outcomes.append(outcome)
+            carries.append(np.asarray(addition.carries(problems)))
+        column_outcome = scorer(column_problems, advance)
+    results = _description(trained, settings)
+    results["lengths"] = lengths
+    results["seed_columns"] = _seed_columns(column_problems, column_outcome, longest)
+    results["carries"] = _by(
+        np.concatenate(carries), Outcome(*map(np.concatenate, zip(*outcomes, strict=True)))
+    )
+    return results
+
+
+def score_own_problems(
+    trained: Trained, settings: Settings, pairs: list[tuple[int, int]], source: str
+) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """Scores the user's own problems, grouped by the longer operand's digits.
+
+    Returns:
+      The contents of a results file, and the problems answered wrong.
+    """
+    problems = addition.problems_from_integers(pairs)
+    scorer = Scorer(trained, settings)
+    with progress_bar("scoring") as progress:
+        task = progress.add_task("", total=len(pairs), status="")
+        outcome = scorer(problems, lambda n: progress.advance(task, n))
+    longest = trained.config.data.longest
+    results = _description(trained, settings) | {"examples": len(pairs), "problems": source}
+    results["lengths"] = _by(np.asarray(addition.longer_operand(problems)), outcome, longest)
+    results["seed_columns"] = {}
+    results["carries"] = _by(np.asarray(addition.carries(problems)), outcome)
+    wrong = [pair for pair, correct in zip(pairs, outcome.correct, strict=True) if not correct]
+    return results, wrong
+
+
+def summary(outcome: Outcome, **more: Any) -> dict[str, Any]:
+    """Counts, accuracy and its 95% Wilson interval (Wilson 1927), mean loops at answer tokens."""
+    correct, total = int(outcome.correct.sum()), len(outcome.correct)
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return {
+        "correct": correct,
+        "total": total,
+        "accuracy": correct / total,
+        "low": float(interval.low),
+        "high": float(interval.high),
+        **more,
+        "mean_steps": float(outcome.steps.mean()),
+    }
+
+
+def read_problems(path: str) -> list[tuple[int, int]]:
+    """The problems in a file, one `123+456` or `123+456=579` a line; `-` is standard input.
+
+    Raises:
+      InputError: naming the line that is no problem, and why.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            # One byte more than fits, so that a line that is too long shows itself.
+            lines = iter(lambda: file.readline(LONGEST_PROBLEM + 2), b"")
+            problems = [_read_line(name, i, line) for i, line in enumerate(lines, start=1)]
+    except OSError as error:
+        raise InputError(f"cannot read the problems file {name}: {error.strerror}") from None
+    if not problems:
+        raise InputError(f"{name} holds no problem: one such as 123+456 a line")
+    return problems
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The metrics of a run so far; a line that a kill cut short is left out."""
+    try:
+        lines = (run / checkpoint.METRICS).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
+def training_curve(run: Path) -> dict[str, list[float]]:
+    """Losses over steps, thinned for drawing, and the median seconds that a step took.
+
+    Returns:
+      `step` and `loss` (the mean over the compiled call that ended there), `validation_step` and
+      `validation_loss`, and `seconds_per_step`.
+    """
+    metrics = read_metrics(run)
+    if not metrics:
+        return {}
+    every = -(-len(metrics) // CURVE_POINTS)
+    # Counted from the end, so that the last point is always there.
+    thinned = metrics[::-every][::-1]
+    validated = [line for line in metrics if "validation_loss" in line]
+    return {
+        "step": [line["step"] for line in thinned],
+        "loss": [line["loss"] for line in thinned],
+        "validation_step": [line["step"] for line in validated],
+        "validation_loss": [line["validation_loss"] for line in validated],
+        "seconds_per_step": float(np.median([line["seconds_per_step"] for line in metrics])),
+    }
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """The zero-shot table, for people."""
+    loops = f", {results['loops']} loops" if results["loops"] else ""
+    table = Table(
+        title=f"{results['system']}{loops}, step {results['step']:,}: whole answers right",
+        title_justify="left",
+    )
+    for heading in ("digits", "", "right", "95% interval", "problems", "mean loops"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for length, line in results["lengths"].items():
+        _add_row(table, length, line)
+    if results["seed_columns"]:
+        table.add_section()
+        for column, line in results["seed_columns"].items():
+            _add_row(table, f"seed's {column}", line)
+    console.print(table)
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes a results file."""
+    write_file(path, json.dumps(results, indent=1) + "\n")
+
+
+def device_name() -> str:
+    """What this process computes on, as JAX names it."""
+    return jax.devices()[0].device_kind
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m spak_jax.evaluate",
+        description="Score a run on additions it has not seen, whole answers only.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--digits", help="lengths to score, such as 1-12,16,24")
+    parser.add_argument("--examples", type=int, help="problems a length")
+    parser.add_argument("--seed", type=int, help="of the problems")
+    parser.add_argument("--loops", type=int, help="instead of the trained number")
+    parser.add_argument("--halt", action="store_true", help="stop each token once it is sure")
+    parser.add_argument("--decode", action="store_true", help="generate instead of teacher forcing")
+    parser.add_argument(
+        "--problems",
+        metavar="FILE",
+        help="your own, one 123+456 a line, optionally =579; - for standard input",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a results file")
+    arguments = parser.parse_intermixed_args()
+    own = read_problems(arguments.problems) if arguments.problems else None
+    digits = parse_digits(arguments.digits) if arguments.digits is not None else None
+    _check_range("--examples", arguments.examples, 1, 10_000_000)
+    _check_range("--seed", arguments.seed, 0, 2**31 - 1)
+    _check_range("--loops", arguments.loops, 1, MAX_LOOPS)
+    trained = load(arguments.run)
+    defaults = trained.config.evaluation
+    settings = Settings(
+        digits=digits or defaults.digits,
+        examples=arguments.examples or defaults.examples,
+        seed=defaults.seed if arguments.seed is None else arguments.seed,
+        loops=arguments.loops,
+        halt=arguments.halt,
+        decode=arguments.decode,
+    )
+    if arguments.json:
+        # Before the work, so that none is lost to a folder that cannot be written.
+        writable_folder(arguments.json.parent)
+    wrong = []
+    if own:
+        source = "standard input" if arguments.problems == "-" else Path(arguments.problems).name
+        results, wrong = score_own_problems(trained, settings, own, source)
+    else:
+        results = score(trained, settings)
+    results["training"] = training_curve(arguments.run)
+    print_results(results)
+    for a, b in wrong[:10]:
+        console.print(f"wrong: {a}+{b}={a + b}")
+    if len(wrong) > 10:
+        console.print(f"... and {len(wrong) - 10} more")
+    if arguments.json:
+        write_results(arguments.json, results)
+        console.print(f"results: {arguments.json}")
+
+
+def parse_digits(text: str) -> tuple[int, ...]:
+    """`1-12,16,24` as sorted lengths without repeats.
+
+    Raises:
+      InputError: it is written otherwise, or a length is not between 1 and `MAX_DIGITS`.
+    """
+    return tuple(sorted(set(_lengths(text))))
+
+
+def _lengths(text: str) -> Iterator[int]:
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise InputError(f"--digits {text}: expected lengths such as 1-12,16,24")
+        bounds = int(first), int(last or first)
+        if not 1 <= bounds[0] <= bounds[1] <= MAX_DIGITS:
+            raise InputError(f"--digits {text}: {part} must run upwards between 1 and {MAX_DIGITS}")
+        yield from range(bounds[0], bounds[1] + 1)
+
+
+def _check_range(option: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise InputError(f"{option} {value}: must be from {low:,} to {high:,}")
+
+
+def _read_line(name: str, number: int, line: bytes) -> tuple[int, int]:
+    where = f"{name}, line {number}"
+    if not line.endswith(b"\n"):
+        if len(line) > LONGEST_PROBLEM:
+            raise InputError(
+                f"{where}: longer than any problem of {MAX_DIGITS}-digit numbers"
+                f" ({LONGEST_PROBLEM} characters)"
+            )
+        raise InputError(f"{where}: no newline at its end; the file may have been cut short")
+    text = line[:-1].decode("ascii", "backslashreplace")
+    if text.endswith("\r"):
+        raise InputError(f"{where}: ends as on Windows; save the file with Unix line ends")
+    if not text:
+        raise InputError(f"{where}: empty; one problem such as 123+456 a line")
+    try:
+        return addition.parse_problem(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _teacher_forced(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    logits, steps = run(weights, batch.tokens)
+    right = (logits.argmax(-1) == batch.targets) | ~batch.answer
+    return right.all(-1), steps.mean(-1, where=batch.answer)
+
+
+def _decoded(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    # The whole rows; the answer's mask, which speaks of targets, moves one place on with them.
+    tokens = jnp.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
+    answer = jnp.pad(batch.answer, [(0, 0), (1, 0)])
+    generated, steps = generate(run, weights, tokens, answer.argmax(-1))
+    right = (generated == tokens) | ~answer
+    return right.all(-1), steps.mean(-1, where=answer)
+
+
+def _by(group: np.ndarray, outcome: Outcome, longest: int | None = None) -> dict[str, Any]:
+    """Summaries of the problems of each group, a non-negative number, in order."""
+    summaries = {}
+    for value in np.unique(group):
+        chosen = group == value
+        more = {} if longest is None else {"zero_shot": bool(value > longest)}
+        summaries[str(value)] = summary(
+            Outcome(outcome.correct[chosen], outcome.steps[chosen]), **more
+        )
+    return summaries
+
+
+def _seed_columns(problems: Problems, outcome: Outcome, longest: int) -> dict[str, Any]:
+    longer = np.asarray(addition.longer_operand(problems))
+    columns = {}
+    for name, (first, last) in addition.SEED_COLUMNS.items():
+        chosen = (first <= longer) & (longer <= last)
+        if chosen.any():
+            columns[name] = summary(
+                Outcome(outcome.correct[chosen], outcome.steps[chosen]), zero_shot=last > longest
+            )
+    return columns
+
+
+def _description(trained: Trained, settings: Settings) -> dict[str, Any]:
+    looped = isinstance(trained.config.model, LoopedModel)
+    return {
+        "system": trained.config.system,
+        "config": trained.config.model_dump(mode="json"),
+        "parameters": model.parameter_count(trained.weights),
+        "step": trained.step,
+        "loops": (settings.loops or trained.config.model.loops) if looped else None,
+        "halting": [HALT_BEFORE_EQUALS, HALT_FROM_EQUALS] if settings.halt else None,
+        "method": "decoding" if settings.decode else "teacher forcing",
+        "examples": settings.examples,
+        "seed": settings.seed,
+        "dtype": str(model.compute_dtype(trained.config.model.dtype)),
+        "device": device_name(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, marked where its files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+    git = lambda *words: subprocess.run(  # noqa: E731
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        commit = git("rev-parse", "HEAD")
+        # An installed copy may lie inside somebody else's checkout.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--", "..")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+changes" if changed else commit
+
+
+def _add_row(table: Table, name: str, line: Mapping[str, Any]) -> None:
+    table.add_row(
+        name,
+        "zero-shot" if line.get("zero_shot") else "",
+        f"{line['accuracy']:.1%}",
+        f"{line['low']:.1%} - {line['high']:.1%}",
+        f"{line['correct']:,} / {line['total']:,}",
+        f"{line['mean_steps']:.1f}" if line["mean_steps"] else "",
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,275 @@
+"""Scoring: teacher forcing is generation, lengths and intervals are right, bad input is refused."""
+
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_refused, run_program, tiny_config
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spak_jax import addition, evaluate, model
+from spak_jax.command_line import InputError
+
+LENGTH = 40
+
+
+def erring_model(strength):
+    """A causal stand-in for a model: the true next token, disturbed by a hash of all before it."""
+
+    def run(weights, tokens):
+        problems, salt = weights
+        truth = jnp.pad(addition.render(problems, LENGTH)[0], [(0, 0), (0, 1)])[:, 1:]
+        place = jnp.arange(tokens.shape[1])
+        history = jnp.cumsum(tokens * (place + 3) ** 2 * 7919 + salt, axis=1)
+        noise = jax.vmap(jax.vmap(lambda h: jax.random.normal(jax.random.key(h), (13,))))(history)
+        logits = 6 * jax.nn.one_hot(truth[:, : tokens.shape[1]], 13) + strength * noise
+        return logits, history % 5
+
+    return run
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.sampled_from([0.5, 2.0, 2.5, 4.0]), st.integers(0, 2**20))
+def test_teacher_forcing_equals_generation(strength, salt):
+    """Any causal model, right or wrong: the same problems count, with the same loops."""
+    problems = addition.sample_exact(jax.random.key(salt), 9, 64)
+    weights, run = (problems, salt), erring_model(strength)
+    batch = addition.problem_rows(problems, LENGTH - 1)
+    forced, forced_steps = evaluate._teacher_forced(run, weights, batch)
+    decoded, decoded_steps = evaluate._decoded(run, weights, batch)
+    assert (forced == decoded).all()
+    # Where a generation went wrong it read other text from there on, and so did the counts.
+    np.testing.assert_array_equal(forced_steps[forced], decoded_steps[decoded])
+    if strength == 2.5:
+        assert 0 < forced.mean() < 1
+
+
+@pytest.mark.parametrize("halt", [False, True])
+def test_decoding_a_trained_model_equals_teacher_forcing(half_trained, halt):
+    trained = evaluate.load(half_trained)
+    problems = addition.sample_exact(jax.random.key(0), 1, 300)
+    outcomes = [
+        evaluate.Scorer(trained, evaluate.Settings((1,), 300, 0, halt=halt, decode=decode))(
+            problems
+        )
+        for decode in (False, True)
+    ]
+    assert (outcomes[0].correct == outcomes[1].correct).all()
+    assert 0.05 < outcomes[0].correct.mean() < 0.999
+    steps = outcomes[0].steps
+    assert (steps == 3).all() if not halt else 1 <= steps.mean() < 3
+
+
+def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
+    """A model that always says 7, then newline after two of them."""
+    tokens = jnp.array([addition.encode("1+2=" + "9" * 6), addition.encode("11+2=" + "9" * 5)])
+
+    def run(weights, tokens):
+        sevens = (tokens == addition.ZERO + 7).cumsum(-1)
+        chosen = jnp.where(sevens < 2, addition.ZERO + 7, addition.NEWLINE)
+        return jax.nn.one_hot(chosen, 13), sevens
+
+    written, loops = evaluate.generate(run, None, tokens, jnp.array([4, 5]))
+    assert [addition.decode(row) for row in np.asarray(written)] == [
+        "1+2=77\n\n\n\n",
+        "11+2=77\n\n\n",
+    ]
+    assert loops[0].tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 0]
+
+
+def test_scores_do_not_depend_on_how_many_are_scored_together(half_trained):
+    trained = evaluate.load(half_trained)
+    scorer = evaluate.Scorer(trained, evaluate.Settings((1,), 1, 0))
+    problems = addition.sample_exact(jax.random.key(1), 1, 700)
+    whole = scorer(problems)
+    part = scorer(jax.tree.map(lambda array: array[600:613], problems))
+    assert (whole.correct[600:613] == part.correct).all()
+    assert len(whole.correct) == 700
+
+
+def test_scores_count_whole_answers_by_hand(half_trained):
+    trained = evaluate.load(half_trained)
+    results = evaluate.score(trained, evaluate.Settings((1, 2), 150, 3))
+    problems = addition.sample_exact(jax.random.fold_in(jax.random.key(3), 1), 1, 150)
+    definition, _ = model.abstract(trained.config, 13)
+    batch = addition.problem_rows(problems, 32)
+    chosen = np.asarray(nnx.merge(definition, trained.weights)(batch.tokens).argmax(-1))
+    right = [
+        all(c == t for c, t, m in zip(*row, strict=True) if m)
+        for row in zip(chosen, np.asarray(batch.targets), np.asarray(batch.answer), strict=True)
+    ]
+    line = results["lengths"]["1"]
+    assert (line["correct"], line["total"], line["zero_shot"]) == (sum(right), 150, False)
+    assert results["lengths"]["2"]["zero_shot"]
+    assert sum(part["total"] for part in results["carries"].values()) == 300
+    assert sum(part["total"] for part in results["seed_columns"].values()) == 1_500
+    assert results["loops"] == 3 and results["parameters"] == 32 * (12 * 32 + 13 + 3 + 3)
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_wilson_interval():
+    """Against the closed form (Wilson 1927) at z = 1.959964."""
+    outcome = evaluate.Outcome(np.arange(116) < 3, np.zeros(116, np.float32))
+    line = evaluate.summary(outcome)
+    p, n, z = 3 / 116, 116, 1.959963984540054
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    scale = 1 + z * z / n
+    np.testing.assert_allclose(
+        [line["accuracy"], line["low"], line["high"]],
+        [p, (centre - half) / scale, (centre + half) / scale],
+    )
+
+
+def test_loops_at_test_time(half_trained):
+    trained = evaluate.load(half_trained)
+    tokens = jnp.array([addition.encode("1+2=3\n")])
+    logits, taken = evaluate.forward(trained, loops=7)(trained.weights, tokens)
+    definition, _ = model.abstract(trained.config, 13)
+    expected = nnx.merge(definition, trained.weights)(tokens, loops=7)
+    np.testing.assert_array_equal(logits, expected)
+    assert (taken == 7).all()
+
+
+def test_a_stack_has_no_loops_to_choose():
+    config = tiny_config()
+    values = config.model_dump(mode="json") | {
+        "model": {"kind": "gpt", "width": 16, "heads": 2, "layers": 2}
+    }
+    from spak_jax.config import parse_config
+
+    gpt = parse_config(values, "test")
+    trained = evaluate.Trained(gpt, nnx.state(model.build(gpt, 13, jax.random.key(0))), 0)
+    for options in ({"loops": 3}, {"halt": True}):
+        with pytest.raises(InputError, match="stack of 2 blocks"):
+            evaluate.forward(trained, **options)
+    results = evaluate.score(trained, evaluate.Settings((1,), 5, 0))
+    assert results["loops"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1-3,16,24", (1, 2, 3, 16, 24)), ("7", (7,)), ("3, 1,2-3", (1, 2, 3))]
+)
+def test_parse_digits(text, expected):
+    assert evaluate.parse_digits(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "0", "3-1", "1-", "-3", "1,,2", "101", "1-1000", "1.5"])
+def test_parse_digits_refuses(text):
+    with pytest.raises(InputError, match="--digits"):
+        evaluate.parse_digits(text)
+
+
+BAD_PROBLEMS = {
+    "letters": (b"1+2\nfoo+1\n", "line 2"),
+    "negative": (b"1+-2\n", "line 1"),
+    "empty line": (b"1+2\n\n3+4\n", "line 2: empty"),
+    "wrong answer": (b"1+2=4\n", "the sum is 3"),
+    "no last newline": (b"1+2\n3+4", "line 2: no newline"),
+    "windows": (b"1+2\r\n", "line 1: ends as on Windows"),
+    "10 MB of digits": (b"7" * 10_000_000, "line 1: longer than any problem"),
+    "101 digits": (b"1" * 101 + b"+1\n", "at most 100"),
+    "nothing": (b"", "holds no problem"),
+    "binary": (b"\xff\xfe\x00\n", "line 1"),
+}
+
+
+@pytest.mark.parametrize("content", BAD_PROBLEMS)
+def test_a_bad_problems_file_is_refused(tmp_path, content):
+    path = tmp_path / "problems.txt"
+    written, said = BAD_PROBLEMS[content]
+    path.write_bytes(written)
+    with pytest.raises(InputError, match=said) as refused:
+        evaluate.read_problems(str(path))
+    assert "problems.txt" in str(refused.value) and len(str(refused.value)) < 400
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=40))
+def test_any_problems_file_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.txt"
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        assert evaluate.read_problems(str(path))
+
+
+def test_a_good_problems_file(tmp_path):
+    path = tmp_path / "problems.txt"
+    longest = "9" * 100
+    path.write_text(f"123+456\n1+2=3\n{longest}+{longest}={2 * int(longest)}\n")
+    assert evaluate.read_problems(str(path)) == [(123, 456), (1, 2), (int(longest), int(longest))]
+
+
+def test_the_command_line(half_trained, tmp_path):
+    out = tmp_path / "out.json"
+    result = run_program(
+        "spak_jax.evaluate",
+        half_trained,
+        "--digits",
+        "1,8",
+        "--examples",
+        "30",
+        "--loops",
+        "4",
+        "--halt",
+        "--seed",
+        "5",
+        "--json",
+        out,
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads(out.read_text())
+    assert list(results["lengths"]) == ["1", "8"] and results["lengths"]["8"]["total"] == 30
+    assert results["loops"] == 4 and results["halting"] == [0.9, 0.999]
+    assert results["training"]["step"] == [110, 220]
+
+    result = run_program(
+        "spak_jax.evaluate", half_trained, "--problems", "-", "--json", out, input="1+2\n99+1=100\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert {n: line["total"] for n, line in json.loads(out.read_text())["lengths"].items()} == {
+        "1": 1,
+        "2": 1,
+    }
+    assert "wrong: 99+1=100" in result.stdout
+
+
+def test_the_command_line_refuses(half_trained, tmp_path):
+    assert_refused(run_program("spak_jax.evaluate", tmp_path / "none"), "none")
+    before = sorted(half_trained.rglob("*"))
+    assert_refused(run_program("spak_jax.evaluate", half_trained, "--loops", "0"), "--loops 0")
+    (tmp_path / "file").touch()
+    assert_refused(
+        run_program("spak_jax.evaluate", half_trained, "--json", tmp_path / "file" / "x.json"),
+        "cannot write",
+    )
+    assert sorted(half_trained.rglob("*")) == before
+
+
+def test_solve(half_trained):
+    result = run_program("spak_jax.solve", half_trained, "4+3", "0+0", "99+1")
+    assert result.returncode == 0, result.stderr
+    assert "4+3" in result.stdout and "right" in result.stdout + "right"
+    assert "wrong: 100" in result.stdout
+    assert_refused(run_program("spak_jax.solve", half_trained, "4-3"), "4-3")
+    assert_refused(run_program("spak_jax.solve", half_trained.parent / "none", "4+3"), "none")
+
+
+def test_solve_writes_what_scoring_finds_right(half_trained):
+    from spak_jax.solve import solve
+
+    trained = evaluate.load(half_trained)
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    answers = solve(trained, pairs)
+    outcome = evaluate.Scorer(trained, evaluate.Settings((1,), 100, 0))(
+        addition.problems_from_integers(pairs)
+    )
+    right = [answer.text == str(a + b) for (a, b), answer in zip(pairs, answers, strict=True)]
+    assert right == outcome.correct.tolist() and any(right)
+    for answer in answers:
+        assert len(answer.loops) == len(answer.text)
+        assert all(1 <= loops <= 3 for loops in answer.loops)
