@@ -72,8 +72,10 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
-def write_file(path: Path, content: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Writes `content` to `path` whole or not at all: a reader never meets half a file.
+
+    Text is written as UTF-8.
 
     Raises:
       InputError: the folder of `path` cannot be written.
@@ -81,7 +83,7 @@ def write_file(path: Path, content: str) -> None:
     writable_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,431 @@
+"""Results files as `spak_jax.evaluate` writes them: read, checked, grouped, estimated over seeds.
+
+What figures and tables share. It knows nothing of models.
+"""
+
+import datetime
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from scipy.stats import binomtest
+from scipy.stats import t as student_t
+
+from spak_jax.command_line import InputError
+
+# The seed's columns by the name it gives them, and the digits of the longer operand they hold.
+SEED_COLUMNS = {"1-4": "1-4", "5-6": "5-7", "8": "8-9", "10": "10-11", "12": "12"}
+
+CONFIDENCE = 0.95
+WILSON = "95% Wilson intervals"
+OVER_SEEDS = (
+    "95% Student intervals of the mean over training seeds, widened where the Wilson interval of"
+    " all their problems together reaches further"
+)
+
+EXPECTED = "a results file as `python -m spak_jax.evaluate RUN --json FILE` writes it"
+
+# Besides the configuration, what makes an evaluation what it is.
+IDENTITY = ("system", "loops", "halting", "problems", "step", "method", "dtype", "examples", "seed")
+
+Item = TypeVar("Item")
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Positive = Annotated[Count, Field(ge=1)]
+Loss = Annotated[float, Field(ge=0, le=1e12)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+# Six digits at most, and none of them a leading zero: one length has one spelling.
+Length = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}$")]
+
+
+class Part(BaseModel):
+    """Checked strictly and never changed; keys it does not name are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Score(Part):
+    """Accuracy on some problems, a fraction, with its 95% interval."""
+
+    correct: Count
+    total: Positive
+    accuracy: Fraction
+    low: Fraction
+    high: Fraction
+    zero_shot: bool
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Self:
+        if not math.isclose(self.accuracy, self.correct / self.total, abs_tol=1e-6):
+            raise ValueError(
+                f"accuracy = {self.accuracy:g} must be correct / total = {self.correct} /"
+                f" {self.total}"
+            )
+        if not self.low - 1e-6 <= self.accuracy <= self.high + 1e-6:
+            raise ValueError(
+                f"low = {self.low:g}, high = {self.high:g} must enclose accuracy ="
+                f" {self.accuracy:g}"
+            )
+        return self
+
+
+class ConfiguredModel(Part):
+    # The whole section tells one system from another, so unknown keys are kept.
+    model_config = ConfigDict(extra="allow")
+    loops: Positive | None = None
+
+
+class ConfiguredTraining(Part):
+    model_config = ConfigDict(extra="allow")
+    seed: Count
+
+
+class StoredConfig(Part):
+    """The configuration of the run: what is read here, and all else, to compare runs by."""
+
+    model_config = ConfigDict(extra="allow")
+    name: Name
+    model: ConfiguredModel
+    train: ConfiguredTraining
+
+
+class Curve(Part):
+    """Losses over training steps; all lists empty where the run kept no metrics."""
+
+    step: tuple[Count, ...] = ()
+    loss: tuple[Loss, ...] = ()
+    validation_step: tuple[Count, ...] = ()
+    validation_loss: tuple[Loss, ...] = ()
+
+    @model_validator(mode="after")
+    def _as_many_losses_as_steps(self) -> Self:
+        for steps, losses in (("step", "loss"), ("validation_step", "validation_loss")):
+            counts = len(getattr(self, steps)), len(getattr(self, losses))
+            if counts[0] != counts[1]:
+                raise ValueError(f"{counts[0]} values in {steps}, {counts[1]} in {losses}")
+        return self
+
+
+class Results(Part):
+    """A results file."""
+
+    system: Name
+    config: StoredConfig
+    parameters: Positive
+    step: Count
+    loops: Positive | None
+    examples: Positive
+    seed: Count
+    device: Name
+    date: datetime.date
+    lengths: Annotated[dict[Length, Score], Field(min_length=1)]
+    seed_columns: dict[str, Score]
+    commit: Name | None = None
+    halting: tuple[Fraction, ...] | None = None
+    method: str = ""
+    dtype: str = ""
+    problems: Name | None = None
+    training: Curve = Curve()
+
+    @model_validator(mode="after")
+    def _loops_fit_the_model(self) -> Self:
+        if (self.loops is None) != (self.config.model.loops is None):
+            raise ValueError(
+                f"loops = {self.loops} and config.model.loops = {self.config.model.loops}: both"
+                " or neither must be a number"
+            )
+        return self
+
+
+class Estimate(NamedTuple):
+    """An accuracy, a fraction, its 95% interval, and how many training seeds it comes from."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One system evaluated in one way: a line of a figure, a row of the table.
+
+    label: its name in legends. results: one for each training seed, by rising seed.
+    """
+
+    label: str
+    results: tuple[Results, ...]
+
+    @property
+    def first(self) -> Results:
+        return self.results[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted({int(length) for results in self.results for length in results.lengths})
+
+    def at_length(self, digits: int) -> Estimate | None:
+        """Accuracy at a length; None where it was not scored."""
+        return estimate(self._scores(digits))
+
+    def in_column(self, column: str) -> Estimate | None:
+        """Accuracy in one of the seed's columns; None where it was not scored."""
+        return estimate([r.seed_columns[column] for r in self.results if column in r.seed_columns])
+
+    def is_zero_shot(self, digits: int) -> bool:
+        return any(score.zero_shot for score in self._scores(digits))
+
+    def _scores(self, digits: int) -> list[Score]:
+        return [r.lengths[str(digits)] for r in self.results if str(digits) in r.lengths]
+
+
+def read_results(path: Path) -> Results:
+    """A results file, checked.
+
+    Raises:
+      InputError: it cannot be read, is not JSON, or a key is missing or holds what it must not.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the results file {path}: {error.strerror}") from None
+    if not content.strip():
+        raise InputError(f"{path} is empty: expected {EXPECTED}")
+    try:
+        return Results.model_validate_json(content)
+    except ValidationError as error:
+        first, *others = (_explain(problem) for problem in error.errors())
+        more = f" (and {len(others)} more)" if others else ""
+        raise InputError(f"{path}: {first}{more}") from None
+
+
+def estimate(scores: Sequence[Score]) -> Estimate | None:
+    """The accuracy that one score, or one score for each training seed, tells.
+
+    One score keeps its own interval. Several give their mean with Student's interval of the mean
+    over seeds, widened where the Wilson interval of the pooled counts reaches further: seeds that
+    agree by chance claim no more certainty than their problems allow. No score gives None.
+    """
+    if not scores:
+        return None
+    if len(scores) == 1:
+        return Estimate(scores[0].accuracy, scores[0].low, scores[0].high, 1)
+    accuracies = np.array([score.accuracy for score in scores])
+    mean = float(accuracies.mean())
+    error = float(accuracies.std(ddof=1)) / math.sqrt(len(scores))
+    reach = float(student_t.ppf((1 + CONFIDENCE) / 2, len(scores) - 1)) * error
+    pooled = binomtest(sum(s.correct for s in scores), sum(s.total for s in scores))
+    wilson = pooled.proportion_ci(CONFIDENCE, method="wilson")
+    low = max(min(mean - reach, float(wilson.low)), 0.0)
+    high = min(max(mean + reach, float(wilson.high)), 1.0)
+    return Estimate(mean, low, high, len(scores))
+
+
+def gather(files: Sequence[tuple[Path, Results]]) -> tuple[list[Evaluated], list[str]]:
+    """Results files as systems evaluated, runs that differ in nothing but train.seed together.
+
+    A run that was scored at other lengths in another file gains them; what two files both hold is
+    taken from the first.
+
+    Returns:
+      The systems in the order of the files, and a sentence for each file that adds nothing.
+    """
+    systems, repeats = [], []
+    for group in _grouped(files, lambda file: _identity(file[1])):
+        runs: dict[int, tuple[Path, Results]] = {}
+        for path, results in group:
+            seed = results.config.train.seed
+            earlier_path, earlier = runs.setdefault(seed, (path, results))
+            if results is earlier:
+                continue
+            merged = _merged(earlier, results)
+            if merged == earlier:
+                repeats.append(f"{path} is the same evaluation as {earlier_path}: drawn once")
+            runs[seed] = earlier_path, merged
+        systems.append(tuple(runs[seed][1] for seed in sorted(runs)))
+    names = [_name(runs[0]) for runs in systems]
+    labels = _told_apart(names, [_identity(runs[0]) for runs in systems])
+    return [Evaluated(*line) for line in zip(labels, systems, strict=True)], repeats
+
+
+def loop_families(evaluated: Sequence[Evaluated]) -> list[tuple[str, list[Evaluated]]]:
+    """Evaluations that differ in nothing but loops, where there are at least two.
+
+    Returns:
+      Of each family its label and its evaluations by rising number of loops.
+    """
+
+    def family(line: Evaluated) -> dict[str, Any]:
+        return _identity(line.first) | {"loops": None}
+
+    looped = [line for line in evaluated if line.first.loops is not None]
+    families = [
+        sorted(lines, key=lambda line: line.first.loops)
+        for lines in _grouped(looped, family)
+        if len(lines) > 1
+    ]
+    names = [_name(lines[0].first, with_loops=False) for lines in families]
+    labels = _told_apart(names, [family(lines[0]) for lines in families])
+    return list(zip(labels, families, strict=True))
+
+
+def training_families(evaluated: Sequence[Evaluated]) -> list[tuple[int, Evaluated]]:
+    """Runs that kept a training curve, each once with its longest, those of one system together.
+
+    Returns:
+      Of each system the index in `evaluated` of its first evaluation, and its runs.
+    """
+    kept = [(i, r) for i, line in enumerate(evaluated) for r in line.results if r.training.step]
+    systems = _grouped(kept, lambda run: _training_settings(run[1]))
+    firsts = [runs[0][1] for runs in systems]
+    labels = _told_apart([_system(r) for r in firsts], [_training_settings(r) for r in firsts])
+    families = []
+    for label, runs in zip(labels, systems, strict=True):
+        by_end = sorted((results for _, results in runs), key=lambda r: r.training.step[-1])
+        longest = {results.config.train.seed: results for results in by_end}
+        family = Evaluated(label, tuple(longest[seed] for seed in sorted(longest)))
+        families.append((runs[0][0], family))
+    return families
+
+
+def origin(results: Sequence[Results]) -> str:
+    """Devices, dates and training seeds in words."""
+    devices = ", ".join(dict.fromkeys(r.device for r in results))
+    first, last = min(r.date for r in results), max(r.date for r in results)
+    dates = f"{first}" if first == last else f"{first} to {last}"
+    seeds = {r.config.train.seed for r in results}
+    return f"{devices}, {dates}, training seed{'s' if len(seeds) > 1 else ''} {_ranges(seeds)}"
+
+
+def problem_counts(results: Sequence[Results]) -> str:
+    """How many problems were scored, in words."""
+    drawn = sorted({r.examples for r in results if not r.problems})
+    own = sorted({(r.problems, r.examples) for r in results if r.problems})
+    told = [f"{' or '.join(f'{n:,}' for n in drawn)} problems a length"] if drawn else []
+    told += [f"{count:,} problems in {' '.join(name.split())}" for name, count in own]
+    return ", ".join(told)
+
+
+def interval_kind(evaluated: Sequence[Evaluated]) -> str:
+    """What the intervals are, in words."""
+    several = {len(line.results) > 1 for line in evaluated}
+    if several == {True}:
+        return OVER_SEEDS
+    return f"{WILSON}; where there are several seeds, {OVER_SEEDS}" if True in several else WILSON
+
+
+def seed_note(counts: Iterable[int]) -> str:
+    """What a label says of the numbers of training seeds behind its points; one goes unsaid."""
+    counts = set(counts)
+    fewest, most = min(counts), max(counts)
+    if fewest < most:
+        return f", {fewest} to {most} seeds"
+    return f", {most} seeds" if most > 1 else ""
+
+
+def _explain(problem: Any) -> str:
+    """One of pydantic's findings in one line, the key first."""
+    key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    match problem["type"]:
+        case "json_invalid":
+            return f"not JSON ({problem['ctx']['error']}): expected {EXPECTED}"
+        case "missing":
+            return f"{key} is missing: expected {EXPECTED}"
+        case "value_error":
+            return f"{key or 'results'}: {problem['ctx']['error']}"
+    if not key:
+        return f"expected an object with keys such as system and lengths: {EXPECTED}"
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{key} = {shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _grouped(
+    items: Iterable[Item], settings: Callable[[Item], Mapping[str, Any]]
+) -> list[list[Item]]:
+    """Items with equal settings together, in the order in which they first appear."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(json.dumps(settings(item), sort_keys=True), []).append(item)
+    return list(groups.values())
+
+
+def _identity(results: Results) -> dict[str, Any]:
+    """All that makes an evaluation what it is, but the training seed."""
+    identity = {name: getattr(results, name) for name in IDENTITY}
+    return identity | {"config": _training_settings(results)}
+
+
+def _training_settings(results: Results) -> dict[str, Any]:
+    """The configuration that made the weights, but the training seed.
+
+    How they are scored by default has no part in it.
+    """
+    config = results.config.model_dump()
+    config.pop("evaluation", None)
+    del config["train"]["seed"]
+    return config
+
+
+def _merged(earlier: Results, later: Results) -> Results:
+    return earlier.model_copy(
+        update={
+            "lengths": {**later.lengths, **earlier.lengths},
+            "seed_columns": {**later.seed_columns, **earlier.seed_columns},
+            "training": earlier.training if earlier.training.step else later.training,
+        }
+    )
+
+
+def _system(results: Results) -> str:
+    return " ".join(results.system.split())
+
+
+def _name(results: Results, with_loops: bool = True) -> str:
+    name = _system(results)
+    if with_loops and results.loops != results.config.model.loops:
+        name += f" at {results.loops} loops"
+    if results.halting:
+        name += ", halting"
+    if results.problems:
+        name += f", on {' '.join(results.problems.split())}"
+    return name
+
+
+def _told_apart(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names; those that are the same get as many of their differing settings as it takes."""
+    labels = list(names)
+    leaves = [dict(_leaves(values)) for values in settings]
+    for name in set(names):
+        same = [i for i, other in enumerate(names) if other == name]
+        for path in dict.fromkeys(path for i in same for path in leaves[i]):
+            if len({labels[i] for i in same}) == len(same):
+                break
+            if len({repr(leaves[i].get(path)) for i in same}) > 1:
+                for i in same:
+                    labels[i] += f", {path} {leaves[i].get(path, 'absent')}"
+    return labels
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-4, 7` for 0, 1, 2, 3, 4, 7."""
+    runs = itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0])
+    told = []
+    for _, run in runs:
+        first, *others = [number for _, number in run]
+        told.append(f"{first}-{others[-1]}" if others else f"{first}")
+    return ", ".join(told)

@@ -1,0 +1,239 @@
+"""The comparison with the seed's published table, in Markdown and in LaTeX.
+
+Accuracies are percent of whole answers right. Bounds of intervals are rounded outwards, so that
+no interval reads as certainty.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from spak_jax.results import (
+    SEED_COLUMNS,
+    Estimate,
+    Evaluated,
+    interval_kind,
+    origin,
+    problem_counts,
+    seed_note,
+)
+
+# The seed's table in percent, in the order of SEED_COLUMNS, by (config.name, loops).
+PUBLISHED = {
+    ("gpt12", None): (100.0, 61.90, 0.0, 0.0, 0.0),
+    ("loop12", 12): (100.0, 80.00, 0.0, 0.0, 0.0),
+    ("loop30", 30): (100.0, 95.24, 2.59, 0.0, 0.0),
+    ("loop128e", 24): (100.0, 76.19, 0.0, 0.0, 0.0),
+    ("loop12", 24): (100.0, 78.10, 0.0, 0.0, 0.0),
+}
+
+# Both operands exactly that long; shown where scored.
+STRICT_LENGTHS = (7, 8, 10, 12)
+
+BY_COLUMN = "Whole answers right, percent, by the seed's columns."
+BY_LENGTH = "Whole answers right, percent, both operands exactly that long."
+NOTE_ON_COLUMNS = (
+    "The seed's columns go by the longer operand, and hold more than their names say: 5-6 really"
+    " holds 5, 6 and 7 digits, 8 holds 8 and 9, 10 holds 10 and 11."
+)
+NOTE_ON_PUBLISHED = (
+    "Published numbers are the seed's own, from one training seed and 48 to 151 problems a column."
+)
+
+LATEX_SPECIALS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    # A row that begins with a bracket would be read as an argument of the line break before it.
+    "[": "{[}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{special: "\\" + special for special in "{}$&#%_"},
+}
+LATEX_START = [
+    r"% Needs \usepackage{booktabs}.",
+    r"\begin{table*}",
+    r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+]
+
+
+class Row(NamedTuple):
+    """A system: label, number of parameters, accuracies.
+
+    columns: for each of SEED_COLUMNS. published: the seed's percent for each, all None where it
+    has no such system. strict: by length. None where not scored.
+    """
+
+    label: str
+    parameters: int
+    columns: list[Estimate | None]
+    published: Sequence[float | None]
+    strict: dict[int, Estimate | None]
+
+
+def table_rows(evaluated: Sequence[Evaluated]) -> list[Row]:
+    """A row for each system; evaluations of the user's own problems have none."""
+    return [_row(line) for line in _listed(evaluated)]
+
+
+def markdown_table(evaluated: Sequence[Evaluated]) -> str:
+    """The tables by column and by length, if any was scored, with notes; also read as text."""
+    rows = table_rows(evaluated)
+    heading = ["System", "Parameters"]
+    heading += [name for column in SEED_COLUMNS for name in (f"{column} digits", "published")]
+    table = [heading]
+    for row in rows:
+        cells = [_escaped(row.label), f"{row.parameters:,}"]
+        for ours, published in zip(row.columns, row.published, strict=True):
+            cells += [_combined(ours), _published(published)]
+        table.append(cells)
+    parts = [BY_COLUMN, _aligned(table)]
+    if lengths := _scored_lengths(rows):
+        table = [["System", *(f"{n} digits" for n in lengths)]]
+        table += [
+            [_escaped(row.label), *(_combined(row.strict[n]) for n in lengths)] for row in rows
+        ]
+        parts += [BY_LENGTH, _aligned(table)]
+    return "\n\n".join([*parts, *map(_escaped, _notes(evaluated))]) + "\n"
+
+
+def latex_table(evaluated: Sequence[Evaluated]) -> str:
+    """The same for LaTeX with booktabs, over both columns of a page.
+
+    Intervals stand in small print below their values.
+    """
+    rows = table_rows(evaluated)
+    names = " & ".join(
+        rf"\multicolumn{{2}}{{c}}{{{name.replace('-', '--')}}}" for name in SEED_COLUMNS
+    )
+    rules = (rf"\cmidrule(lr){{{3 + 2 * i}-{4 + 2 * i}}}" for i in range(len(SEED_COLUMNS)))
+    heading = [
+        rf" & & {names} \\",
+        "".join(rules),
+        rf"system & parameters{' & ours & seed' * len(SEED_COLUMNS)} \\",
+    ]
+    body = []
+    for row in rows:
+        cells = [_latex(row.label), f"{row.parameters:,}"]
+        for ours, published in zip(row.columns, row.published, strict=True):
+            cells += [_dashes(_mean(ours)), _dashes(_published(published))]
+        small = [cell for ours in row.columns for cell in (_small(ours), "")]
+        body += [_latex_line(cells), _latex_line(["", "", *small])]
+    lines = [*LATEX_START, *_tabular("lr" + "rr" * len(SEED_COLUMNS), heading, body)]
+    if lengths := _scored_lengths(rows):
+        heading = [_latex_line(["both operands exactly", *(f"{n} digits" for n in lengths)])]
+        body = []
+        for row in rows:
+            found = [row.strict[n] for n in lengths]
+            body.append(_latex_line([_latex(row.label), *(_dashes(_mean(f)) for f in found)]))
+            body.append(_latex_line(["", *map(_small, found)]))
+        lines += [r"\par\medskip", *_tabular("l" + "r" * len(lengths), heading, body)]
+    notes = _latex(" ".join(_notes(evaluated)))
+    lines += [rf"\caption{{Whole answers right, percent. {notes}}}", r"\end{table*}"]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
+    return [line for line in evaluated if not line.first.problems]
+
+
+def _row(line: Evaluated) -> Row:
+    first = line.first
+    # The published table was scored without halting.
+    key = None if first.halting else (first.config.name, first.loops)
+    return Row(
+        line.label + seed_note([len(line.results)]),
+        first.parameters,
+        [line.in_column(column) for column in SEED_COLUMNS],
+        PUBLISHED.get(key, [None] * len(SEED_COLUMNS)),
+        {n: line.at_length(n) for n in STRICT_LENGTHS},
+    )
+
+
+def _scored_lengths(rows: Sequence[Row]) -> list[int]:
+    return [n for n in STRICT_LENGTHS if any(row.strict[n] for row in rows)]
+
+
+def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
+    lines = _listed(evaluated)
+    results = [r for line in lines for r in line.results]
+    commits = ", ".join(dict.fromkeys(_short_commit(r.commit) for r in results))
+    return [
+        f"{origin(results)}, {problem_counts(results)}, commit {commits}.",
+        f"In parentheses: {interval_kind(lines)}, bounds rounded outwards.",
+        NOTE_ON_COLUMNS,
+        NOTE_ON_PUBLISHED,
+    ]
+
+
+def _short_commit(commit: str | None) -> str:
+    if commit is None:
+        return "unknown"
+    name, plus, changes = commit.partition("+")
+    return f"{name[:12]}{plus}{changes}"
+
+
+def _mean(found: Estimate | None) -> str:
+    return "-" if found is None else f"{100 * found.mean:.1f}"
+
+
+def _interval(found: Estimate) -> str:
+    # To six digits first: 0.653 * 1000 is a hair over 653.
+    low = math.floor(round(1000 * found.low, 6)) / 10
+    high = math.ceil(round(1000 * found.high, 6)) / 10
+    return f"({low:.1f}-{high:.1f})"
+
+
+def _combined(found: Estimate | None) -> str:
+    return "-" if found is None else f"{_mean(found)} {_interval(found)}"
+
+
+def _published(percent: float | None) -> str:
+    return "-" if percent is None else f"{percent:.2f}"
+
+
+def _escaped(text: str) -> str:
+    """Plain text for Markdown."""
+    return "".join("\\" + c if c in "\\|*_`<[]" else c for c in text)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column to the left, numbers to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for first, *others in [table[0], rule, *table[1:]]:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _tabular(columns: str, heading: Iterable[str], body: Iterable[str]) -> list[str]:
+    return [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        *heading,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def _latex_line(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _latex(text: str) -> str:
+    """Plain text for LaTeX."""
+    return "".join(LATEX_SPECIALS.get(character, character) for character in text)
+
+
+def _dashes(number: str) -> str:
+    return number.replace("-", "--")
+
+
+def _small(found: Estimate | None) -> str:
+    return rf"{{\tiny {_dashes(_interval(found))}}}" if found else ""

@@ -1,0 +1,164 @@
+"""The table: whose numbers stand where, in Markdown and in LaTeX."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from results_files import COLUMNS, gathered, results, score
+
+from spak_jax.tables import latex_table, markdown_table, table_rows
+
+
+def rows_of(table):
+    """The cells of all tables in a Markdown text, by the first cell."""
+    rows = {}
+    for line in table.splitlines():
+        if line.startswith("|"):
+            label, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+            rows.setdefault(label, []).append(cells)
+    return rows
+
+
+def test_table_holds_our_numbers_beside_the_seeds():
+    systems = {
+        ("gpt12", "GPT-12L (Static)", None, None): "61.90",
+        ("loop12", "LoopLM-12 (Dynamic)", 12, 12): "80.00",
+        ("loop30", "LoopLM-30 (Deep Thinking)", 30, 30): "95.24",
+        ("loop128e", "LoopLM-128e (Efficient)", 24, 24): "76.19",
+        ("loop12", "LoopLM-12 (Dynamic)", 12, 24): "78.10",
+        ("loop12-w768", "LoopLM-12 (Dynamic), 768 wide", 12, 12): "-",
+    }
+    evaluated, _ = gathered(*(results(*system) for system in systems))
+    table = markdown_table(evaluated)
+    rows = rows_of(table)
+    for (name, system, trained, loops), published in systems.items():
+        by_column, by_length = rows[system if loops == trained else f"{system} at 24 loops"]
+        assert by_column[0] == "793,600"
+        assert by_column[1::2] == [
+            "99.9 (96.9-100.0)",
+            "88.8 (85.8-91.8)",
+            "77.7 (74.7-80.7)",
+            "66.6 (63.6-69.6)",
+            "55.5 (52.5-58.5)",
+        ]
+        eight = {"loop30": "2.59", "loop12-w768": "-"}.get(name, "0.00")
+        assert by_column[4] == published and by_column[6] == eight
+        assert by_length == [
+            "44.0 (41.0-47.0)",
+            "36.0 (33.0-39.0)",
+            "20.0 (17.0-23.0)",
+            "4.0 (1.0-7.0)",
+        ]
+    for told in (
+        "NVIDIA H100 80GB HBM3, 2026-11-22, training seed 0, 1,000 problems a length",
+        "commit 0123456789ab+changes.",
+        "5-6 really holds 5, 6 and 7 digits, 8 holds 8 and 9, 10 holds 10 and 11",
+    ):
+        assert told in table
+
+
+@pytest.mark.parametrize(
+    ("correct", "low", "high", "shown"),
+    [
+        (0, 0.0, 0.00008, "0.0 (0.0-0.1)"),
+        (1000, 0.9996, 1.0, "100.0 (99.9-100.0)"),
+        (647, 0.641, 0.653, "64.7 (64.1-65.3)"),
+    ],
+)
+def test_bounds_are_rounded_outwards_so_that_none_reads_as_certainty(correct, low, high, shown):
+    own = score(correct) | {"low": low, "high": high}
+    evaluated, _ = gathered(results(lengths={"8": own}))
+    assert rows_of(markdown_table(evaluated))["LoopLM-12 (Dynamic)"][1] == [shown]
+    assert shown.split()[1].replace("-", "--") in latex_table(evaluated)
+
+
+def test_seeds_that_agree_have_an_interval_and_the_footnote_says_which():
+    none_right = {c: score(0, 10_000, zero_shot=True) for c in COLUMNS}
+    evaluated, _ = gathered(*(results(seed=s, seed_columns=none_right) for s in range(5)))
+    table = markdown_table(evaluated)
+    assert rows_of(table)["LoopLM-12 (Dynamic), 5 seeds"][0][1::2] == ["0.0 (0.0-0.1)"] * 5
+    assert "training seeds 0-4" in table
+    assert "widened where the Wilson interval of all their problems together reaches" in table
+
+
+def test_halting_is_not_set_beside_a_published_number_scored_without():
+    [line], _ = gathered(results(halting=[0.9, 0.999]))
+    assert table_rows([line])[0].published == [None] * 5
+
+
+def test_only_strict_lengths_that_were_scored_have_a_column():
+    partly = results(lengths={"8": score(10, zero_shot=True), "9": score(5, zero_shot=True)})
+    evaluated, _ = gathered(partly)
+    headings = rows_of(markdown_table(evaluated))["System"]
+    assert headings[1] == ["8 digits"]
+    assert r"both operands exactly & 8 digits \\" in latex_table(evaluated)
+
+
+def test_own_problems_have_no_row():
+    own = results(lengths={"3": score(9, 10)}, seed_columns={}, problems="mine.txt", examples=10)
+    evaluated, _ = gathered(own, results())
+    assert [row.label for row in table_rows(evaluated)] == ["LoopLM-12 (Dynamic)"]
+    assert "mine.txt" not in markdown_table(evaluated)
+
+
+def test_names_are_escaped():
+    evaluated, _ = gathered(results("other", r"50% & a_b|c #1 \x {y} $z$"))
+    latex = latex_table(evaluated)
+    expected = r"50\% \& a\_b\textbar{}c \#1 \textbackslash{}x \{y\} \$z\$"
+    assert f"{expected} & 793,600 & 99.9 & -- &" in latex
+    assert r"a\_b\|c" in markdown_table(evaluated)
+
+
+def test_latex_rows_have_as_many_cells_as_the_heading():
+    evaluated, _ = gathered(results(), results("gpt12", "GPT-12L (Static)", None, None))
+    latex = latex_table(evaluated)
+    first, second = latex.split(r"\bottomrule")[:2]
+    for part, cells in ((first, 12), (second, 5)):
+        body = part.split(r"\midrule")[1].strip().splitlines()
+        assert len(body) == 4
+        assert all(row.count("&") == cells - 1 and row.endswith(r"\\") for row in body)
+
+
+@st.composite
+def scores(draw):
+    total = draw(st.integers(1, 10**6))
+    correct = draw(st.integers(0, total))
+    accuracy = correct / total
+    return score(correct, total, draw(st.booleans())) | {
+        "low": draw(st.floats(0, accuracy)),
+        "high": draw(st.floats(accuracy, 1)),
+    }
+
+
+@st.composite
+def valid_results(draw):
+    trained = draw(st.none() | st.integers(1, 100))
+    lengths = draw(st.dictionaries(st.integers(1, 1000).map(str), scores(), min_size=1, max_size=4))
+    columns = st.dictionaries(st.sampled_from([*COLUMNS, "another"]), scores(), max_size=3)
+    return results(
+        draw(st.sampled_from(["gpt12", "loop12", "x"])),
+        draw(st.text(min_size=1, max_size=12)),
+        trained,
+        trained and draw(st.integers(1, 100)),
+        draw(st.integers(0, 2)),
+        lengths=lengths,
+        seed_columns=draw(columns),
+        halting=draw(st.none() | st.just([0.9, 0.999])),
+        commit=draw(st.none() | st.text(min_size=1, max_size=8)),
+        problems=draw(st.sampled_from([None, None, None, "mine.txt"])),
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(valid_results(), min_size=1, max_size=5))
+def test_any_valid_results_give_tables_with_a_row_for_each_system(several):
+    evaluated, _ = gathered(*several)
+    shown = table_rows(evaluated)
+    assert len(shown) == sum(not line.first.problems for line in evaluated)
+    if shown:
+        table = markdown_table(evaluated)
+        by_column = table.split("\n\n")[1].split("\n")
+        assert len(by_column) == 2 + len(shown)
+        assert len({len(line) for line in by_column}) == 1
+        latex = latex_table(evaluated)
+        body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().split("\n")
+        assert len(body) == 2 * len(shown)
