@@ -1,3 +1,3 @@
 """Kernels for the transformers of `spak_jax`, each beside the plain `jnp` truth it must equal."""
 
-from pallas_kernels.reference import attention as attention
+from pallas_kernels.dispatch import attention as attention

@@ -6,11 +6,29 @@ import jax.numpy as jnp
 ROPE_BASE = 10_000.0
 
 
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding over the whole head, in halves (Su et al. 2021, RoFormer, eq. 34).
+def rope_tables(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the angles of rotary position embedding.
 
-    Channel i < head_dim / 2 and channel i + head_dim / 2 make a pair, turned by
-    `positions * ROPE_BASE ** (-2 i / head_dim)`.
+    Pair i of channels turns by `positions * ROPE_BASE ** (-2 i / head_dim)` (Su et al. 2021,
+    RoFormer, eq. 34).
+
+    Args:
+      positions: int `[..., length]`.
+      head_dim: even.
+
+    Returns:
+      Two float32 arrays `[..., length, head_dim / 2]`.
+    """
+    half = head_dim // 2
+    frequency = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding over the whole head, in halves.
+
+    Channel i < head_dim / 2 and channel i + head_dim / 2 make a pair.
 
     Args:
       x: `[batch, length, heads, head_dim]`, head_dim even.
@@ -20,12 +38,46 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
       As x, computed in float32.
     """
     half = x.shape[-1] // 2
-    frequency = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (table[..., None, :] for table in rope_tables(positions, x.shape[-1]))
     low, high = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1)
     return turned.astype(x.dtype)
+
+
+def mix(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit words in which each bit of x moves about half of the others.
+
+    Multiply and xor-shift, with the constants found by Wellons' search (hash-prospector, 2018,
+    "lowbias32").
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def dropout_bits(seed0, seed1, row, counter) -> jax.Array:
+    """The uint32 that decides about one probability.
+
+    `mix(mix(counter + mix(row ^ seed0)) ^ mix(row + seed1))`: a function of where the probability
+    stands, so that no mask is ever stored.
+
+    Args:
+      seed0, seed1: uint32 words drawn from the dropout key.
+      row: int32, `batch index * heads + head`.
+      counter: int32, `query index * length + key index`.
+    """
+    row, counter = row.astype(jnp.uint32), counter.astype(jnp.uint32)
+    return mix(mix(counter + mix(row ^ seed0)) ^ mix(row + seed1))
+
+
+def dropout_threshold(rate: float) -> int:
+    """Probabilities whose bits are below this are dropped: `rate * 2^32`, rounded."""
+    return min(round(rate * 2**32), 2**32 - 1)
+
+
+def dropout_seed(key: jax.Array) -> jax.Array:
+    """The two uint32 words that a PRNG key gives to `dropout_bits`."""
+    return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def attention(
@@ -33,28 +85,44 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    positions: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    ids: jax.Array | None,
+    bias_table: jax.Array | None,
+    windowed: bool,
+    clip: int | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    scale: float,
+    causal: bool,
 ) -> jax.Array:
-    """Causal attention scaled by `1 / sqrt(head_dim)`, softmax in float32.
-
-    Args:
-      q, k, v: `[batch, length, heads, head_dim]`.
-      positions: int `[length]` or `[batch, length]`: q and k are rotated by them; None does not.
-      dropout_rate: share of the probabilities set to zero, where `dropout_key` is given.
-      dropout_key: PRNG key.
-
-    Returns:
-      `[batch, length, heads, head_dim]` in the dtype of q.
-    """
+    """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments."""
     if positions is not None:
         q, k = rotate(q, positions), rotate(k, positions)
-    length, head_dim = q.shape[1], q.shape[3]
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    probabilities = jax.nn.softmax(jnp.where(causal, scores / head_dim**0.5, -jnp.inf))
+    batch, length, heads, _ = q.shape
+    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    place = jnp.arange(length)
+    counts = (place[:, None] >= place) if causal else jnp.ones((length, length), bool)
+    counts = counts[None, None]
+    pair = lambda values: (values[:, None, :, None], values[:, None, None, :])  # noqa: E731
+    if segment_ids is not None:
+        query, key = pair(segment_ids)
+        counts &= query == key
+    if ids is not None:
+        query, key = pair(ids)
+        both = (query != 0) & (key != 0)
+        if bias_table is not None:
+            index = jnp.where(both, jnp.clip(query - key, -clip, clip) + clip, 2 * clip + 1)
+            bias = bias_table.astype(jnp.float32)[:, index[:, 0]]
+            scores += jnp.moveaxis(bias, 0, 1)
+        if windowed:
+            counts &= ~both | (jnp.abs(query - key) <= clip)
+    # A query that sees no key at all gets zeros.
+    probabilities = jax.nn.softmax(jnp.where(counts, scores, -1e30)) * counts
     if dropout_key is not None and dropout_rate > 0:
-        kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, probabilities.shape)
+        row = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
+        counter = place[:, None] * length + place
+        bits = dropout_bits(*dropout_seed(dropout_key), row, counter)
+        kept = bits >= jnp.uint32(dropout_threshold(dropout_rate))
         probabilities = jnp.where(kept, probabilities / (1 - dropout_rate), 0)
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)

@@ -1,0 +1,383 @@
+"""Attention for long rows: one side of a row stays in a program, the other is streamed past it.
+
+The forward pass and the gradient of q hold a block of queries and stream blocks of keys; the
+gradients of k and v hold a block of keys and stream blocks of queries. The softmax is kept up to
+date as keys come (online softmax), so no row of scores is ever whole. Blocks above the diagonal are
+never read, and blocks that no mask cuts skip the masks. Each gradient is summed in one program, in
+one order: no atomics, the same bits on every run.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import tile
+from pallas_kernels.reference import dropout_bits, dropout_threshold
+from pallas_kernels.tile import LOG2_E, MASKED, Extras, Options, Side
+
+
+def forward(
+    q, k, v, extras: Extras, options: Options, *,
+    block_q: int, block_k: int, num_warps: int, num_stages: int, interpret: bool,
+):  # fmt: skip
+    """Output `[batch, length, heads, head_dim]` and log-sum-exp, float32 `[batch, heads, length]`.
+
+    The log-sum-exp is in units of log 2, and `MASKED` where a query sees no key. `block_q` and
+    `block_k`, queries and keys of a tile, are powers of two from 16.
+    """
+    batch, length, heads, _ = q.shape
+    rows = _rows_covered(options, block_q, block_k)
+    return pl.pallas_call(
+        functools.partial(
+            _forward_kernel, options=options, heads=heads, block_q=block_q, block_k=block_k
+        ),
+        grid=(pl.cdiv(length, block_q), heads, batch),
+        in_specs=[_row(rows, options)] * 3 + [_extras(rows, extras, options)],
+        out_specs=[_row(rows, options), _scalars(rows)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name="long_attention_forward",
+    )(q, k, v, extras)
+
+
+def backward(
+    q, k, v, extras: Extras, out, lse, d_out, options: Options, *,
+    block_q: int, block_k: int, num_warps: int, num_stages: int, interpret: bool,
+):  # fmt: skip
+    """Gradients of q, k and v, and of the bias table, float32 `[heads, entries]` or None.
+
+    out, lse: what `forward` returned. d_out: the gradient of out, in its dtype.
+    """
+    batch, length, heads, _ = q.shape
+    rows = _rows_covered(options, block_q, block_k)
+    # What the softmax's gradient takes from every pair of a query: float32 [batch, heads, length].
+    # A plain sum, since a matrix product of float32 may be rounded to tf32.
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    # A query without a key has masked scores only: any moderate value makes their weights 0.
+    lse = jnp.where(lse > MASKED / 2, lse, 0.0)
+    inputs = (q, k, v, extras, lse, delta, d_out)
+    in_specs = [_row(rows, options)] * 3 + [
+        _extras(rows, extras, options), _scalars(rows), _scalars(rows), _row(rows, options)
+    ]  # fmt: skip
+    sizes = {"options": options, "heads": heads, "block_q": block_q, "block_k": block_k}
+    common = {
+        "in_specs": in_specs,
+        "compiler_params": plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        "interpret": interpret,
+    }
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    blocks = pl.cdiv(length, block_q)
+    shapes, specs = [like(q)], [_row(rows, options)]
+    if extras.bias is not None:
+        entries = extras.bias.shape[1]
+        shapes.append(jax.ShapeDtypeStruct((batch, heads, blocks, entries), jnp.float32))
+        specs.append(
+            pl.BlockSpec(
+                (None, None, None, pl.next_power_of_2(entries)),
+                lambda i, h, b: (b, h, _from_last(i, options, block_q), 0),
+            )
+        )
+    d_q, *d_bias = pl.pallas_call(
+        functools.partial(_d_q_kernel, **sizes),
+        grid=(blocks, heads, batch),
+        out_specs=specs,
+        out_shape=shapes,
+        name="long_attention_d_q",
+        **common,
+    )(*inputs)
+    d_k, d_v = pl.pallas_call(
+        functools.partial(_d_kv_kernel, **sizes),
+        grid=(pl.cdiv(length, block_k), heads, batch),
+        out_specs=[_row(rows, options)] * 2,
+        out_shape=[like(k), like(v)],
+        name="long_attention_d_kv",
+        **common,
+    )(*inputs)
+    return d_q, d_k, d_v, (d_bias[0].sum((0, 2)) if d_bias else None)
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, extras, out_ref, lse_ref, *, options, heads, block_q, block_k
+):
+    start_q = _from_last(pl.program_id(0), options, block_q) * block_q
+    query = tile.load_side(q_ref, extras, start_q, block_q, options)
+    row = _row_index(heads)
+
+    def step(block, carry, masked):
+        out, largest, total = carry
+        key = tile.load_side(k_ref, extras, block * block_k, block_k, options)
+        value = _load_heads(v_ref, block * block_k, block_k, options)
+        scores = _scores(query, key, extras, options, masked=masked)
+        grown = jnp.maximum(largest, scores.max(axis=1))
+        shrink = jnp.exp2(largest - grown)
+        # Weights of 1 of a query that has seen no key yet: its first key shrinks them to 0.
+        weights = jnp.exp2(scores - grown[:, None])
+        total = total * shrink + weights.sum(axis=1)
+        kept = _dropout_scale(query, key, extras, row, options)
+        weights = weights if kept is None else weights * kept
+        out = out * shrink[:, None] + tile.dot(weights.astype(value.dtype), value)
+        return out, grown, total
+
+    carry = (
+        jnp.zeros((block_q, options.padded_head), jnp.float32),
+        jnp.full((block_q,), MASKED, jnp.float32),
+        jnp.zeros((block_q,), jnp.float32),
+    )
+    out, largest, total = _over_keys(step, carry, start_q, extras, options, block_q, block_k)
+    seen = largest > MASKED / 2
+    out *= jnp.where(seen, 1 / total, 0.0)[:, None]
+    tile.store_rows(out_ref, start_q, out, 0, options.head_dim, options)
+    plgpu.store(
+        lse_ref.at[pl.ds(start_q, block_q)],
+        jnp.where(seen, largest + jnp.log2(total), MASKED),
+        mask=query.index < options.length,
+    )
+
+
+def _d_q_kernel(
+    q_ref, k_ref, v_ref, extras, lse_ref, delta_ref, d_out_ref, d_q_ref, *d_bias_ref,
+    options, heads, block_q, block_k,
+):  # fmt: skip
+    start_q = _from_last(pl.program_id(0), options, block_q) * block_q
+    query = tile.load_side(q_ref, extras, start_q, block_q, options)
+    d_out = _load_heads(d_out_ref, start_q, block_q, options)
+    lse, delta = _load_scalars(lse_ref, delta_ref, query.index, start_q, options)
+    row = _row_index(heads)
+
+    def step(block, carry, masked):
+        d_low, d_high, *d_bias = carry
+        key = tile.load_side(k_ref, extras, block * block_k, block_k, options)
+        value = _load_heads(v_ref, block * block_k, block_k, options)
+        scores = _scores(query, key, extras, options, masked=masked)
+        weights = jnp.exp2(scores - lse[:, None])
+        d_weights = tile.dot(d_out, value, transpose_b=True)
+        kept = _dropout_scale(query, key, extras, row, options)
+        d_weights = d_weights if kept is None else d_weights * kept
+        d_scores = weights * (d_weights - delta[:, None])
+        if d_bias:
+            d_bias = [d_bias[0] + _bias_sums(d_scores, query, key, len(d_bias[0]), options)]
+        d_scores = d_scores.astype(value.dtype)
+        d_low += tile.dot(d_scores, key.low)
+        d_high += tile.dot(d_scores, key.high)
+        return d_low, d_high, *d_bias
+
+    half = jnp.zeros((block_q, options.padded_half), jnp.float32)
+    carry = (half, half)
+    if d_bias_ref:
+        carry += (jnp.zeros(d_bias_ref[0].shape, jnp.float32),)
+    d_low, d_high, *d_bias = _over_keys(step, carry, start_q, extras, options, block_q, block_k)
+    _store_turned_back(d_q_ref, start_q, d_low, d_high, query, options)
+    if d_bias_ref:
+        entry = jnp.arange(len(d_bias[0]))
+        plgpu.store(d_bias_ref[0].at[:], d_bias[0], mask=entry < 2 * options.clip + 2)
+
+
+def _d_kv_kernel(
+    q_ref, k_ref, v_ref, extras, lse_ref, delta_ref, d_out_ref, d_k_ref, d_v_ref, *,
+    options, heads, block_q, block_k,
+):  # fmt: skip
+    start_k = pl.program_id(0) * block_k
+    key = tile.load_side(k_ref, extras, start_k, block_k, options)
+    value = _load_heads(v_ref, start_k, block_k, options)
+    row = _row_index(heads)
+
+    # Tiles are `[keys, queries]` here: what multiplies d_out and the queries needs no transposing.
+    def step(block, carry, masked):
+        d_low, d_high, d_v = carry
+        start_q = block * block_q
+        query = tile.load_side(q_ref, extras, start_q, block_q, options)
+        d_out = _load_heads(d_out_ref, start_q, block_q, options)
+        lse, delta = _load_scalars(lse_ref, delta_ref, query.index, start_q, options)
+        scores = _scores(query, key, extras, options, masked=masked, keys_first=True)
+        weights = jnp.exp2(scores - lse[None, :])
+        d_weights = tile.dot(value, d_out, transpose_b=True)
+        kept = _dropout_scale(query, key, extras, row, options, keys_first=True)
+        dropped = weights
+        if kept is not None:
+            dropped, d_weights = weights * kept, d_weights * kept
+        d_v += tile.dot(dropped.astype(value.dtype), d_out)
+        d_scores = (weights * (d_weights - delta[None, :])).astype(value.dtype)
+        d_low += tile.dot(d_scores, query.low)
+        d_high += tile.dot(d_scores, query.high)
+        return d_low, d_high, d_v
+
+    half = jnp.zeros((block_k, options.padded_half), jnp.float32)
+    carry = (half, half, jnp.zeros((block_k, options.padded_head), jnp.float32))
+    d_low, d_high, d_v = _over_queries(step, carry, start_k, extras, options, block_q, block_k)
+    _store_turned_back(d_k_ref, start_k, d_low, d_high, key, options)
+    tile.store_rows(d_v_ref, start_k, d_v, 0, options.head_dim, options)
+
+
+def _over_keys(step, carry, start_q, extras, options, block_q, block_k):
+    """Carry after the blocks of keys that queries from `start_q` see: whole ones, then cut ones."""
+    if options.causal:
+        full = jax.lax.div(start_q + 1, block_k)
+        last = pl.cdiv(jnp.minimum(start_q + block_q, options.length), block_k)
+    else:
+        full, last = options.length // block_k, pl.cdiv(options.length, block_k)
+    if _cut_anywhere(extras, options):
+        full = 0
+    carry = _loop(functools.partial(step, masked=False), carry, 0, full)
+    return _loop(functools.partial(step, masked=True), carry, full, last)
+
+
+def _over_queries(step, carry, start_k, extras, options, block_q, block_k):
+    """Carry after the blocks of queries that see keys from `start_k`: cut ones, then whole ones.
+
+    The length cuts nothing here: what lies beyond it is in rows that are never stored, or has
+    weights of 0 (`_load_scalars`).
+    """
+    last = pl.cdiv(options.length, block_q)
+    first = full = 0
+    if options.causal:
+        first = jax.lax.div(start_k, block_q)
+        full = jnp.minimum(pl.cdiv(start_k + block_k - 1, block_q), last)
+    if _cut_anywhere(extras, options):
+        full = last
+    carry = _loop(functools.partial(step, masked=True), carry, first, full)
+    return _loop(functools.partial(step, masked=False), carry, full, last)
+
+
+def _loop(step, carry, first, end):
+    """`fori_loop`, left out where it is known to be empty when the kernel is compiled."""
+    if isinstance(first, int) and isinstance(end, int) and first >= end:
+        return carry
+    return jax.lax.fori_loop(first, end, step, carry)
+
+
+def _cut_anywhere(extras: Extras, options: Options) -> bool:
+    """Whether a mask may cut any block, not only those at the diagonal and at the end."""
+    return extras.segment_ids is not None or options.windowed
+
+
+def _from_last(i, options: Options, block_q: int):
+    """The block of queries of program `i`: the last first, since under the causal mask it sees the
+    most keys, and short programs fill the end of the launch better than long ones."""
+    return pl.cdiv(options.length, block_q) - 1 - i
+
+
+def _row_index(heads: int):
+    """`batch index * heads + head`, by which dropout tells rows apart."""
+    return pl.program_id(2) * heads + pl.program_id(1)
+
+
+def _pair(of_query, of_key, keys_first: bool):
+    """Two vectors, one value a query and one a key, that broadcast to a tile."""
+    if keys_first:
+        return of_query[None, :], of_key[:, None]
+    return of_query[:, None], of_key[None, :]
+
+
+def _scores(query: Side, key: Side, extras, options, *, masked: bool, keys_first=False):
+    """Scaled and biased scores in units of log 2: `[queries, keys]`, or `[keys, queries]`.
+
+    With `masked`, scores that do not count are `MASKED`; without, all are known to count.
+    """
+    rows, columns = (key, query) if keys_first else (query, key)
+    raw = tile.dot(rows.low, columns.low, transpose_b=True)
+    raw += tile.dot(rows.high, columns.high, transpose_b=True)
+    raw *= options.scale * LOG2_E
+    if query.ids is not None:
+        query_id, key_id = _pair(query.ids, key.ids, keys_first)
+        both = (query_id != 0) & (key_id != 0)
+        if extras.bias is not None:
+            entry = jnp.clip(query_id - key_id, -options.clip, options.clip) + options.clip
+            entry = jnp.where(both, entry, 2 * options.clip + 1)
+            raw += LOG2_E * plgpu.load(extras.bias.at[entry])
+    if not masked:
+        return raw
+    query_index, key_index = _pair(query.index, key.index, keys_first)
+    # Under the causal mask no query sees keys beyond the length anyway.
+    counts = (query_index >= key_index) if options.causal else (key_index < options.length)
+    if query.segment_ids is not None:
+        query_segment, key_segment = _pair(query.segment_ids, key.segment_ids, keys_first)
+        counts &= query_segment == key_segment
+    if options.windowed:
+        counts &= ~both | (jnp.abs(query_id - key_id) <= options.clip)
+    return jnp.where(counts, raw, MASKED)
+
+
+def _dropout_scale(query: Side, key: Side, extras, row, options, *, keys_first=False):
+    """0 where a probability is dropped, `1 / (1 - rate)` where it is kept; None without dropout."""
+    if options.rate == 0:
+        return None
+    query_index, key_index = _pair(query.index, key.index, keys_first)
+    counter = query_index * options.length + key_index
+    bits = dropout_bits(extras.seed[0], extras.seed[1], row, counter)
+    kept = bits >= jnp.uint32(dropout_threshold(options.rate))
+    return jnp.where(kept, 1 / (1 - options.rate), 0.0)
+
+
+def _bias_sums(d_scores, query: Side, key: Side, entries: int, options: Options):
+    """What a tile `[queries, keys]` adds to the gradient of each entry of the bias table."""
+    place = jnp.arange(entries)
+
+    def add(entry, sums):
+        one = tile.bias_gradient(d_scores, query, key, entry, options)
+        return jnp.where(place == entry, one, sums)
+
+    return jax.lax.fori_loop(0, 2 * options.clip + 2, add, jnp.zeros(entries, jnp.float32))
+
+
+def _load_heads(ref, start, rows: int, options: Options):
+    """`[rows, padded_head]` of v or d_out, zero beyond the real ones."""
+    return tile.load_rows(ref, start, rows, 0, options.padded_head, options.head_dim, options)
+
+
+def _load_scalars(lse_ref, delta_ref, index, start, options: Options):
+    """lse and delta of queries; beyond the length, an lse that makes all weights 0."""
+    inside, rows = index < options.length, pl.ds(start, len(index))
+    lse = plgpu.load(lse_ref.at[rows], mask=inside, other=-MASKED)
+    return lse, plgpu.load(delta_ref.at[rows], mask=inside, other=0.0)
+
+
+def _store_turned_back(ref, start, d_low, d_high, side: Side, options: Options) -> None:
+    """Stores the gradient of q or k: scaled, and turned back by the inverse of RoPE."""
+    d_low, d_high = d_low * options.scale, d_high * options.scale
+    if side.cos is not None:
+        d_low, d_high = tile.turn(d_low, d_high, side.cos, -side.sin, jnp.float32)
+    tile.store_rows(ref, start, d_low, 0, options.half, options)
+    tile.store_rows(ref, start, d_high, options.half, options.half, options)
+
+
+def _rows_covered(options: Options, block_q: int, block_k: int) -> int:
+    """Rows of a reference that whole blocks of both sides cover."""
+    block = max(block_q, block_k)
+    return pl.cdiv(options.length, block) * block
+
+
+def _row(rows: int, options: Options) -> pl.BlockSpec:
+    # The padded second half starts at the real half.
+    width = max(options.half + options.padded_half, options.padded_head)
+    return pl.BlockSpec((None, rows, None, width), lambda i, h, b: (b, 0, h, 0))
+
+
+def _scalars(rows: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, rows), lambda i, h, b: (b, h, 0))
+
+
+def _extras(rows: int, extras: Extras, options: Options) -> Extras:
+    per_token = pl.BlockSpec((None, rows), lambda i, h, b: (b, 0))
+    specs = {}
+    if extras.cos is not None:
+        shared = extras.cos.shape[0] == 1
+        table = pl.BlockSpec(
+            (None, rows, options.padded_half), lambda i, h, b: (0 if shared else b, 0, 0)
+        )
+        specs |= {"cos": table, "sin": table}
+    if extras.ids is not None:
+        specs["ids"] = per_token
+    if extras.segment_ids is not None:
+        specs["segment_ids"] = per_token
+    if extras.bias is not None:
+        specs["bias"] = pl.BlockSpec((None, extras.bias.shape[1]), lambda i, h, b: (h, 0))
+    if extras.seed is not None:
+        specs["seed"] = pl.BlockSpec((2,), lambda i, h, b: (0,))
+    return Extras(**specs)

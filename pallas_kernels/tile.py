@@ -1,0 +1,179 @@
+"""What one program computes on one tile, shared by every attention kernel here.
+
+A tile has some rows of queries and some of keys. Heads are read as two halves, the pairs that RoPE
+turns, so that no rotated query or key is ever written to memory. Sizes on the chip are powers of
+two; rows and channels beyond the real ones are masked. Scores are kept in units of log 2, since
+the chip's exponential has base 2.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.reference import dropout_bits, dropout_threshold
+
+LOG2_E = math.log2(math.e)
+# Finite, so that a row with no key at all makes no NaN.
+MASKED = -1e30
+# The narrowest side of a matrix product on the tensor cores.
+NARROWEST = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is fixed when a kernel is compiled.
+
+    length, head_dim: the real sizes. scale: of the scores. causal: whether keys after the query are
+    masked. rate: of dropout, 0 for none. clip: of the difference of ids, for bias and window; None
+    where there are no ids. windowed: whether keys beyond the clip are masked.
+    """
+
+    length: int
+    head_dim: int
+    scale: float
+    causal: bool
+    rate: float
+    clip: int | None
+    windowed: bool
+
+    @property
+    def half(self) -> int:
+        return self.head_dim // 2
+
+    @property
+    def padded_half(self) -> int:
+        return max(NARROWEST, pl.next_power_of_2(self.half))
+
+    @property
+    def padded_head(self) -> int:
+        return 2 * self.padded_half
+
+
+class Extras(NamedTuple):
+    """Inputs beside q, k and v; None for what a call does not use.
+
+    cos, sin: float32 `[1 or batch, length, head_dim / 2]`. ids, segment_ids: int32
+    `[batch, length]`. bias: float32 `[heads, 2 * clip + 2]`. seed: uint32 `[2]`.
+    """
+
+    cos: Any = None
+    sin: Any = None
+    ids: Any = None
+    segment_ids: Any = None
+    bias: Any = None
+    seed: Any = None
+
+
+class Side(NamedTuple):
+    """Rows of queries or of keys: their two halves, turned, and what masks and biases need."""
+
+    low: jax.Array
+    high: jax.Array
+    index: jax.Array
+    cos: jax.Array | None
+    sin: jax.Array | None
+    ids: jax.Array | None
+    segment_ids: jax.Array | None
+
+
+def load_rows(ref, start, rows: int, column: int, columns: int, real: int, options: Options):
+    """`[rows, columns]` from row `start` and column `column`, zero beyond the real ones."""
+    inside = (start + jnp.arange(rows) < options.length)[:, None]
+    inside &= (jnp.arange(columns) < real)[None, :]
+    return plgpu.load(ref.at[pl.ds(start, rows), pl.ds(column, columns)], mask=inside, other=0)
+
+
+def store_rows(ref, start, value, column: int, real: int, options: Options) -> None:
+    """The reverse of `load_rows`, in the dtype of `ref`."""
+    rows, columns = value.shape
+    inside = (start + jnp.arange(rows) < options.length)[:, None]
+    inside &= (jnp.arange(columns) < real)[None, :]
+    target = ref.at[pl.ds(start, rows), pl.ds(column, columns)]
+    plgpu.store(target, value.astype(ref.dtype), mask=inside)
+
+
+def load_side(ref, extras: Extras, start, rows: int, options: Options) -> Side:
+    """Rows of q or k from `[length, head_dim]`, turned by RoPE where there are tables for it."""
+    half, padded = options.half, options.padded_half
+    low = load_rows(ref, start, rows, 0, padded, half, options)
+    high = load_rows(ref, start, rows, half, padded, half, options)
+    cos = sin = None
+    if extras.cos is not None:
+        cos = load_rows(extras.cos, start, rows, 0, padded, half, options)
+        sin = load_rows(extras.sin, start, rows, 0, padded, half, options)
+        low, high = turn(low, high, cos, sin, low.dtype)
+    per_token = lambda source: (  # noqa: E731
+        None
+        if source is None
+        else plgpu.load(
+            source.at[pl.ds(start, rows)],
+            mask=start + jnp.arange(rows) < options.length,
+            other=0,
+        )
+    )
+    return Side(
+        low,
+        high,
+        start + jnp.arange(rows),
+        cos,
+        sin,
+        per_token(extras.ids),
+        per_token(extras.segment_ids),
+    )
+
+
+def turn(low, high, cos, sin, dtype):
+    """RoPE on two halves, in float32; with `-sin` its inverse, which is also its transpose."""
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    return (low * cos - high * sin).astype(dtype), (low * sin + high * cos).astype(dtype)
+
+
+def dot(a: jax.Array, b: jax.Array, *, transpose_a=False, transpose_b=False) -> jax.Array:
+    """A matrix product accumulated in float32; float32 operands are not rounded to tf32."""
+    full = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    a, b = (a.T if transpose_a else a), (b.T if transpose_b else b)
+    return jax.lax.dot(a, b, precision=full, preferred_element_type=jnp.float32)
+
+
+def bias_index(query: Side, key: Side, clip: int) -> jax.Array:
+    """Which entry of the bias table each pair takes: the clipped difference, or the last."""
+    difference = jnp.clip(query.ids[:, None] - key.ids[None, :], -clip, clip) + clip
+    both = (query.ids != 0)[:, None] & (key.ids != 0)[None, :]
+    return jnp.where(both, difference, 2 * clip + 1)
+
+
+def scores(query: Side, key: Side, extras: Extras, options: Options):
+    """Scaled and biased scores in units of log 2, and which of them count: `[queries, keys]`."""
+    raw = dot(query.low, key.low, transpose_b=True) + dot(query.high, key.high, transpose_b=True)
+    raw *= options.scale * LOG2_E
+    counts = (query.index < options.length)[:, None] & (key.index < options.length)[None, :]
+    if options.causal:
+        counts &= query.index[:, None] >= key.index[None, :]
+    if query.segment_ids is not None:
+        counts &= query.segment_ids[:, None] == key.segment_ids[None, :]
+    if extras.bias is not None:
+        raw += LOG2_E * plgpu.load(extras.bias.at[bias_index(query, key, options.clip)])
+    if options.windowed:
+        near = jnp.abs(query.ids[:, None] - key.ids[None, :]) <= options.clip
+        counts &= near | (query.ids == 0)[:, None] | (key.ids == 0)[None, :]
+    return jnp.where(counts, raw, MASKED), counts
+
+
+def dropout_scale(query: Side, key: Side, extras: Extras, row, options: Options):
+    """0 where a probability is dropped, `1 / (1 - rate)` where it is kept; None without dropout."""
+    if options.rate == 0:
+        return None
+    counter = query.index[:, None] * options.length + key.index[None, :]
+    bits = dropout_bits(extras.seed[0], extras.seed[1], row, counter)
+    kept = bits >= jnp.uint32(dropout_threshold(options.rate))
+    return jnp.where(kept, 1 / (1 - options.rate), 0.0)
+
+
+def bias_gradient(d_scores, query: Side, key: Side, entry, options: Options):
+    """The sum of the scores' gradient over the pairs that take one entry of the bias table."""
+    return jnp.where(bias_index(query, key, options.clip) == entry, d_scores, 0.0).sum()
