@@ -117,7 +117,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: Seed = 0
-    # Steps run by one compiled call, between two looks at the loss.
+    # The most steps that one compiled call runs, between two looks at the loss.
     steps_per_call: Positive = 100
     checkpoint_every: Positive = 1_000
 

@@ -40,7 +40,7 @@ HALT_BEFORE_EQUALS, HALT_FROM_EQUALS = 0.90, 0.999
 
 ROWS_PER_CALL = 512
 # Rows are filled up to a multiple of this, so that many lengths share one compiled program.
-LENGTH_STEP = 32
+LENGTH_STEP = 16
 # The seed's columns split one draw; 10 times as many problems leave each about enough.
 SEED_COLUMNS_FACTOR = 10
 CURVE_POINTS = 400

@@ -31,6 +31,8 @@ from spak_jax.config import Config, Train, first_difference, read_config
 
 DEFAULT_CONFIG = Path("configs/quickstart.toml")
 VALIDATION_BATCHES = 8
+# A compiled call that takes longer leaves its user without news.
+SECONDS_PER_CALL = 2.0
 
 
 class TrainState(NamedTuple):
@@ -195,15 +197,16 @@ def train(config: Config, run_path: Path) -> TrainState:
     )
 
     learning_rate = schedule(config.train)
-    step, printed = int(state.step), time.monotonic()
+    step, printed, pace = int(state.step), time.monotonic(), 1
     with progress_bar(config.name) as progress:
         task = progress.add_task("", total=config.train.steps, completed=step, status="")
         while step < config.train.steps:
-            target = _next_stop(step, config.train)
+            target = _next_stop(step, pace, config.train)
             started = time.monotonic()
             state, losses = run_steps(state, supply, jnp.int32(target - step))
             losses = jax.device_get(losses)[: target - step].tolist()
             seconds = (time.monotonic() - started) / len(losses)
+            pace = max(1, min(int(SECONDS_PER_CALL / seconds), config.train.steps_per_call))
             for i, value in enumerate(losses):
                 _require_finite("loss", value, step + i + 1, run_path)
             line = {
@@ -268,10 +271,10 @@ def main() -> None:
     console.print(f"results: {run_path / checkpoint.RESULTS}")
 
 
-def _next_stop(step: int, train: Train) -> int:
-    """Where the compiled call that starts after `step` ends: at a checkpoint, or when full."""
+def _next_stop(step: int, pace: int, train: Train) -> int:
+    """Where the compiled call that starts after `step` ends, at a checkpoint if one is due."""
     due = (step // train.checkpoint_every + 1) * train.checkpoint_every
-    return min(step + train.steps_per_call, due, train.steps)
+    return min(step + pace, due, train.steps)
 
 
 def _require_finite(name: str, value: float, step: int, run_path: Path) -> None:
@@ -299,10 +302,13 @@ def _restored_state(config: Config, run_path: Path, like: TrainState) -> TrainSt
         )
     if restored.optimizer is None:
         raise InputError(f"{run_path} holds imported weights without an optimizer: it cannot go on")
+    try:
+        weights = checkpoint.from_named(like.weights, restored.weights)
+        optimizer_state = checkpoint.from_named(like.optimizer, restored.optimizer)
+    except ValueError as error:
+        raise InputError(f"the checkpoint of step {restored.step} in {run_path}: {error}") from None
     return TrainState(
-        jax.device_put(checkpoint.from_named(like.weights, restored.weights)),
-        jax.device_put(checkpoint.from_named(like.optimizer, restored.optimizer)),
-        jnp.int32(restored.step),
+        jax.device_put(weights), jax.device_put(optimizer_state), jnp.int32(restored.step)
     )
 
 

@@ -225,7 +225,8 @@ def test_the_command_line(half_trained, tmp_path):
     results = json.loads(out.read_text())
     assert list(results["lengths"]) == ["1", "8"] and results["lengths"]["8"]["total"] == 30
     assert results["loops"] == 4 and results["halting"] == [0.9, 0.999]
-    assert results["training"]["step"] == [110, 220]
+    assert results["training"]["validation_step"] == [110, 220]
+    assert results["training"]["step"][-1] == 220
 
     result = run_program(
         "spak_jax.evaluate", half_trained, "--problems", "-", "--json", out, input="1+2\n99+1=100\n"

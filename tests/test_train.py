@@ -112,9 +112,11 @@ def test_a_step_is_the_plain_recipe(tiny):
 
 def test_a_training_learns_and_leaves_metrics(half_trained):
     lines = [json.loads(line) for line in (half_trained / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines] == [110, 220]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)) and {110, 220} <= set(steps)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
-    assert all(line["validation_loss"] > 0 and line["seconds_per_step"] > 0 for line in lines)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [110, 220]
+    assert all(line["seconds_per_step"] > 0 for line in lines)
 
 
 def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch):
@@ -137,8 +139,9 @@ def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch):
     assert checkpoint.steps_in(tmp_path / "stopped") == [0, 4]
     training.train(tiny, tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    steps = lambda run: [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]  # noqa: E731
-    assert steps(tmp_path / "stopped") == steps(tmp_path / "whole") == [4, 8, 12]
+    # Calls may end elsewhere, but no step is told twice and no checkpoint's line is missing.
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stopped/metrics.jsonl").open()]
+    assert steps == sorted(set(steps)) and {4, 8, 12} <= set(steps)
 
 
 def test_seeds_differ_and_repeat(tiny, tmp_path):
