@@ -15,8 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tile
-from pallas_kernels.reference import dropout_bits, dropout_threshold
-from pallas_kernels.tile import LOG2_E, MASKED, Extras, Options, Side
+from pallas_kernels.tile import MASKED, Extras, Options, Side
 
 
 def forward(
@@ -114,13 +113,13 @@ def _forward_kernel(
         out, largest, total = carry
         key = tile.load_side(k_ref, extras, block * block_k, block_k, options)
         value = _load_heads(v_ref, block * block_k, block_k, options)
-        scores = _scores(query, key, extras, options, masked=masked)
+        scores = tile.scores(query, key, extras, options, masked=masked)
         grown = jnp.maximum(largest, scores.max(axis=1))
         shrink = jnp.exp2(largest - grown)
         # Weights of 1 of a query that has seen no key yet: its first key shrinks them to 0.
         weights = jnp.exp2(scores - grown[:, None])
         total = total * shrink + weights.sum(axis=1)
-        kept = _dropout_scale(query, key, extras, row, options)
+        kept = tile.dropout_scale(query, key, extras, row, options)
         weights = weights if kept is None else weights * kept
         out = out * shrink[:, None] + tile.dot(weights.astype(value.dtype), value)
         return out, grown, total
@@ -155,10 +154,10 @@ def _d_q_kernel(
         d_low, d_high, *d_bias = carry
         key = tile.load_side(k_ref, extras, block * block_k, block_k, options)
         value = _load_heads(v_ref, block * block_k, block_k, options)
-        scores = _scores(query, key, extras, options, masked=masked)
+        scores = tile.scores(query, key, extras, options, masked=masked)
         weights = jnp.exp2(scores - lse[:, None])
         d_weights = tile.dot(d_out, value, transpose_b=True)
-        kept = _dropout_scale(query, key, extras, row, options)
+        kept = tile.dropout_scale(query, key, extras, row, options)
         d_weights = d_weights if kept is None else d_weights * kept
         d_scores = weights * (d_weights - delta[:, None])
         if d_bias:
@@ -195,10 +194,10 @@ def _d_kv_kernel(
         query = tile.load_side(q_ref, extras, start_q, block_q, options)
         d_out = _load_heads(d_out_ref, start_q, block_q, options)
         lse, delta = _load_scalars(lse_ref, delta_ref, query.index, start_q, options)
-        scores = _scores(query, key, extras, options, masked=masked, keys_first=True)
+        scores = tile.scores(query, key, extras, options, masked=masked, keys_first=True)
         weights = jnp.exp2(scores - lse[None, :])
         d_weights = tile.dot(value, d_out, transpose_b=True)
-        kept = _dropout_scale(query, key, extras, row, options, keys_first=True)
+        kept = tile.dropout_scale(query, key, extras, row, options, keys_first=True)
         dropped = weights
         if kept is not None:
             dropped, d_weights = weights * kept, d_weights * kept
@@ -266,53 +265,6 @@ def _from_last(i, options: Options, block_q: int):
 def _row_index(heads: int):
     """`batch index * heads + head`, by which dropout tells rows apart."""
     return pl.program_id(2) * heads + pl.program_id(1)
-
-
-def _pair(of_query, of_key, keys_first: bool):
-    """Two vectors, one value a query and one a key, that broadcast to a tile."""
-    if keys_first:
-        return of_query[None, :], of_key[:, None]
-    return of_query[:, None], of_key[None, :]
-
-
-def _scores(query: Side, key: Side, extras, options, *, masked: bool, keys_first=False):
-    """Scaled and biased scores in units of log 2: `[queries, keys]`, or `[keys, queries]`.
-
-    With `masked`, scores that do not count are `MASKED`; without, all are known to count.
-    """
-    rows, columns = (key, query) if keys_first else (query, key)
-    raw = tile.dot(rows.low, columns.low, transpose_b=True)
-    raw += tile.dot(rows.high, columns.high, transpose_b=True)
-    raw *= options.scale * LOG2_E
-    if query.ids is not None:
-        query_id, key_id = _pair(query.ids, key.ids, keys_first)
-        both = (query_id != 0) & (key_id != 0)
-        if extras.bias is not None:
-            entry = jnp.clip(query_id - key_id, -options.clip, options.clip) + options.clip
-            entry = jnp.where(both, entry, 2 * options.clip + 1)
-            raw += LOG2_E * plgpu.load(extras.bias.at[entry])
-    if not masked:
-        return raw
-    query_index, key_index = _pair(query.index, key.index, keys_first)
-    # Under the causal mask no query sees keys beyond the length anyway.
-    counts = (query_index >= key_index) if options.causal else (key_index < options.length)
-    if query.segment_ids is not None:
-        query_segment, key_segment = _pair(query.segment_ids, key.segment_ids, keys_first)
-        counts &= query_segment == key_segment
-    if options.windowed:
-        counts &= ~both | (jnp.abs(query_id - key_id) <= options.clip)
-    return jnp.where(counts, raw, MASKED)
-
-
-def _dropout_scale(query: Side, key: Side, extras, row, options, *, keys_first=False):
-    """0 where a probability is dropped, `1 / (1 - rate)` where it is kept; None without dropout."""
-    if options.rate == 0:
-        return None
-    query_index, key_index = _pair(query.index, key.index, keys_first)
-    counter = query_index * options.length + key_index
-    bits = dropout_bits(extras.seed[0], extras.seed[1], row, counter)
-    kept = bits >= jnp.uint32(dropout_threshold(options.rate))
-    return jnp.where(kept, 1 / (1 - options.rate), 0.0)
 
 
 def _bias_sums(d_scores, query: Side, key: Side, entries: int, options: Options):

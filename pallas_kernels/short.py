@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tile
-from pallas_kernels.tile import NARROWEST, Extras, Options
+from pallas_kernels.tile import MASKED, NARROWEST, Extras, Options
 
 
 def forward(q, k, v, extras: Extras, options: Options, *, num_warps: int, interpret: bool):
@@ -65,9 +65,9 @@ def rows_held(length: int) -> int:
 
 def _forward_kernel(q_ref, k_ref, v_ref, extras, out_ref, lse_ref, *, options, heads):
     query, key, value = _load(q_ref, k_ref, v_ref, extras, options)
-    scores, counts = tile.scores(query, key, extras, options)
+    scores = tile.scores(query, key, extras, options, masked=True)
     largest = scores.max(axis=1)
-    weights = jnp.where(counts, jnp.exp2(scores - largest[:, None]), 0.0)
+    weights = jnp.where(scores > MASKED / 2, jnp.exp2(scores - largest[:, None]), 0.0)
     total = weights.sum(axis=1)
     total = jnp.where(total == 0, 1.0, total)
     row = pl.program_id(0) * heads + pl.program_id(1)
@@ -90,8 +90,8 @@ def _backward_kernel(
     rows, dtype = len(query.index), value.dtype
     d_out = tile.load_rows(d_out_ref, 0, rows, 0, options.padded_head, options.head_dim, options)
     lse = plgpu.load(lse_ref.at[pl.ds(0, rows)], mask=query.index < options.length, other=0.0)
-    scores, counts = tile.scores(query, key, extras, options)
-    weights = jnp.where(counts, jnp.exp2(scores - lse[:, None]), 0.0)
+    scores = tile.scores(query, key, extras, options, masked=True)
+    weights = jnp.where(scores > MASKED / 2, jnp.exp2(scores - lse[:, None]), 0.0)
     d_weights = tile.dot(d_out, value, transpose_b=True)
     row = pl.program_id(0) * heads + pl.program_id(1)
     kept = tile.dropout_scale(query, key, extras, row, options)

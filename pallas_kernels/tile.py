@@ -140,35 +140,53 @@ def dot(a: jax.Array, b: jax.Array, *, transpose_a=False, transpose_b=False) -> 
     return jax.lax.dot(a, b, precision=full, preferred_element_type=jnp.float32)
 
 
-def bias_index(query: Side, key: Side, clip: int) -> jax.Array:
+def pair(of_query, of_key, keys_first: bool):
+    """Two vectors, one value a query and one a key, that broadcast to a tile."""
+    if keys_first:
+        return of_query[None, :], of_key[:, None]
+    return of_query[:, None], of_key[None, :]
+
+
+def bias_index(query: Side, key: Side, clip: int, keys_first=False) -> jax.Array:
     """Which entry of the bias table each pair takes: the clipped difference, or the last."""
-    difference = jnp.clip(query.ids[:, None] - key.ids[None, :], -clip, clip) + clip
-    both = (query.ids != 0)[:, None] & (key.ids != 0)[None, :]
-    return jnp.where(both, difference, 2 * clip + 1)
+    query_id, key_id = pair(query.ids, key.ids, keys_first)
+    difference = jnp.clip(query_id - key_id, -clip, clip) + clip
+    return jnp.where((query_id != 0) & (key_id != 0), difference, 2 * clip + 1)
 
 
-def scores(query: Side, key: Side, extras: Extras, options: Options):
-    """Scaled and biased scores in units of log 2, and which of them count: `[queries, keys]`."""
-    raw = dot(query.low, key.low, transpose_b=True) + dot(query.high, key.high, transpose_b=True)
+def scores(query: Side, key: Side, extras: Extras, options: Options, *, masked, keys_first=False):
+    """Scaled and biased scores in units of log 2: `[queries, keys]`, or `[keys, queries]`.
+
+    With `masked`, scores that do not count are `MASKED`; without, all are known to count.
+    """
+    rows, columns = (key, query) if keys_first else (query, key)
+    raw = dot(rows.low, columns.low, transpose_b=True)
+    raw += dot(rows.high, columns.high, transpose_b=True)
     raw *= options.scale * LOG2_E
-    counts = (query.index < options.length)[:, None] & (key.index < options.length)[None, :]
-    if options.causal:
-        counts &= query.index[:, None] >= key.index[None, :]
-    if query.segment_ids is not None:
-        counts &= query.segment_ids[:, None] == key.segment_ids[None, :]
     if extras.bias is not None:
-        raw += LOG2_E * plgpu.load(extras.bias.at[bias_index(query, key, options.clip)])
+        entry = bias_index(query, key, options.clip, keys_first)
+        raw += LOG2_E * plgpu.load(extras.bias.at[entry])
+    if not masked:
+        return raw
+    query_index, key_index = pair(query.index, key.index, keys_first)
+    # Under the causal mask no query sees keys beyond the length anyway.
+    counts = (query_index >= key_index) if options.causal else (key_index < options.length)
+    if query.segment_ids is not None:
+        query_segment, key_segment = pair(query.segment_ids, key.segment_ids, keys_first)
+        counts &= query_segment == key_segment
     if options.windowed:
-        near = jnp.abs(query.ids[:, None] - key.ids[None, :]) <= options.clip
-        counts &= near | (query.ids == 0)[:, None] | (key.ids == 0)[None, :]
-    return jnp.where(counts, raw, MASKED), counts
+        query_id, key_id = pair(query.ids, key.ids, keys_first)
+        near = jnp.abs(query_id - key_id) <= options.clip
+        counts &= near | (query_id == 0) | (key_id == 0)
+    return jnp.where(counts, raw, MASKED)
 
 
-def dropout_scale(query: Side, key: Side, extras: Extras, row, options: Options):
+def dropout_scale(query: Side, key: Side, extras: Extras, row, options, *, keys_first=False):
     """0 where a probability is dropped, `1 / (1 - rate)` where it is kept; None without dropout."""
     if options.rate == 0:
         return None
-    counter = query.index[:, None] * options.length + key.index[None, :]
+    query_index, key_index = pair(query.index, key.index, keys_first)
+    counter = query_index * options.length + key_index
     bits = dropout_bits(extras.seed[0], extras.seed[1], row, counter)
     kept = bits >= jnp.uint32(dropout_threshold(options.rate))
     return jnp.where(kept, 1 / (1 - options.rate), 0.0)
