@@ -192,13 +192,15 @@ class Scorer:
         count, digits = problems.a.shape
         length = -(-addition.text_length(digits) // LENGTH_STEP) * LENGTH_STEP
         outcomes = []
-        for start in range(0, count, ROWS_PER_CALL):
+        # A power of two, so that few programs serve all counts.
+        rows = min(ROWS_PER_CALL, 1 << (count - 1).bit_length())
+        for start in range(0, count, rows):
             # The last call is filled up with its first problem, so that one program serves all.
-            index = np.arange(start, start + ROWS_PER_CALL)
+            index = np.arange(start, start + rows)
             index = np.where(index < count, index, start)
             batch = _problem_rows(Problems(*(array[index] for array in problems)), length)
             outcomes.append(self._rows(self._weights, batch))
-            advance(min(ROWS_PER_CALL, count - start))
+            advance(min(rows, count - start))
         correct, steps = (np.concatenate(parts)[:count] for parts in zip(*outcomes, strict=True))
         return Outcome(correct, steps)
 
