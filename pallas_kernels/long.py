@@ -34,8 +34,8 @@ def forward(
             _forward_kernel, options=options, heads=heads, block_q=block_q, block_k=block_k
         ),
         grid=(pl.cdiv(length, block_q), heads, batch),
-        in_specs=[_row(rows, options)] * 3 + [_extras(rows, extras, options)],
-        out_specs=[_row(rows, options), _scalars(rows)],
+        in_specs=[tile.heads_spec(rows, options)] * 3 + [tile.extras_specs(rows, extras, options)],
+        out_specs=[tile.heads_spec(rows, options), tile.scalars_spec(rows)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
@@ -62,8 +62,9 @@ def backward(
     # A query without a key has masked scores only: any moderate value makes their weights 0.
     lse = jnp.where(lse > MASKED / 2, lse, 0.0)
     inputs = (q, k, v, extras, lse, delta, d_out)
-    in_specs = [_row(rows, options)] * 3 + [
-        _extras(rows, extras, options), _scalars(rows), _scalars(rows), _row(rows, options)
+    in_specs = [tile.heads_spec(rows, options)] * 3 + [
+        tile.extras_specs(rows, extras, options), tile.scalars_spec(rows),
+        tile.scalars_spec(rows), tile.heads_spec(rows, options)
     ]  # fmt: skip
     sizes = {"options": options, "heads": heads, "block_q": block_q, "block_k": block_k}
     common = {
@@ -73,7 +74,7 @@ def backward(
     }
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
     blocks = pl.cdiv(length, block_q)
-    shapes, specs = [like(q)], [_row(rows, options)]
+    shapes, specs = [like(q)], [tile.heads_spec(rows, options)]
     if extras.bias is not None:
         entries = extras.bias.shape[1]
         shapes.append(jax.ShapeDtypeStruct((batch, heads, blocks, entries), jnp.float32))
@@ -94,7 +95,7 @@ def backward(
     d_k, d_v = pl.pallas_call(
         functools.partial(_d_kv_kernel, **sizes),
         grid=(pl.cdiv(length, block_k), heads, batch),
-        out_specs=[_row(rows, options)] * 2,
+        out_specs=[tile.heads_spec(rows, options)] * 2,
         out_shape=[like(k), like(v)],
         name="long_attention_d_kv",
         **common,
@@ -303,33 +304,3 @@ def _rows_covered(options: Options, block_q: int, block_k: int) -> int:
     """Rows of a reference that whole blocks of both sides cover."""
     block = max(block_q, block_k)
     return pl.cdiv(options.length, block) * block
-
-
-def _row(rows: int, options: Options) -> pl.BlockSpec:
-    # The padded second half starts at the real half.
-    width = max(options.half + options.padded_half, options.padded_head)
-    return pl.BlockSpec((None, rows, None, width), lambda i, h, b: (b, 0, h, 0))
-
-
-def _scalars(rows: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, rows), lambda i, h, b: (b, h, 0))
-
-
-def _extras(rows: int, extras: Extras, options: Options) -> Extras:
-    per_token = pl.BlockSpec((None, rows), lambda i, h, b: (b, 0))
-    specs = {}
-    if extras.cos is not None:
-        shared = extras.cos.shape[0] == 1
-        table = pl.BlockSpec(
-            (None, rows, options.padded_half), lambda i, h, b: (0 if shared else b, 0, 0)
-        )
-        specs |= {"cos": table, "sin": table}
-    if extras.ids is not None:
-        specs["ids"] = per_token
-    if extras.segment_ids is not None:
-        specs["segment_ids"] = per_token
-    if extras.bias is not None:
-        specs["bias"] = pl.BlockSpec((None, extras.bias.shape[1]), lambda i, h, b: (h, 0))
-    if extras.seed is not None:
-        specs["seed"] = pl.BlockSpec((2,), lambda i, h, b: (0,))
-    return Extras(**specs)

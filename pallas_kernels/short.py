@@ -20,11 +20,12 @@ def forward(q, k, v, extras: Extras, options: Options, *, num_warps: int, interp
     The log-sum-exp is in units of log 2.
     """
     batch, length, heads, _ = q.shape
+    rows = rows_held(length)
     return pl.pallas_call(
         lambda *refs: _forward_kernel(*refs, options=options, heads=heads),
-        grid=(batch, heads),
-        in_specs=[_row(options)] * 3 + [_extras(extras, options)],
-        out_specs=[_row(options), _lse(options)],
+        grid=(heads, batch),
+        in_specs=[tile.heads_spec(rows, options)] * 3 + [tile.extras_specs(rows, extras, options)],
+        out_specs=[tile.heads_spec(rows, options), tile.scalars_spec(rows)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
@@ -37,18 +38,24 @@ def forward(q, k, v, extras: Extras, options: Options, *, num_warps: int, interp
 
 def backward(q, k, v, extras, lse, d_out, options: Options, *, num_warps: int, interpret: bool):
     """Gradients of q, k and v, and of the bias table `[heads, entries]` or None."""
-    batch, _, heads, _ = q.shape
+    batch, length, heads, _ = q.shape
+    rows = rows_held(length)
     entries = 0 if extras.bias is None else extras.bias.shape[1]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    specs = [_row(options)] * 3
+    specs = [tile.heads_spec(rows, options)] * 3
     if entries:
         # One sum a row and head, added up outside: no atomics, the same bits on every run.
         shapes.append(jax.ShapeDtypeStruct((batch, heads, entries), jnp.float32))
-        specs.append(pl.BlockSpec((None, None, entries), lambda b, h: (b, h, 0)))
+        specs.append(pl.BlockSpec((None, None, entries), lambda h, b: (b, h, 0)))
     d_q, d_k, d_v, *d_bias = pl.pallas_call(
         lambda *refs: _backward_kernel(*refs, options=options, heads=heads),
-        grid=(batch, heads),
-        in_specs=[_row(options)] * 3 + [_extras(extras, options), _lse(options), _row(options)],
+        grid=(heads, batch),
+        in_specs=[tile.heads_spec(rows, options)] * 3
+        + [
+            tile.extras_specs(rows, extras, options),
+            tile.scalars_spec(rows),
+            tile.heads_spec(rows, options),
+        ],
         out_specs=specs,
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
@@ -70,7 +77,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, out_ref, lse_ref, *, options, h
     weights = jnp.where(scores > MASKED / 2, jnp.exp2(scores - largest[:, None]), 0.0)
     total = weights.sum(axis=1)
     total = jnp.where(total == 0, 1.0, total)
-    row = pl.program_id(0) * heads + pl.program_id(1)
+    row = pl.program_id(1) * heads + pl.program_id(0)
     kept = tile.dropout_scale(query, key, extras, row, options)
     weights = weights if kept is None else weights * kept
     out = tile.dot(weights.astype(value.dtype), value) / total[:, None]
@@ -93,7 +100,7 @@ def _backward_kernel(
     scores = tile.scores(query, key, extras, options, masked=True)
     weights = jnp.where(scores > MASKED / 2, jnp.exp2(scores - lse[:, None]), 0.0)
     d_weights = tile.dot(d_out, value, transpose_b=True)
-    row = pl.program_id(0) * heads + pl.program_id(1)
+    row = pl.program_id(1) * heads + pl.program_id(0)
     kept = tile.dropout_scale(query, key, extras, row, options)
     dropped = weights
     if kept is not None:
@@ -123,35 +130,3 @@ def _load(q_ref, k_ref, v_ref, extras, options):
     key = tile.load_side(k_ref, extras, 0, rows, options)
     value = tile.load_rows(v_ref, 0, rows, 0, options.padded_head, options.head_dim, options)
     return query, key, value
-
-
-def _row(options: Options) -> pl.BlockSpec:
-    # Wide enough for the padded second half, which starts at the real half.
-    width = options.half + options.padded_half
-    block = (None, rows_held(options.length), None, max(width, options.padded_head))
-    return pl.BlockSpec(block, lambda b, h: (b, 0, h, 0))
-
-
-def _lse(options: Options) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, rows_held(options.length)), lambda b, h: (b, h, 0))
-
-
-def _extras(extras: Extras, options: Options) -> Extras:
-    rows = rows_held(options.length)
-    per_token = pl.BlockSpec((None, rows), lambda b, h: (b, 0))
-    specs = {}
-    if extras.cos is not None:
-        shared = extras.cos.shape[0] == 1
-        table = pl.BlockSpec(
-            (None, rows, options.padded_half), lambda b, h: (0 if shared else b, 0, 0)
-        )
-        specs |= {"cos": table, "sin": table}
-    if extras.ids is not None:
-        specs["ids"] = per_token
-    if extras.segment_ids is not None:
-        specs["segment_ids"] = per_token
-    if extras.bias is not None:
-        specs["bias"] = pl.BlockSpec((None, extras.bias.shape[1]), lambda b, h: (h, 0))
-    if extras.seed is not None:
-        specs["seed"] = pl.BlockSpec((2,), lambda b, h: (0,))
-    return Extras(**specs)

@@ -195,3 +195,39 @@ def dropout_scale(query: Side, key: Side, extras: Extras, row, options, *, keys_
 def bias_gradient(d_scores, query: Side, key: Side, entry, options: Options):
     """The sum of the scores' gradient over the pairs that take one entry of the bias table."""
     return jnp.where(bias_index(query, key, options.clip) == entry, d_scores, 0.0).sum()
+
+
+# Which part of an array a program is given. The last two axes of a grid are heads and batch rows.
+
+
+def heads_spec(rows: int, options: Options) -> pl.BlockSpec:
+    """One head of `[batch, length, heads, head_dim]`, `rows` long."""
+    # The padded second half starts at the real half.
+    width = max(options.half + options.padded_half, options.padded_head)
+    return pl.BlockSpec((None, rows, None, width), lambda *at: (at[-1], 0, at[-2], 0))
+
+
+def scalars_spec(rows: int) -> pl.BlockSpec:
+    """One head of `[batch, heads, length]`, `rows` long."""
+    return pl.BlockSpec((None, None, rows), lambda *at: (at[-1], at[-2], 0))
+
+
+def extras_specs(rows: int, extras: Extras, options: Options) -> Extras:
+    """What belongs to one head and batch row of the extras, `rows` long."""
+    per_token = pl.BlockSpec((None, rows), lambda *at: (at[-1], 0))
+    specs = {}
+    if extras.cos is not None:
+        shared = extras.cos.shape[0] == 1
+        table = pl.BlockSpec(
+            (None, rows, options.padded_half), lambda *at: (0 if shared else at[-1], 0, 0)
+        )
+        specs |= {"cos": table, "sin": table}
+    if extras.ids is not None:
+        specs["ids"] = per_token
+    if extras.segment_ids is not None:
+        specs["segment_ids"] = per_token
+    if extras.bias is not None:
+        specs["bias"] = pl.BlockSpec((None, extras.bias.shape[1]), lambda *at: (at[-2], 0))
+    if extras.seed is not None:
+        specs["seed"] = pl.BlockSpec((2,), lambda *at: (0,))
+    return Extras(**specs)

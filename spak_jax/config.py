@@ -192,8 +192,8 @@ def parse_config(values: Mapping[str, Any], source: str) -> Config:
 
 def first_difference(stored: Config, asked: Config) -> str | None:
     """The first field that differs, with both values, or None where the two are equal."""
-    pairs = dict(_leaves(stored.model_dump()))
-    for key, value in _leaves(asked.model_dump()):
+    pairs = dict(leaves(stored.model_dump()))
+    for key, value in leaves(asked.model_dump()):
         if key not in pairs or pairs[key] != value:
             return f"{key} is {pairs.get(key, 'absent')!r} there and {value!r} here"
         del pairs[key]
@@ -202,10 +202,11 @@ def first_difference(stored: Config, asked: Config) -> str | None:
     return None
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested sections with their dotted keys, in order."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

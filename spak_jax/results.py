@@ -7,7 +7,7 @@ import datetime
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 from spak_jax.command_line import InputError
+from spak_jax.config import leaves as nested_leaves
 
 # The seed's columns by the name it gives them, and the digits of the longer operand they hold.
 SEED_COLUMNS = {"1-4": "1-4", "5-6": "5-7", "8": "8-9", "10": "10-11", "12": "12"}
@@ -401,7 +402,7 @@ def _name(results: Results, with_loops: bool = True) -> str:
 def _told_apart(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names; those that are the same get as many of their differing settings as it takes."""
     labels = list(names)
-    leaves = [dict(_leaves(values)) for values in settings]
+    leaves = [dict(nested_leaves(values)) for values in settings]
     for name in set(names):
         same = [i for i, other in enumerate(names) if other == name]
         for path in dict.fromkeys(path for i in same for path in leaves[i]):
@@ -411,14 +412,6 @@ def _told_apart(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> 
                 for i in same:
                     labels[i] += f", {path} {leaves[i].get(path, 'absent')}"
     return labels
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _ranges(numbers: Iterable[int]) -> str:
