@@ -1,3 +1,6 @@
 """Kernels for the transformers of `spak_jax`, each beside the plain `jnp` truth it must equal."""
 
+from pallas_kernels.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
+from pallas_kernels.dispatch import Choice as Choice
 from pallas_kernels.dispatch import attention as attention
+from pallas_kernels.dispatch import choose as choose

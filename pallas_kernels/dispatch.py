@@ -1,14 +1,24 @@
 """Attention with RoPE, dropout, learned biases and windows inside: `attention(q, k, v, ...)`."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import launch, long, reference, short
+from pallas_kernels import long, reference, short, targets, tiles
 from pallas_kernels.tile import Extras, Options
 
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas", "xla", "cudnn")
+# Of the kernels, and of cuDNN.
+LARGEST_HEAD = 128
+
+
+class Choice(NamedTuple):
+    """An implementation, and why it is taken."""
+
+    implementation: str
+    reason: str
 
 
 def attention(
@@ -25,7 +35,7 @@ def attention(
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
     causal: bool = True,
-    implementation: str = "xla",
+    implementation: str | None = None,
 ) -> jax.Array:
     """Attention of each token to the tokens before it in its row.
 
@@ -46,8 +56,9 @@ def attention(
         (`reference.dropout_bits`).
       scale: of the scores; None is `1 / sqrt(head_dim)`.
       causal: whether later keys are masked.
-      implementation: "xla", plain `jnp`, or "pallas", the kernels; on a CPU those run in interpret
-        mode, to be tested rather than used.
+      implementation: "pallas", the kernels, which a CPU runs in interpret mode, to be tested rather
+        than used; "xla", plain `jnp`; "cudnn", which takes causal and full attention in bfloat16 or
+        float16 on an NVIDIA GPU, without dropout, segments and ids. None takes what `choose` says.
 
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of q; zeros where a query sees no key.
@@ -57,11 +68,25 @@ def attention(
     """
     _check(q, k, v, positions, segment_ids, ids, bias_table, window, dropout_rate)
     length, heads, head_dim = q.shape[1:]
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation = {implementation!r}: one of {IMPLEMENTATIONS}")
+    if implementation not in (*IMPLEMENTATIONS, None):
+        raise ValueError(f"implementation = {implementation!r}: one of {IMPLEMENTATIONS} or None")
     clip = window if bias_table is None else bias_table.shape[1] // 2 - 1
     scale = head_dim**-0.5 if scale is None else scale
     dropping = dropout_key is not None and dropout_rate > 0
+    plain = segment_ids is None and ids is None and not dropping
+    if implementation is None:
+        implementation = choose(length, head_dim, q.dtype, plain=plain).implementation
+    if implementation == "cudnn":
+        if jax.default_backend() != "gpu" or not plain or not _cudnn_takes(head_dim, q.dtype):
+            raise ValueError(
+                "implementation = 'cudnn': needs a GPU, bfloat16 or float16, head_dim a multiple of"
+                " 8 up to 128, no dropout, no segment_ids, no ids"
+            )
+        if positions is not None:
+            q, k = reference.rotate(q, positions), reference.rotate(k, positions)
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, implementation="cudnn"
+        )
     if implementation == "xla":
         return reference.attention(
             q,
@@ -78,9 +103,19 @@ def attention(
             scale=scale,
             causal=causal,
         )
+    target = target_at_hand()
+    if target is None or head_dim > LARGEST_HEAD:
+        raise ValueError(
+            f"implementation = 'pallas': needs head_dim up to {LARGEST_HEAD}, not {head_dim}, and"
+            " an NVIDIA GPU of compute capability 8.0 or more, or a CPU;"
+            f" this is {jax.devices()[0].device_kind}"
+        )
     cos = sin = None
     if positions is not None:
-        cos, sin = reference.rope_tables(jnp.atleast_2d(positions), head_dim)
+        # Beside 16-bit inputs, 11 bits of a cosine are enough, and half the bytes.
+        table_dtype = jnp.float32 if q.dtype == jnp.float32 else jnp.float16
+        tables = reference.rope_tables(jnp.atleast_2d(positions), head_dim)
+        cos, sin = (table.astype(table_dtype) for table in tables)
     extras = Extras(
         cos=cos,
         sin=sin,
@@ -97,50 +132,96 @@ def attention(
         rate=dropout_rate if dropping else 0.0,
         clip=clip,
         windowed=window is not None,
+        target=target,
+        interpret=jax.default_backend() == "cpu",
     )
-    return _attention(q, k, v, extras, options)
+    return run_kernels(q, k, v, extras, options)
+
+
+def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
+    """What `attention` takes where it is not told, for a shape on the device at hand.
+
+    Args:
+      length, head_dim: of q.
+      dtype: of q.
+      plain: whether there is neither dropout nor segment_ids nor ids.
+    """
+    target = target_at_hand()
+    if jax.default_backend() == "cpu" or target is None:
+        return Choice("xla", f"{jax.devices()[0].device_kind} is no GPU that the kernels are for")
+    if head_dim > LARGEST_HEAD:
+        return Choice("xla", f"head_dim {head_dim}: the kernels take at most {LARGEST_HEAD}")
+    key = tiles.head_key(head_dim, jnp.dtype(dtype).itemsize)
+    from_length = tiles.settings(target, "cudnn_from", key)
+    if plain and _cudnn_takes(head_dim, dtype) and from_length and length >= from_length["length"]:
+        return Choice("cudnn", f"{target}, {key}: {tiles.evidence(target, 'cudnn_from', key)}")
+    return Choice("pallas", f"{target}, {key}: no other was measured to be faster")
+
+
+@functools.cache
+def target_at_hand() -> str | None:
+    """The target whose tiles suit the device at hand, None if the kernels are not for it.
+
+    A CPU interprets the kernels, with any tiles.
+    """
+    if jax.default_backend() == "cpu":
+        return "h100"
+    return targets.name_of(getattr(jax.devices()[0], "compute_capability", ""))
+
+
+def _cudnn_takes(head_dim: int, dtype) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= LARGEST_HEAD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, extras: Extras, options: Options):
+def run_kernels(q, k, v, extras: Extras, options: Options):
+    """The kernels that `options` chooses, forward, and backward where a gradient is asked for."""
     return _forward(q, k, v, extras, options)[0]
 
 
 def _forward(q, k, v, extras, options):
-    if options.length <= launch.LONGEST_SHORT:
-        out, lse = short.forward(q, k, v, extras, options, **_short_launch(options))
+    whole_row = _whole_row("short_forward", extras, options, q)
+    if whole_row:
+        out, lse = short.forward(q, k, v, extras, options, **whole_row)
         # The backward pass of a whole row makes all else again.
         return out, (q, k, v, extras, None, lse)
-    out, lse = long.forward(q, k, v, extras, options, **_long_launch(options, q))
+    out, lse = long.forward(q, k, v, extras, options, _long_tile("long_forward", options, q))
     return out, (q, k, v, extras, out, lse)
 
 
 def _backward(options, saved, d_out):
     q, k, v, extras, out, lse = saved
     d_out = d_out.astype(q.dtype)
-    if options.length <= launch.LONGEST_SHORT:
-        gradients = short.backward(q, k, v, extras, lse, d_out, options, **_short_launch(options))
+    if out is None:
+        whole_row = _whole_row("short_backward", extras, options, q)
+        gradients = short.backward(q, k, v, extras, lse, d_out, options, **whole_row)
     else:
         gradients = long.backward(
-            q, k, v, extras, out, lse, d_out, options, **_long_launch(options, q)
-        )
+            q, k, v, extras, out, lse, d_out, options,
+            d_q_tile=_long_tile("long_d_q", options, q),
+            d_kv_tile=_long_tile("long_d_kv", options, q),
+        )  # fmt: skip
     *d_qkv, d_bias = gradients
     return *d_qkv, Extras(bias=d_bias)
 
 
-_attention.defvjp(_forward, _backward)
+run_kernels.defvjp(_forward, _backward)
 
 
-def _short_launch(options: Options) -> dict:
-    return launch.short(short.rows_held(options.length)) | {"interpret": _interpret()}
+def _whole_row(kernel: str, extras: Extras, options: Options, q: jax.Array):
+    return tiles.whole_row(
+        options.target,
+        kernel,
+        options.length,
+        options.head_dim,
+        q.dtype.itemsize,
+        biased=extras.bias is not None,
+    )
 
 
-def _long_launch(options: Options, q: jax.Array) -> dict:
-    return launch.long(options, q.dtype.itemsize) | {"interpret": _interpret()}
-
-
-def _interpret() -> bool:
-    return jax.default_backend() == "cpu"
+def _long_tile(kernel: str, options: Options, q: jax.Array) -> long.Tile:
+    key = tiles.head_key(options.head_dim, q.dtype.itemsize)
+    return long.Tile(**tiles.settings(options.target, kernel, key))
 
 
 def _check(q, k, v, positions, segment_ids, ids, bias_table, window, dropout_rate) -> None:

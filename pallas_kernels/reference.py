@@ -37,9 +37,12 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     Returns:
       As x, computed in float32.
     """
-    half = x.shape[-1] // 2
-    cos, sin = (table[..., None, :] for table in rope_tables(positions, x.shape[-1]))
-    low, high = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return turn(x, *(table[..., None, :] for table in rope_tables(positions, x.shape[-1])))
+
+
+def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The two halves of x's last axis as pairs, each turned by its angle, in float32."""
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1)
     return turned.astype(x.dtype)
 

@@ -18,8 +18,10 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.reference import dropout_bits, dropout_threshold
 
 LOG2_E = math.log2(math.e)
-# Finite, so that a row with no key at all makes no NaN.
+# Scores that do not count, and what the largest of a row is at least: finite, so that a row with no
+# key makes no NaN, and so far apart that its weights, 2 to their difference, are 0.
 MASKED = -1e30
+LEAST = -1e29
 # The narrowest side of a matrix product on the tensor cores.
 NARROWEST = 16
 
@@ -30,7 +32,8 @@ class Options:
 
     length, head_dim: the real sizes. scale: of the scores. causal: whether keys after the query are
     masked. rate: of dropout, 0 for none. clip: of the difference of ids, for bias and window; None
-    where there are no ids. windowed: whether keys beyond the clip are masked.
+    where there are no ids. windowed: whether keys beyond the clip are masked. target: the chip
+    whose tiles are taken. interpret: whether the kernels are interpreted, not compiled.
     """
 
     length: int
@@ -40,6 +43,8 @@ class Options:
     rate: float
     clip: int | None
     windowed: bool
+    target: str
+    interpret: bool
 
     @property
     def half(self) -> int:
@@ -47,18 +52,23 @@ class Options:
 
     @property
     def padded_half(self) -> int:
-        return max(NARROWEST, pl.next_power_of_2(self.half))
+        return self.padded_head // 2
 
     @property
     def padded_head(self) -> int:
-        return 2 * self.padded_half
+        return padded_head(self.head_dim)
+
+
+def padded_head(head_dim: int) -> int:
+    """Channels that a head takes on the chip: each half is a power of two."""
+    return 2 * max(NARROWEST, pl.next_power_of_2(head_dim // 2))
 
 
 class Extras(NamedTuple):
     """Inputs beside q, k and v; None for what a call does not use.
 
-    cos, sin: float32 `[1 or batch, length, head_dim / 2]`. ids, segment_ids: int32
-    `[batch, length]`. bias: float32 `[heads, 2 * clip + 2]`. seed: uint32 `[2]`.
+    cos, sin: `[1 or batch, length, head_dim / 2]`, float32 or, for 16-bit q and k, float16. ids,
+    segment_ids: int32 `[batch, length]`. bias: float32 `[heads, 2 * clip + 2]`. seed: uint32 `[2]`.
     """
 
     cos: Any = None
@@ -70,67 +80,146 @@ class Extras(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Rows of queries or of keys: their two halves, turned, and what masks and biases need."""
+    """Rows of queries or of keys: their two halves, turned, and what masks and biases need.
+
+    Queries are scaled by `query_scale`.
+    """
 
     low: jax.Array
     high: jax.Array
     index: jax.Array
-    cos: jax.Array | None
-    sin: jax.Array | None
     ids: jax.Array | None
     segment_ids: jax.Array | None
 
 
-def load_rows(ref, start, rows: int, column: int, columns: int, real: int, options: Options):
+def load_rows(
+    ref,
+    start,
+    rows: int,
+    column: int,
+    columns: int,
+    real: int,
+    options: Options,
+    eviction_policy=None,
+):
     """`[rows, columns]` from row `start` and column `column`, zero beyond the real ones."""
-    inside = (start + jnp.arange(rows) < options.length)[:, None]
-    inside &= (jnp.arange(columns) < real)[None, :]
-    return plgpu.load(ref.at[pl.ds(start, rows), pl.ds(column, columns)], mask=inside, other=0)
+    inside = _inside(start, rows, columns, real, options)
+    source = ref.at[pl.ds(start, rows), pl.ds(column, columns)]
+    other = None if inside is None else 0
+    return plgpu.load(source, mask=inside, other=other, eviction_policy=eviction_policy)
 
 
 def store_rows(ref, start, value, column: int, real: int, options: Options) -> None:
     """The reverse of `load_rows`, in the dtype of `ref`."""
     rows, columns = value.shape
-    inside = (start + jnp.arange(rows) < options.length)[:, None]
-    inside &= (jnp.arange(columns) < real)[None, :]
     target = ref.at[pl.ds(start, rows), pl.ds(column, columns)]
+    inside = _inside(start, rows, columns, real, options)
     plgpu.store(target, value.astype(ref.dtype), mask=inside)
 
 
-def load_side(ref, extras: Extras, start, rows: int, options: Options) -> Side:
-    """Rows of q or k from `[length, head_dim]`, turned by RoPE where there are tables for it."""
+def _inside(start, rows: int, columns: int, real: int, options: Options):
+    """Mask of the real part of a tile; None where the tile is known to have nothing else."""
+    inside = None
+    # Tiles start at multiples of their rows.
+    if options.length % rows:
+        inside = (start + jnp.arange(rows) < options.length)[:, None]
+    if columns != real:
+        real_columns = (jnp.arange(columns) < real)[None, :]
+        inside = real_columns if inside is None else inside & real_columns
+    return None if inside is None else jnp.broadcast_to(inside, (rows, columns))
+
+
+def load_heads(ref, start, rows: int, options: Options):
+    """`[rows, padded_head]` of v or of the output's gradient, zero beyond the real ones."""
+    return load_rows(ref, start, rows, 0, options.padded_head, options.head_dim, options)
+
+
+def query_scale(options: Options) -> float:
+    """By what queries are multiplied, so that scores come out scaled and in units of log 2."""
+    return options.scale * LOG2_E
+
+
+def load_side(
+    ref, extras: Extras, start, rows: int, options: Options, scale: float | None = None
+) -> Side:
+    """Rows of q or k from `[length, head_dim]`, turned by RoPE where there are tables for it, and
+    scaled."""
     half, padded = options.half, options.padded_half
     low = load_rows(ref, start, rows, 0, padded, half, options)
     high = load_rows(ref, start, rows, half, padded, half, options)
-    cos = sin = None
+    dtype = low.dtype
     if extras.cos is not None:
-        cos = load_rows(extras.cos, start, rows, 0, padded, half, options)
-        sin = load_rows(extras.sin, start, rows, 0, padded, half, options)
-        low, high = turn(low, high, cos, sin, low.dtype)
+        cos, sin = _load_tables(extras, start, rows, options)
+        # Always true. What is computed from loads alone Triton computes in the layout of a matrix
+        # product's operand (its pass RemoveLayoutConversions): every warp would turn all the keys,
+        # with tables brought there through shared memory. What depends on an index it leaves alone.
+        sin = jnp.where((jnp.arange(rows) < rows)[:, None], sin, jnp.zeros((), sin.dtype))
+        low, high = turn(low, high, cos, sin, options)
+    if scale is not None:
+        low, high = low.astype(jnp.float32) * scale, high.astype(jnp.float32) * scale
+    index = start + jnp.arange(rows)
     per_token = lambda source: (  # noqa: E731
         None
         if source is None
-        else plgpu.load(
-            source.at[pl.ds(start, rows)],
-            mask=start + jnp.arange(rows) < options.length,
-            other=0,
-        )
+        else plgpu.load(source.at[pl.ds(start, rows)], mask=index < options.length, other=0)
     )
     return Side(
-        low,
-        high,
-        start + jnp.arange(rows),
-        cos,
-        sin,
+        low.astype(dtype),
+        high.astype(dtype),
+        index,
         per_token(extras.ids),
         per_token(extras.segment_ids),
     )
 
 
-def turn(low, high, cos, sin, dtype):
+def _load_tables(extras: Extras, start, rows: int, options: Options, eviction_policy=None):
+    half, padded = options.half, options.padded_half
+    return (
+        load_rows(extras.cos, start, rows, 0, padded, half, options, eviction_policy),
+        load_rows(extras.sin, start, rows, 0, padded, half, options, eviction_policy),
+    )
+
+
+def store_turned_back(ref, extras: Extras, start, d_low, d_high, scale, options: Options) -> None:
+    """Stores the gradient of q or k: scaled, and turned back by the inverse of RoPE."""
+    d_low, d_high = d_low * scale, d_high * scale
+    if extras.cos is not None:
+        # Loaded once more rather than held in registers all the time; the compiler would merge two
+        # loads that are alike.
+        cos, sin = _load_tables(extras, start, d_low.shape[0], options, "evict_last")
+        d_low, d_high = turn(d_low, d_high, cos, -sin, options)
+    store_rows(ref, start, d_low, 0, options.half, options)
+    store_rows(ref, start, d_high, options.half, options.half, options)
+
+
+def turn(low, high, cos, sin, options: Options):
     """RoPE on two halves, in float32; with `-sin` its inverse, which is also its transpose."""
-    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-    return (low * cos - high * sin).astype(dtype), (low * sin + high * cos).astype(dtype)
+    low, high, cos, sin = (x.astype(jnp.float32) for x in (low, high, cos, sin))
+    return _multiply_add(low, cos, -(high * sin), options), _multiply_add(
+        low, sin, high * cos, options
+    )
+
+
+def _multiply_add(a, b, c, options: Options):
+    """`a * b + c`. Triton makes two instructions of it, unless told."""
+    if options.interpret:
+        return a * b + c
+    return _instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+
+
+def exp2(x: jax.Array, options: Options) -> jax.Array:
+    """2 to the power x in one instruction: relative error 2^-22 (PTX ISA), 0 where it would
+    be subnormal; the compiler's own takes five, for the sake of subnormal numbers."""
+    return jnp.exp2(x) if options.interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def _instruction(asm: str, *arguments: jax.Array) -> jax.Array:
+    like = jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)
+    constraints = ",".join(["=f"] + ["f"] * len(arguments))
+    (result,) = plgpu.elementwise_inline_asm(
+        asm, args=arguments, constraints=constraints, pack=1, result_shape_dtypes=[like]
+    )
+    return result
 
 
 def dot(a: jax.Array, b: jax.Array, *, transpose_a=False, transpose_b=False) -> jax.Array:
@@ -155,14 +244,13 @@ def bias_index(query: Side, key: Side, clip: int, keys_first=False) -> jax.Array
 
 
 def scores(query: Side, key: Side, extras: Extras, options: Options, *, masked, keys_first=False):
-    """Scaled and biased scores in units of log 2: `[queries, keys]`, or `[keys, queries]`.
+    """Biased scores in units of log 2: `[queries, keys]`, or `[keys, queries]`.
 
     With `masked`, scores that do not count are `MASKED`; without, all are known to count.
     """
     rows, columns = (key, query) if keys_first else (query, key)
     raw = dot(rows.low, columns.low, transpose_b=True)
     raw += dot(rows.high, columns.high, transpose_b=True)
-    raw *= options.scale * LOG2_E
     if extras.bias is not None:
         entry = bias_index(query, key, options.clip, keys_first)
         raw += LOG2_E * plgpu.load(extras.bias.at[entry])
@@ -192,9 +280,23 @@ def dropout_scale(query: Side, key: Side, extras: Extras, row, options, *, keys_
     return jnp.where(kept, 1 / (1 - options.rate), 0.0)
 
 
-def bias_gradient(d_scores, query: Side, key: Side, entry, options: Options):
-    """The sum of the scores' gradient over the pairs that take one entry of the bias table."""
-    return jnp.where(bias_index(query, key, options.clip) == entry, d_scores, 0.0).sum()
+def bias_sums(d_scores, query: Side, key: Side, entries: int, options: Options):
+    """What a tile `[queries, keys]` adds to the gradient of each entry of the bias table.
+
+    `entries` is their number, padded to a power of two.
+    """
+    place = jnp.arange(entries)
+    index = bias_index(query, key, options.clip)
+
+    def add(entry, sums):
+        return jnp.where(place == entry, jnp.where(index == entry, d_scores, 0.0).sum(), sums)
+
+    return jax.lax.fori_loop(0, 2 * options.clip + 2, add, jnp.zeros(entries, jnp.float32))
+
+
+def store_bias_sums(ref, sums, options: Options) -> None:
+    """Stores what `bias_sums` gave, without its padding."""
+    plgpu.store(ref.at[:], sums, mask=jnp.arange(len(sums)) < 2 * options.clip + 2)
 
 
 # Which part of an array a program is given. The last two axes of a grid are heads and batch rows.

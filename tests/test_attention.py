@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from pallas_kernels import attention, dispatch, reference
-from pallas_kernels.tile import MASKED
+from pallas_kernels import attention, choose, dispatch, reference, targets, tiles
+from pallas_kernels.tile import Extras, Options
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,6 +39,16 @@ def normal(seed, shape, dtype="float32", scale=1.0):
     return jnp.asarray(drawn, jnp.float32).astype(dtype)
 
 
+needs_gpu = pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="too long a row to interpret; needs a GPU"
+)
+
+
+def poison(shape, dtype):
+    """Fills memory with NaN and frees it again: what is not written would show."""
+    jax.block_until_ready([jnp.full(shape, jnp.nan, dtype) for _ in range(8)])
+
+
 def outputs_and_gradients(implementation, q, k, v, d_out, bias_table, **options):
     """The output and the gradients of q, k, v and, where there is one, the bias table."""
 
@@ -54,9 +64,12 @@ def outputs_and_gradients(implementation, q, k, v, d_out, bias_table, **options)
 def assert_equals_reference(shape, dtype="float32", scale=1.0, bias_table=None, seed=0, **options):
     """The kernel in `dtype` against float32 `jnp` on the same, rounded, inputs."""
     q, k, v, d_out = (normal(seed + i, shape, dtype, scale if i < 2 else 1) for i in range(4))
+    poison(shape, dtype)
     found = outputs_and_gradients("pallas", q, k, v, d_out, bias_table, **options)
     exact = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
-    truth = outputs_and_gradients("xla", *exact, bias_table, **options)
+    # A GPU multiplies float32 in tf32 unless told.
+    with jax.default_matmul_precision("highest"):
+        truth = outputs_and_gradients("xla", *exact, bias_table, **options)
     for name, value, expected in zip(
         ("out", "d_q", "d_k", "d_v", "d_bias"), found, truth, strict=False
     ):
@@ -77,6 +90,30 @@ def test_rope_attention(length, dtype):
 )
 def test_long_rows_are_streamed(length, head_dim, dtype):
     assert_equals_reference((1, length, 2, head_dim), dtype, positions=jnp.arange(length))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1000, 4096])
+def test_rows_of_a_language_model(length, dtype):
+    assert_equals_reference((1, length, 2, 64), dtype, positions=jnp.arange(length))
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+@pytest.mark.parametrize("length", [24, 90])
+def test_tiles_of_every_target(length, target):
+    """On a CPU, with the tiles that each GPU would take."""
+    options = Options(
+        length=length, head_dim=32, scale=0.2, causal=True, rate=0.0, clip=None, windowed=False,
+        target=target, interpret=jax.default_backend() == "cpu",
+    )  # fmt: skip
+    q, k, v, d_out = (normal(i, (1, length, 2, 32)) for i in range(4))
+    out, pull = jax.vjp(lambda *x: dispatch.run_kernels(*x, Extras(), options), q, k, v)
+    plain = lambda *x: attention(*x, scale=0.2, implementation="xla")  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        truth, pull_truth = jax.vjp(plain, q, k, v)
+    for value, expected in zip((out, *pull(d_out)), (truth, *pull_truth(d_out)), strict=True):
+        assert relative_error(value, expected) < 1e-5
 
 
 @settings(deadline=None, max_examples=8)
@@ -111,14 +148,38 @@ def test_large_scores():
     assert_equals_reference((2, 33, 2, 32), scale=6.0, positions=jnp.arange(33))
 
 
-def test_a_query_that_sees_no_key_gets_zeros_and_no_nan():
-    """Only the window can leave one: itself is always near, so nothing is lost; ids prove it."""
+def test_a_window_of_one_leaves_each_token_itself():
+    """Every query sees at least itself: ids far apart leave it nothing else."""
     q = normal(0, (1, 16, 1, 16))
     ids = jnp.arange(16)[None] * 10 + 1
-    for implementation in dispatch.IMPLEMENTATIONS:
-        out = attention(q, q, q, ids=ids, window=1, causal=False, implementation=implementation)
+    for implementation in ("pallas", "xla"):
+        with jax.default_matmul_precision("highest"):
+            out = attention(q, q, q, ids=ids, window=1, causal=False, implementation=implementation)
         np.testing.assert_allclose(out, q, rtol=1e-5, atol=1e-6)
-    assert -np.inf < MASKED
+
+
+@pytest.mark.parametrize("length", [24, 80])
+def test_rows_of_nothing_but_padding(length):
+    """All zero, in a segment of their own or in none: finite, and no gradient but to values."""
+    nothing = jnp.zeros((2, length, 2, 32))
+    segments = jnp.zeros((2, length), jnp.int32)
+    out, d_q, d_k, _ = outputs_and_gradients(
+        "pallas", nothing, nothing, nothing, nothing + 1, None, segment_ids=segments
+    )
+    assert not out.any() and not d_q.any() and not d_k.any()
+
+
+def test_the_same_bits_on_every_run():
+    shape, options = (2, 40, 2, 32), {"positions": jnp.arange(40), "dropout_rate": 0.1}
+    q, k, v, d_out = (normal(i, shape, "bfloat16") for i in range(4))
+    runs = [
+        outputs_and_gradients(
+            "pallas", q, k, v, d_out, None, dropout_key=jax.random.key(1), **options
+        )
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert (first == second).all()
 
 
 def test_gradient_of_the_reference_by_finite_differences():
@@ -181,7 +242,8 @@ def test_under_vmap_scan_and_grad():
 
         return jax.jit(jax.grad(lambda q: jax.vmap(one)(q, keys).sum()))(q)
 
-    assert relative_error(loss("pallas"), loss("xla")) < 1e-5
+    with jax.default_matmul_precision("highest"):
+        assert relative_error(loss("pallas"), loss("xla")) < 1e-5
 
 
 def test_under_data_parallel_shard_map():
@@ -208,6 +270,11 @@ BAD = {
     ),
     "rate": ({"dropout_rate": 1.0}, "dropout_rate = 1.0"),
     "implementation": ({"implementation": "magic"}, "implementation = 'magic'"),
+    "head too large": ({"shape": (2, 8, 2, 160), "implementation": "pallas"}, "up to 128, not 160"),
+    "cudnn with dropout": (
+        {"implementation": "cudnn", "dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+        "no dropout",
+    ),
 }  # fmt: skip
 
 
@@ -219,3 +286,39 @@ def test_arguments_that_do_not_fit_are_named(case):
     k = normal(1, options.pop("k")) if "k" in options else q
     with pytest.raises(ValueError, match=said):
         attention(q, k, q, **options)
+
+
+def test_what_is_taken_where_nothing_is_asked_for(monkeypatch):
+    """Plain `jnp` on a CPU; on a GPU what its table says, with the measurement."""
+    if jax.default_backend() == "cpu":
+        assert choose(64, 64, jnp.bfloat16, plain=True).implementation == "xla"
+    key = tiles.head_key(64, 2)
+    from_length = tiles.settings("h100", "cudnn_from", key)["length"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "target_at_hand", lambda: "h100")
+    assert choose(64, 64, jnp.bfloat16, plain=True).implementation == "pallas"
+    assert choose(from_length, 64, jnp.bfloat16, plain=False).implementation == "pallas"
+    assert choose(from_length, 64, jnp.float32, plain=True).implementation == "pallas"
+    assert choose(64, 160, jnp.bfloat16, plain=True).implementation == "xla"
+    implementation, reason = choose(from_length, 64, jnp.bfloat16, plain=True)
+    assert implementation == "cudnn"
+    assert tiles.evidence("h100", "cudnn_from", key) in reason
+
+
+def test_every_target_has_tiles_for_every_head():
+    for target in targets.TARGETS:
+        for head_dim in range(16, 129, 2):
+            for item_size in (2, 4):
+                for kernel in tiles.LONG_KERNELS:
+                    assert tiles.settings(target, kernel, tiles.head_key(head_dim, item_size))
+                for length in (1, 24, 64, 128):
+                    forward, backward = (
+                        tiles.whole_row(target, k, length, head_dim, item_size, biased=False)
+                        for k in tiles.SHORT_KERNELS
+                    )
+                    assert bool(forward) == bool(backward)
+                    assert forward or length > 32 or item_size == 4
+
+
+def test_the_table_of_tiles_is_written_as_it_is_read():
+    assert tiles.as_text(tiles.table()) == tiles.FILE.read_text()

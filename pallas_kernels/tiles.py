@@ -1,0 +1,88 @@
+"""Which tile each kernel gets on each target, and what that choice rests on: `tiles.toml`.
+
+`python -m pallas_kernels.tune` measures on the GPU at hand and writes the file anew.
+"""
+
+import functools
+import json
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import short
+from pallas_kernels.tile import padded_head
+
+FILE = Path(str(resources.files("pallas_kernels"))) / "tiles.toml"
+SHORT_KERNELS = ("short_forward", "short_backward")
+LONG_KERNELS = ("long_forward", "long_d_q", "long_d_kv")
+KERNELS = SHORT_KERNELS + LONG_KERNELS
+
+# With biases, longer whole rows want more registers than there are.
+LONGEST_BIASED_ROW = 64
+
+HEAD = """\
+# Which tile each kernel gets on each target, and the evidence for it: a time on the chip itself, or
+# what the compiler says where nobody here has the chip. Written by `python -m pallas_kernels.tune`;
+# lines for other targets than the GPU it runs on stay as they are.
+#
+# Keys: rows that one program holds (whole-row kernels; rows without a line here are streamed),
+# channels of a head, padded to a power of two, and bits of a number. `cudnn_from`: the length from
+# which on cuDNN is faster, for calls that it can take at all.
+"""
+
+
+def settings(target: str, kernel: str, key: str) -> dict[str, Any] | None:
+    """Arguments that launch a kernel; None where the table says nothing for the key."""
+    entry = table()[target].get(kernel, {}).get(key)
+    return entry and {name: value for name, value in entry.items() if name != "evidence"}
+
+
+def evidence(target: str, kernel: str, key: str) -> str:
+    """What a choice rests on."""
+    return table()[target][kernel][key]["evidence"]
+
+
+def whole_row(
+    target: str, kernel: str, length: int, head_dim: int, item_size: int, *, biased: bool
+) -> dict[str, Any] | None:
+    """Arguments that launch a whole-row kernel; None where the row is to be streamed."""
+    if biased and length > LONGEST_BIASED_ROW:
+        return None
+    return settings(target, kernel, short_key(length, head_dim, item_size))
+
+
+def head_key(head_dim: int, item_size: int) -> str:
+    """Key of a streaming kernel for numbers of `item_size` bytes; small heads share one."""
+    return f"head {max(64, padded_head(head_dim))}, {8 * item_size} bits"
+
+
+def short_key(length: int, head_dim: int, item_size: int) -> str:
+    """Key of a whole-row kernel."""
+    return f"{short.rows_held(length)} rows, head {padded_head(head_dim)}, {8 * item_size} bits"
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """The file: target, kernel, key, and what is said for it."""
+    return tomllib.loads(FILE.read_text())
+
+
+def as_text(table: dict) -> str:
+    """A table as `table` returns it in the file's form, one line a choice."""
+    lines = [HEAD]
+    for target, kernels in table.items():
+        for kernel, entries in kernels.items():
+            lines.append(f"[{target}.{kernel}]")
+            for key, entry in sorted(entries.items(), key=lambda item: _numbers(item[0])):
+                # JSON's strings, numbers and booleans are TOML's.
+                pairs = ", ".join(f"{name} = {json.dumps(value)}" for name, value in entry.items())
+                lines.append(f'"{key}" = {{ {pairs} }}')
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _numbers(key: str) -> tuple[int, ...]:
+    """Bits, head and rows of a key: the order of the file."""
+    return tuple(int(number) for number in reversed(re.findall(r"\d+", key)))
