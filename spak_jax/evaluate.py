@@ -516,11 +516,11 @@ def _description(trained: Trained, settings: Settings) -> dict[str, Any]:
         "device": device_name(),
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this code, marked where its files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
     git = lambda *words: subprocess.run(  # noqa: E731

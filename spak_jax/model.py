@@ -29,13 +29,23 @@ class Block(nnx.Module):
       config: width, heads, MLP kind, dropout.
       depth: blocks that add to one residual stream; their outputs start out smaller for it.
       dtype: of the products.
+      attention: implementation, as `pallas_kernels.attention` takes it.
     """
 
-    def __init__(self, config: Architecture, depth: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Architecture,
+        depth: int,
+        dtype: jnp.dtype,
+        attention: str | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         width = config.width
         self.heads = config.heads
         self.dropout = config.dropout
         self.dtype = dtype
+        self.attention = attention
 
         def linear(inputs, outputs, std=INIT_STD):
             return nnx.Linear(
@@ -70,7 +80,13 @@ class Block(nnx.Module):
             self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, -1), 2, 0
         )
         mixed = attention(
-            q, k, v, positions=positions, dropout_rate=self.dropout, dropout_key=keys[0]
+            q,
+            k,
+            v,
+            positions=positions,
+            dropout_rate=self.dropout,
+            dropout_key=keys[0],
+            implementation=self.attention,
         )
         mixed = self.attention_out(mixed.reshape(batch, length, width))
         x = x + dropout(mixed, self.dropout, keys[1])
@@ -116,14 +132,16 @@ class _Transformer(nnx.Module):
 class GPT(_Transformer):
     """A transformer of `config.layers` blocks with weights of their own."""
 
-    def __init__(self, config: StaticModel, vocabulary: int, dtype, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: StaticModel, vocabulary: int, dtype, attention: str | None, *, rngs: nnx.Rngs
+    ):
         super().__init__(config, vocabulary, dtype, rngs)
         self.layers = config.layers
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap
         def stacked_blocks(rngs):
-            return Block(config, config.layers, dtype, rngs=rngs)
+            return Block(config, config.layers, dtype, attention, rngs=rngs)
 
         self.blocks = stacked_blocks(rngs)
 
@@ -162,11 +180,13 @@ class GPT(_Transformer):
 class LoopLM(_Transformer):
     """One block applied `config.loops` times, or as often as a call asks for."""
 
-    def __init__(self, config: LoopedModel, vocabulary: int, dtype, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LoopedModel, vocabulary: int, dtype, attention: str | None, *, rngs: nnx.Rngs
+    ):
         super().__init__(config, vocabulary, dtype, rngs)
         self.loops = config.loops
         self.inject_input = config.inject_input
-        self.block = Block(config, 1, dtype, rngs=rngs)
+        self.block = Block(config, 1, dtype, attention, rngs=rngs)
         self.step_embedding = nnx.Embed(
             config.loops,
             config.width,
@@ -271,20 +291,28 @@ class LoopLM(_Transformer):
         return step, first, (self.step_embedding(index), keys)
 
 
-def build(config: Config, vocabulary: int, key: jax.Array) -> GPT | LoopLM:
-    """The model that a configuration describes, freshly initialised from a PRNG key."""
+def build(
+    config: Config, vocabulary: int, key: jax.Array, attention: str | None = None
+) -> GPT | LoopLM:
+    """The model that a configuration describes, freshly initialised from a PRNG key.
+
+    `attention` is the implementation, as `pallas_kernels.attention` takes it; None the fastest.
+    """
     architecture = config.model
     kind = GPT if isinstance(architecture, StaticModel) else LoopLM
-    return kind(architecture, vocabulary, compute_dtype(architecture.dtype), rngs=nnx.Rngs(key))
+    dtype = compute_dtype(architecture.dtype)
+    return kind(architecture, vocabulary, dtype, attention, rngs=nnx.Rngs(key))
 
 
-def abstract(config: Config, vocabulary: int):
+def abstract(config: Config, vocabulary: int, attention: str | None = None):
     """The structure of a configuration's model and its weights as shapes: nothing is computed.
 
     Returns:
       What `nnx.merge` makes a model from: graph definition, and state of `ShapeDtypeStruct`.
     """
-    return nnx.split(nnx.eval_shape(lambda: build(config, vocabulary, jax.random.key(0))))
+    return nnx.split(
+        nnx.eval_shape(lambda: build(config, vocabulary, jax.random.key(0), attention))
+    )
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -102,8 +102,14 @@ def make_supply(config: Config) -> Supply:
     return Supply(*(addition.fixed_supply(config.data) if config.data.examples else (None, None)))
 
 
-def make_training(config: Config) -> Callable[[TrainState, Supply, jax.Array], Any]:
+def make_training(
+    config: Config, attention: str | None = None
+) -> Callable[[TrainState, Supply, jax.Array], Any]:
     """The compiled-call function of a configuration.
+
+    Args:
+      config: of the run.
+      attention: implementation, as `pallas_kernels.attention` takes it; None the fastest.
 
     Returns:
       A pure function of (state, supply, count) that takes `count` steps, at most
@@ -111,7 +117,7 @@ def make_training(config: Config) -> Callable[[TrainState, Supply, jax.Array], A
       array of `train.steps_per_call`, NaN beyond `count`. The count is no shape: one program
       serves every count.
     """
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE, attention)
     update = optimizer(config.train).update
     data_key, dropout_key = _key(config, "data"), _key(config, "dropout")
 

@@ -1,0 +1,102 @@
+"""Results of `bench` and `compile` in Markdown:
+`python -m pallas_kernels.report FILE ... [--shape BxTxHxD ...]`.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.bench import CONTENDERS, OURS, shown_times
+from pallas_kernels.shapes import Shape, parse_shape
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.report", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--shape", type=parse_shape, action="append", help="these rows only")
+    arguments = parser.parse_args()
+    for path in arguments.files:
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            print(markdown(results, arguments.shape))
+        except OSError as error:
+            parser.error(f"{path}: cannot be read ({error.strerror})")
+        except (ValueError, KeyError, TypeError, AttributeError, argparse.ArgumentTypeError):
+            parser.error(f"{path}: no results of pallas_kernels.bench or pallas_kernels.compile")
+
+
+def markdown(results: dict[str, Any], shapes: Sequence[Shape] | None = None) -> str:
+    """The table of one file, of some shapes or of all.
+
+    Raises:
+      KeyError, TypeError, AttributeError, ValueError: it is of neither program.
+    """
+    key, table = ("measurements", _bench) if "measurements" in results else ("kernels", _compile)
+    wanted = [x for x in results[key] if shapes is None or parse_shape(x["shape"]) in shapes]
+    return table(results | {key: wanted})
+
+
+def _bench(results: dict[str, Any]) -> str:
+    names = [
+        name
+        for name in CONTENDERS
+        if any(name in shown_times(entry) for entry in results["measurements"])
+    ]
+    rows = []
+    for entry in results["measurements"]:
+        times = shown_times(entry)
+        floor = entry["floor_microseconds"]
+        peers = [time for name, time in times.items() if name != OURS]
+        cells = [f"{times[name]:.1f}" if name in times else "-" for name in names]
+        ours = times[OURS]
+        rows.append(
+            [entry["shape"], entry["pass"], f"{floor:.1f}", *cells, f"{min(peers) / ours:.2f}"]
+            + [f"{100 * floor / ours:.0f}%"]
+        )
+    heads = ["batch x length x heads x head_dim", "pass", "floor", *names]
+    heads += ["best peer / ours", "floor / ours"]
+    packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
+    return (
+        _table(heads, rows, left=2)
+        + f"\n\nMicroseconds a call, medians of {results['rounds']} rounds, {results['dtype']},"
+        f" causal; {results['device']}, {results['date']}, JAX {results['jax']}, {packages}. The"
+        " floor: the bytes of a call at this GPU's own speed of copying"
+        f" ({results['copy_bytes_per_second'] / 1e12:.2f} TB/s), or its operations at that of an"
+        f" 8192-wide product ({results['product_operations_per_second'] / 1e12:.0f} TFLOP/s).\n"
+    )
+
+
+def _compile(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            kernel["target"],
+            kernel["kernel"],
+            kernel["shape"],
+            kernel["extras"],
+            str(kernel["registers"]),
+            str(kernel["spilled_bytes"]),
+            f"{kernel['shared_memory_bytes']} of {kernel['shared_memory_limit_bytes']}",
+            ", ".join(f"{n} {name}" for name, n in kernel["tensor_core_instructions"].items()),
+            "ok" if kernel["ok"] else kernel["problem"],
+        ]
+        for kernel in results["kernels"]
+    ]
+    heads = ["target", "kernel", "shape", "with", "registers", "spilled B", "shared B"]
+    heads += ["tensor cores", ""]
+    return (
+        _table(heads, rows, left=4)
+        + f"\n\nCompiled without a GPU, {results['date']}, JAX {results['jax']}: registers of a"
+        " thread, bytes it spills, shared memory of a block.\n"
+    )
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
+    """Markdown; the first `left` columns are words, the others numbers."""
+    lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Finds tiles and writes them into the table that the kernels read:
+`python -m pallas_kernels.tune [--target NAME,...] [--kernel NAME ...] [--table FILE]`.
+
+Without `--target`, the candidates are timed on the GPU at hand: bfloat16, causal, with RoPE,
+without dropout, one shape for each key of the table; `--kernel cudnn_from` compares whole calls
+with cuDNN, for the length from which on that is faster. With `--target`, for chips that are not
+there, the compiler is asked instead: of the candidates that spill least, the one with the largest
+tile. Whole rows whose kernels all spill heavily are left to the streaming ones. Lines for other
+targets stay as they are.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from pallas_kernels import attention, compile, long, short, tiles, timing
+from pallas_kernels.dispatch import target_at_hand
+from pallas_kernels.shapes import Shape
+from pallas_kernels.targets import TARGETS
+from pallas_kernels.tile import Extras
+
+DTYPE = jnp.bfloat16
+ITEM_SIZE = 2
+SHORT_SHAPES = tuple(
+    Shape(batch, length, 4, head_dim)
+    for head_dim in (32, 64, 128)
+    for batch, length in ((1024, 16), (1024, 24), (128, 64), (64, 128))
+)
+LONG_SHAPES = tuple(Shape(4, 4096, 16, head_dim) for head_dim in (64, 128))
+# Lengths at which whole calls are compared, at a constant number of tokens and channels.
+AGAINST_CUDNN = (128, 256, 512, 1024, 4096)
+CUDNN = "cudnn_from"
+ROUNDS = 5
+# A call that takes a few microseconds is repeated this often in one program at least; each copy of
+# it costs seconds of compiling.
+CALLS = 2
+WORKERS = 14
+
+
+class Candidate(NamedTuple):
+    """One way to launch a kernel, and the shape that it is judged at."""
+
+    kernel: str
+    shape: Shape
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Of the table's line that it would fill."""
+        if self.kernel in tiles.SHORT_KERNELS:
+            return tiles.short_key(self.shape.length, self.shape.head_dim, ITEM_SIZE)
+        return tiles.head_key(self.shape.head_dim, ITEM_SIZE)
+
+    def __str__(self) -> str:
+        settings = " ".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"{self.kernel}, {self.key}: {settings}"
+
+
+def candidates(kernels: Iterable[str]) -> list[Candidate]:
+    """All that are tried for some kernels."""
+    return [
+        Candidate(kernel, shape, settings)
+        for kernel in kernels
+        for shape in (SHORT_SHAPES if kernel in tiles.SHORT_KERNELS else LONG_SHAPES)
+        for settings in _settings(kernel, shape)
+    ]
+
+
+def _settings(kernel: str, shape: Shape) -> Iterable[dict[str, Any]]:
+    if kernel in tiles.SHORT_KERNELS:
+        rows = short.rows_held(shape.length)
+        for num_warps in (1, 2, 4, 8):
+            if rows / 32 <= num_warps <= max(1, rows / 8):
+                yield {"num_warps": num_warps}
+    else:
+        for held, streamed, num_warps, num_stages in itertools.product(
+            (64, 128), (32, 64), (4, 8), (2, 3)
+        ):
+            # Fewer scores a warp leave it idle, more do not fit its registers.
+            if 512 <= held * streamed // num_warps <= 2048:
+                blocks = (streamed, held) if kernel == "long_d_kv" else (held, streamed)
+                yield long.Tile(*blocks, num_warps, num_stages)._asdict()
+
+
+def time_all(tried: Sequence[Candidate], say: Callable[[str], None]) -> dict[int, float]:
+    """Seconds a call on the GPU at hand, by the candidate's place; what fails is left out."""
+    given = {c.shape: timing.inputs(c.shape, DTYPE, CALLS) for c in tried}
+
+    def ready(candidate: Candidate) -> timing.Program | str:
+        inputs = given[candidate.shape]
+        guess = timing.bytes_moved(candidate.shape, ITEM_SIZE, backward=False) / 1e12
+        step, first = _step(candidate, inputs)
+        try:
+            return timing.program(step, first, inputs, seconds_a_call=guess)
+        except Exception as error:  # A tile that does not fit is what the search is for.
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+
+    seconds = {}
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        programs = dict(enumerate(pool.map(ready, tried)))
+    for place, program in programs.items():
+        if isinstance(program, str):
+            say(f"{tried[place]}: {program}")
+    groups = itertools.groupby(programs, key=lambda i: (tried[i].kernel, tried[i].key))
+    for _, places in groups:
+        # Those for one line of the table take turns.
+        usable = {i: programs[i] for i in places if isinstance(programs[i], timing.Program)}
+        for place, (_, median, _) in timing.medians(usable, ROUNDS).items():
+            seconds[place] = median
+            say(f"{tried[place]}: {1e6 * median:.2f} us")
+    return seconds
+
+
+def _step(candidate: Candidate, given: timing.Inputs) -> tuple[Callable, jax.Array]:
+    """A call of one kernel alone and its first input, for `timing.program`."""
+    case = compile.Case(candidate.shape, kernel=candidate.kernel, settings=candidate.settings)
+    function, (_, _, _, extras, scalars, *_) = compile.program(case, "h100")
+    # The time does not depend on these.
+    extras = Extras(*(x if x is None else jnp.ones(x.shape, x.dtype) for x in extras))
+    lse = delta = jnp.full(scalars.shape, 6.0, scalars.dtype)
+    if candidate.kernel.endswith("forward"):
+        return lambda q, k, v: function(q, k, v, extras, lse, delta, given.d_out), given.q
+
+    def backward(d_out, k, v):
+        first, *others = function(given.q, k, v, extras, lse, delta, d_out)
+        return first, others
+
+    return backward, given.d_out
+
+
+def fastest(tried: Sequence[Candidate], seconds: dict[int, float], device: str) -> dict:
+    """The table's lines for the GPU at hand: kernel, key, settings and evidence."""
+    lines = {}
+    for place in sorted(seconds, key=seconds.get):
+        candidate = tried[place]
+        evidence = f"{1e6 * seconds[place]:.1f} us at {candidate.shape} on {device}, {_today()}"
+        entry = {**candidate.settings, "evidence": evidence}
+        lines.setdefault(candidate.kernel, {}).setdefault(candidate.key, entry)
+    return lines
+
+
+def cudnn_from(say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """From which length on cuDNN is faster, forward and backward with RoPE, by key of the head."""
+    shapes = [Shape(2**14 // n, n, 16, head_dim) for head_dim in (64, 128) for n in AGAINST_CUDNN]
+    given = {shape: timing.inputs(shape, DTYPE, CALLS) for shape in shapes}
+
+    def ready(shape: Shape, name: str) -> timing.Program:
+        positions = jnp.arange(shape.length)
+        call = functools.partial(attention, positions=positions, implementation=name)
+        step = timing.gradient_step(call, given[shape].d_out)
+        guess = timing.bytes_moved(shape, ITEM_SIZE, backward=True) / 1e12
+        return timing.program(step, given[shape].q, given[shape], seconds_a_call=guess)
+
+    names = ("pallas", "cudnn")
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        programs = {s: {n: pool.submit(ready, s, n) for n in names} for s in shapes}
+    lines = {}
+    # From the longest down, as long as cuDNN is ahead.
+    for shape in sorted(shapes, key=lambda shape: (shape.head_dim, -shape.length)):
+        times = timing.medians({n: p.result() for n, p in programs[shape].items()}, ROUNDS)
+        ours, cudnn = (1e6 * times[name][1] for name in names)
+        say(f"{shape}, forward and backward: ours {ours:.1f} us, cuDNN {cudnn:.1f} us")
+        key = tiles.head_key(shape.head_dim, ITEM_SIZE)
+        if ours <= cudnn:
+            lines.setdefault(key, None)
+        elif lines.get(key, {}) is not None:
+            evidence = f"ours {ours:.0f} us, cuDNN {cudnn:.0f} us at {shape}, {_today()}"
+            lines[key] = {"length": shape.length, "evidence": evidence}
+    return {key: line for key, line in lines.items() if line is not None}
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def best_compiled(tried: Sequence[Candidate], target: str, say: Callable[[str], None]) -> dict:
+    """The table's lines for a chip that is not there.
+
+    A tile must do for everything that is asked of it, and is chosen by a plain call.
+    """
+    plain = [compile.Case(c.shape, kernel=c.kernel, settings=c.settings) for c in tried]
+    everything = [
+        dataclasses.replace(case, rate=compile.DROPOUT, clip=compile.CLIP) for case in plain
+    ]
+    reports = compile.measure([target], plain + everything)
+    usable = []
+    for candidate, report, most in zip(
+        tried, reports[: len(tried)], reports[len(tried) :], strict=True
+    ):
+        problem = report.problem
+        if (
+            candidate.shape.length <= tiles.LONGEST_BIASED_ROW
+            or report.kernel in tiles.LONG_KERNELS
+        ):
+            problem = problem or most.problem
+        say(
+            f"{target}: {candidate}: {report.registers} registers, {report.spilled} B spilled,"
+            f" {report.shared_memory} B shared{', ' + problem if problem else ''}"
+        )
+        if problem is None:
+            usable.append(report)
+    lines = {}
+    for report in sorted(usable, key=_preference):
+        case = report.case
+        key = Candidate(case.kernel, case.shape, {}).key
+        evidence = (
+            f"compiled: {report.registers} registers, {report.spilled} B spilled,"
+            f" {report.shared_memory} B shared, {_today()}"
+        )
+        entry = {**case.settings, "evidence": evidence}
+        lines.setdefault(case.kernel, {}).setdefault(key, entry)
+    return lines
+
+
+def _whole_rows(kernels: dict) -> dict:
+    """A target's table where a row is held whole forward and backward, or not at all."""
+    whole = kernels["short_forward"].keys() & kernels["short_backward"].keys()
+    return kernels | {
+        kernel: {key: entry for key, entry in kernels[kernel].items() if key in whole}
+        for kernel in tiles.SHORT_KERNELS
+    }
+
+
+def _preference(report: compile.Report) -> tuple:
+    """Smaller is better: spills, then small tiles, then fewer or more warps than 16 rows each."""
+    settings = report.case.settings
+    rows = settings.get("block_q") or short.rows_held(report.case.shape.length)
+    return (
+        report.spilled,
+        -rows * settings.get("block_k", 1),
+        abs(settings["num_warps"] - rows / 16),
+        -settings.get("num_stages", 0),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
+    parser.add_argument(
+        "--target", help=f"ask the compiler, for NAME,... of {', '.join(TARGETS)}; no GPU needed"
+    )
+    parser.add_argument(
+        "--kernel",
+        choices=(*tiles.KERNELS, CUDNN),
+        action="append",
+        help=f"repeatable (default: all; {CUDNN} compares calls that use the table as it is)",
+    )
+    parser.add_argument("--table", type=Path, default=tiles.FILE, help="file to write")
+    arguments = parser.parse_args()
+    names = arguments.target.split(",") if arguments.target else []
+    for name in names:
+        if name not in TARGETS:
+            parser.error(f"--target {name}: must be of {', '.join(TARGETS)}")
+    if not names and jax.default_backend() != "gpu":
+        parser.error(f"needs a GPU or --target; JAX's backend here is {jax.default_backend()}")
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    kernels = arguments.kernel or tiles.KERNELS
+    tried = candidates(kernel for kernel in kernels if kernel != CUDNN)
+    found = {}
+    if names:
+        for name in names:
+            found[name] = best_compiled(tried, name, console.print)
+    else:
+        device = jax.devices()[0].device_kind
+        lines = fastest(tried, time_all(tried, console.print), device)
+        if CUDNN in kernels:
+            lines[CUDNN] = cudnn_from(console.print)
+        found[target_at_hand()] = lines
+    table = dict(tiles.table())
+    for target, lines in found.items():
+        new = {
+            kernel: ({} if kernel == CUDNN else _untried(table[target][kernel], tried)) | entries
+            for kernel, entries in lines.items()
+        }
+        table[target] = _whole_rows(table[target] | new)
+    arguments.table.write_text(tiles.as_text(table))
+
+
+def _untried(entries: dict, tried: Sequence[Candidate]) -> dict:
+    """Lines of the table that no candidate could have replaced."""
+    keys = {candidate.key for candidate in tried}
+    return {key: entry for key, entry in entries.items() if key not in keys}
+
+
+if __name__ == "__main__":
+    main()
