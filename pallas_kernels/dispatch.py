@@ -39,8 +39,8 @@ def attention(
 ) -> jax.Array:
     """Attention of each token to the tokens before it in its row.
 
-    The softmax is computed in float32. Gradients flow to q, k, v and `bias_table`. Works under `jit`,
-    `grad`, `vmap` and `scan`, and over devices under `jax.shard_map(..., check_vma=False)`.
+    The softmax is computed in float32. Gradients flow to q, k, v and `bias_table`. Works under
+    `jit`, `grad`, `vmap`, `scan`, and over devices under `jax.shard_map(..., check_vma=False)`.
 
     Args:
       q, k, v: `[batch, length, heads, head_dim]`, all float32, bfloat16 or float16; head_dim even.

@@ -218,8 +218,17 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("figures"))
     arguments = parser.parse_args()
-    evaluated, repeats = gather([(path, read_results(path)) for path in arguments.results])
-    files = {arguments.out / name: content for name, content in render(evaluated).items()}
+    export(arguments.results, arguments.out)
+
+
+def export(paths: Sequence[Path], out: Path) -> None:
+    """Draws the figures and writes the tables of results files into a folder.
+
+    Raises:
+      InputError: a file is no results file, or the folder cannot be written.
+    """
+    evaluated, repeats = gather([(path, read_results(path)) for path in paths])
+    files = {out / name: content for name, content in render(evaluated).items()}
     for sentence in repeats:
         console.print(sentence, markup=False)
     for path in files:
