@@ -262,6 +262,12 @@ def main() -> None:
         parser.error(f"--rounds {arguments.rounds}: must be at least 2")
     if jax.default_backend() != "gpu":
         parser.error(f"needs a GPU; JAX's backend here is {jax.default_backend()}")
+    if arguments.json:
+        try:
+            # Told now, not after minutes of timing.
+            arguments.json.open("a").close()
+        except OSError as error:
+            parser.error(f"--json {arguments.json}: cannot be written ({error.strerror})")
     # A peer warns of each shape that it has no tiles for.
     logging.getLogger("absl").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)

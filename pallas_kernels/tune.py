@@ -269,27 +269,38 @@ def main() -> None:
     found = {}
     if names:
         for name in names:
-            found[name] = best_compiled(tried, name, console.print)
+            console.print(f"{name}: compiling {len(tried)} candidates, plain and with everything")
+            try:
+                found[name] = best_compiled(tried, name, console.print)
+            except compile.Unavailable as error:
+                parser.error(str(error))
     else:
         device = jax.devices()[0].device_kind
+        console.print(f"{device}: compiling {len(tried)} candidates")
         lines = fastest(tried, time_all(tried, console.print), device)
         if CUDNN in kernels:
             lines[CUDNN] = cudnn_from(console.print)
         found[target_at_hand()] = lines
     table = dict(tiles.table())
     for target, lines in found.items():
-        new = {
-            kernel: ({} if kernel == CUDNN else _untried(table[target][kernel], tried)) | entries
-            for kernel, entries in lines.items()
-        }
+        kept = {kernel: _kept(table[target], kernel, tried) for kernel in lines}
+        new = {kernel: kept[kernel] | entries for kernel, entries in lines.items()}
         table[target] = _whole_rows(table[target] | new)
-    arguments.table.write_text(tiles.as_text(table))
+    try:
+        arguments.table.write_text(tiles.as_text(table))
+    except OSError as error:
+        parser.error(f"--table {arguments.table}: cannot be written ({error.strerror})")
 
 
-def _untried(entries: dict, tried: Sequence[Candidate]) -> dict:
-    """Lines of the table that no candidate could have replaced."""
+def _kept(kernels: dict, kernel: str, tried: Sequence[Candidate]) -> dict:
+    """Old lines of a kernel that stay unless there is a new one for their key."""
+    if kernel == CUDNN:
+        return {}
+    if kernel in tiles.LONG_KERNELS:
+        return kernels[kernel]
+    # A whole row of which no candidate is left is to be streamed.
     keys = {candidate.key for candidate in tried}
-    return {key: entry for key, entry in entries.items() if key not in keys}
+    return {key: entry for key, entry in kernels[kernel].items() if key not in keys}
 
 
 if __name__ == "__main__":

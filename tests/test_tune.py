@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tomllib
 
 import jax
@@ -68,6 +69,26 @@ def test_a_row_that_is_not_whole_both_ways_is_streamed():
 def test_tune_needs_a_gpu_or_a_known_target():
     assert_refused(run_program("pallas_kernels.tune"), "needs a GPU or --target", "cpu")
     assert_refused(run_program("pallas_kernels.tune", "--target", "rtx1"), "rtx1", "b200")
+
+
+def test_tune_names_a_missing_plugin(tmp_path):
+    (tmp_path / "jax_plugins").mkdir()
+    (tmp_path / "jax_plugins" / "__init__.py").touch()
+    result = run_program(
+        "pallas_kernels.tune", "--target", "b200", env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
+    assert_refused(result, "plugin", "pip install 'spak-jax[aot]'")
+
+
+def test_a_key_without_a_usable_candidate_is_streamed_but_never_left_without_a_tile():
+    tried = tune.candidates(["short_forward", "long_forward"])
+    old = {
+        "short_forward": {"64 rows, head 64, 16 bits": {}, "16 rows, head 64, 32 bits": {}},
+        "long_forward": {"head 64, 16 bits": {}},
+    }
+    assert set(tune._kept(old, "short_forward", tried)) == {"16 rows, head 64, 32 bits"}
+    assert tune._kept(old, "long_forward", tried) == old["long_forward"]
+    assert tune._kept(old, tune.CUDNN, tried) == {}
 
 
 def test_bench_needs_a_gpu():
