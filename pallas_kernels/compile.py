@@ -38,7 +38,7 @@ from rich.table import Table
 from pallas_kernels import dispatch, long, short, tiles
 from pallas_kernels.shapes import LONG, SCORING, TRAINING, Shape, parse_shape
 from pallas_kernels.targets import TARGETS
-from pallas_kernels.tile import Extras, Options
+from pallas_kernels.tile import Extras, Options, table_dtype
 
 # Bytes that a thread may store for want of registers, which hold 1,020 of them. A quarter of that
 # is 32 KiB for four warps: two such blocks fit the 128 KiB that L1 and shared memory have together
@@ -170,9 +170,7 @@ def program(case: Case, target: str) -> tuple[Callable, tuple]:
     array = jax.ShapeDtypeStruct
     given = {}
     if case.rope:
-        # As `dispatch.attention` makes them.
-        table_dtype = jnp.float32 if case.dtype == "float32" else jnp.float16
-        tables = array((1, length, head_dim // 2), table_dtype)
+        tables = array((1, length, head_dim // 2), table_dtype(case.dtype))
         given |= {"cos": tables, "sin": tables}
     if case.clip is not None:
         given["ids"] = array((batch, length), jnp.int32)
@@ -329,11 +327,7 @@ def _kernels(target: str, case: Case) -> tuple[str, ...]:
 
 def _alone(target: str, case: Case, kernel: str) -> Case:
     """One kernel of attention, with the settings that it has there."""
-    _, length, _, head_dim = case.shape
-    if kernel in tiles.SHORT_KERNELS:
-        key = tiles.short_key(length, head_dim, case.item_size)
-    else:
-        key = tiles.head_key(head_dim, case.item_size)
+    key = tiles.key(kernel, case.shape.length, case.shape.head_dim, case.item_size)
     settings = tiles.settings(target, kernel, key) or {}
     return dataclasses.replace(case, kernel=kernel, settings=settings)
 
@@ -459,7 +453,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.compile", description=__doc__)
     parser.add_argument(
         "--target",
-        type=_parse_targets,
+        type=parse_targets,
         default=tuple(TARGETS),
         metavar="NAME,...",
         help=f"of {', '.join(TARGETS)}; all unless given",
@@ -543,7 +537,12 @@ def _as_json(reports: Iterable[Report]) -> dict[str, Any]:
     }
 
 
-def _parse_targets(text: str) -> tuple[str, ...]:
+def parse_targets(text: str) -> tuple[str, ...]:
+    """`rtx5070,b200` as names of targets, for a command line.
+
+    Raises:
+      argparse.ArgumentTypeError: one is not in `TARGETS`.
+    """
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in TARGETS:

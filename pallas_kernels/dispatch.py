@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import long, reference, short, targets, tiles
-from pallas_kernels.tile import Extras, Options
+from pallas_kernels.tile import Extras, Options, table_dtype
 
 IMPLEMENTATIONS = ("pallas", "xla", "cudnn")
 # Of the kernels, and of cuDNN.
@@ -113,10 +113,8 @@ def attention(
         )
     cos = sin = None
     if positions is not None:
-        # Beside 16-bit inputs, 11 bits of a cosine are enough, and half the bytes.
-        table_dtype = jnp.float32 if q.dtype == jnp.float32 else jnp.float16
         tables = reference.rope_tables(jnp.atleast_2d(positions), head_dim)
-        cos, sin = (table.astype(table_dtype) for table in tables)
+        cos, sin = (table.astype(table_dtype(q.dtype)) for table in tables)
     extras = Extras(
         cos=cos,
         sin=sin,

@@ -5,8 +5,8 @@ gradients of k and v hold a block of keys and stream blocks of queries. The soft
 date as keys come (online softmax), so no row of scores is ever whole. Blocks above the diagonal are
 never read, and blocks that no mask cuts skip the masks. What is held is turned by RoPE in the
 program; what is streamed is turned once, beforehand: it passes by many programs, and turning it
-there each time took 1.1 to 1.7 times as long on an H100. Each gradient is summed in one program, in
-one order: no atomics, the same bits on every run.
+there each time was slower on an H100 in every tile tried. Each gradient is summed in one program,
+in one order: no atomics, the same bits on every run.
 """
 
 import functools

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.bench import CONTENDERS, OURS, shown_times
+from pallas_kernels.bench import CONTENDERS, OURS, against_best_peer, shown_times
 from pallas_kernels.shapes import Shape, parse_shape
 
 
@@ -48,12 +48,10 @@ def _bench(results: dict[str, Any]) -> str:
     for entry in results["measurements"]:
         times = shown_times(entry)
         floor = entry["floor_microseconds"]
-        peers = [time for name, time in times.items() if name != OURS]
         cells = [f"{times[name]:.1f}" if name in times else "-" for name in names]
-        ours = times[OURS]
         rows.append(
-            [entry["shape"], entry["pass"], f"{floor:.1f}", *cells, f"{min(peers) / ours:.2f}"]
-            + [f"{100 * floor / ours:.0f}%"]
+            [entry["shape"], entry["pass"], f"{floor:.1f}", *cells, against_best_peer(times)]
+            + [f"{100 * floor / times[OURS]:.0f}%"]
         )
     heads = ["batch x length x heads x head_dim", "pass", "floor", *names]
     heads += ["best peer / ours", "floor / ours"]

@@ -64,6 +64,12 @@ def padded_head(head_dim: int) -> int:
     return 2 * max(NARROWEST, pl.next_power_of_2(head_dim // 2))
 
 
+def table_dtype(dtype) -> jnp.dtype:
+    """Of RoPE's tables for q and k of `dtype`: beside 16 bits, 11 bits of a cosine are enough, and
+    half the bytes."""
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float32 else jnp.float16)
+
+
 class Extras(NamedTuple):
     """Inputs beside q, k and v; None for what a call does not use.
 

@@ -50,17 +50,20 @@ def whole_row(
     """Arguments that launch a whole-row kernel; None where the row is to be streamed."""
     if biased and length > LONGEST_BIASED_ROW:
         return None
-    return settings(target, kernel, short_key(length, head_dim, item_size))
+    return settings(target, kernel, key(kernel, length, head_dim, item_size))
+
+
+def key(kernel: str, length: int, head_dim: int, item_size: int) -> str:
+    """Key of a kernel's line for numbers of `item_size` bytes."""
+    if kernel in SHORT_KERNELS:
+        return f"{short.rows_held(length)} rows, head {padded_head(head_dim)}, {8 * item_size} bits"
+    return head_key(head_dim, item_size)
 
 
 def head_key(head_dim: int, item_size: int) -> str:
-    """Key of a streaming kernel for numbers of `item_size` bytes; small heads share one."""
+    """Key of what goes by the head alone, streaming kernels and `cudnn_from`; small heads share
+    one."""
     return f"head {max(64, padded_head(head_dim))}, {8 * item_size} bits"
-
-
-def short_key(length: int, head_dim: int, item_size: int) -> str:
-    """Key of a whole-row kernel."""
-    return f"{short.rows_held(length)} rows, head {padded_head(head_dim)}, {8 * item_size} bits"
 
 
 @functools.cache

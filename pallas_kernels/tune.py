@@ -58,9 +58,7 @@ class Candidate(NamedTuple):
     @property
     def key(self) -> str:
         """Of the table's line that it would fill."""
-        if self.kernel in tiles.SHORT_KERNELS:
-            return tiles.short_key(self.shape.length, self.shape.head_dim, ITEM_SIZE)
-        return tiles.head_key(self.shape.head_dim, ITEM_SIZE)
+        return tiles.key(self.kernel, self.shape.length, self.shape.head_dim, ITEM_SIZE)
 
     def __str__(self) -> str:
         settings = " ".join(f"{name}={value}" for name, value in self.settings.items())
@@ -175,7 +173,10 @@ def cudnn_from(say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
         if ours <= cudnn:
             lines.setdefault(key, None)
         elif lines.get(key, {}) is not None:
-            evidence = f"ours {ours:.0f} us, cuDNN {cudnn:.0f} us at {shape}, {_today()}"
+            device = jax.devices()[0].device_kind
+            evidence = (
+                f"ours {ours:.0f} us, cuDNN {cudnn:.0f} us at {shape} on {device}, {_today()}"
+            )
             lines[key] = {"length": shape.length, "evidence": evidence}
     return {key: line for key, line in lines.items() if line is not None}
 
@@ -247,7 +248,11 @@ def _preference(report: compile.Report) -> tuple:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
     parser.add_argument(
-        "--target", help=f"ask the compiler, for NAME,... of {', '.join(TARGETS)}; no GPU needed"
+        "--target",
+        type=compile.parse_targets,
+        default=(),
+        metavar="NAME,...",
+        help=f"ask the compiler, for some of {', '.join(TARGETS)}; no GPU needed",
     )
     parser.add_argument(
         "--kernel",
@@ -257,10 +262,7 @@ def main() -> None:
     )
     parser.add_argument("--table", type=Path, default=tiles.FILE, help="file to write")
     arguments = parser.parse_args()
-    names = arguments.target.split(",") if arguments.target else []
-    for name in names:
-        if name not in TARGETS:
-            parser.error(f"--target {name}: must be of {', '.join(TARGETS)}")
+    names = arguments.target
     if not names and jax.default_backend() != "gpu":
         parser.error(f"needs a GPU or --target; JAX's backend here is {jax.default_backend()}")
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)

@@ -4,8 +4,8 @@
 
 import argparse
 import datetime
+import functools
 import json
-import statistics
 import time
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from pallas_kernels import IMPLEMENTATIONS, choose
+from pallas_kernels import IMPLEMENTATIONS, choose, timing
 from spak_jax import evaluate, model
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
 from spak_jax.config import Config, read_config
@@ -24,33 +24,29 @@ SECONDS_A_ROUND = 0.5
 LONGEST_ROUND = 500
 
 
-def step_times(config: Config, attentions: list[str | None]) -> dict[str | None, list[float]]:
-    """Seconds a training step with each implementation of attention, one value a round.
+def step_times(config: Config, attentions: list[str]) -> dict[str, tuple[float, float, float]]:
+    """Seconds a training step with each implementation of attention, quartiles.
 
     Each is compiled once and runs some hundred steps in one call, as a training does; they take
-    turns, and go on from the same weights.
+    turns, and start from the same weights.
     """
-    supply, programs, counts = make_supply(config), {}, {}
+    state, supply = initial_state(config), make_supply(config)
+    most = min(LONGEST_ROUND, config.train.steps_per_call)
+    programs = {}
     for name in attentions:
-        state = initial_state(config)
         run_steps = jax.jit(make_training(config, name))
-        programs[name] = run_steps.lower(state, supply, jnp.int32(0)).compile()
-        _seconds_a_step(programs[name], state, supply, 1)
-        pace = _seconds_a_step(programs[name], state, supply, 2)
-        most = min(LONGEST_ROUND, config.train.steps_per_call)
-        counts[name] = max(1, min(round(SECONDS_A_ROUND / pace), most))
-    seconds = {name: [] for name in attentions}
-    state = initial_state(config)
-    for _ in range(ROUNDS):
-        for name in attentions:
-            seconds[name].append(_seconds_a_step(programs[name], state, supply, counts[name]))
-    return seconds
+        executable = run_steps.lower(state, supply, jnp.int32(0)).compile()
 
+        def steps(count: int, executable=executable) -> None:
+            jax.block_until_ready(executable(state, supply, jnp.int32(count)))
 
-def _seconds_a_step(program, state, supply, count: int) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(state, supply, jnp.int32(count)))
-    return (time.perf_counter() - start) / count
+        steps(1)
+        start = time.perf_counter()
+        steps(2)
+        pace = (time.perf_counter() - start) / 2
+        count = max(1, min(round(SECONDS_A_ROUND / pace), most))
+        programs[name] = timing.Program(functools.partial(steps, count), count)
+    return timing.medians(programs, ROUNDS)
 
 
 def main() -> None:
@@ -87,7 +83,7 @@ def main() -> None:
             name: dict(
                 zip(
                     ("low", "median", "high"),
-                    (1e3 * x for x in statistics.quantiles(values, n=4)),
+                    (1e3 * x for x in values),
                     strict=True,
                 )
             )

@@ -240,6 +240,11 @@ def score(trained: Trained, settings: Settings) -> dict[str, Any]:
     return results
 
 
+def score_run(trained: Trained, settings: Settings, run: Path) -> dict[str, Any]:
+    """The contents of a results file: `score`, and the training curve of the run folder."""
+    return score(trained, settings) | {"training": training_curve(run)}
+
+
 def score_own_problems(
     trained: Trained, settings: Settings, pairs: list[tuple[int, int]], source: str
 ) -> tuple[dict[str, Any], list[tuple[int, int]]]:

@@ -76,9 +76,7 @@ def reproduce(run: Run, run_path: Path, out: Path, examples: int) -> list[Path]:
         trained = evaluate.Trained(run.config, state.weights, int(state.step))
         for loops, path in missing.items():
             settings = evaluate.Settings(DIGITS, examples, run.config.evaluation.seed, loops)
-            results = evaluate.score(trained, settings)
-            results["training"] = evaluate.training_curve(run_path)
-            evaluate.write_results(path, results)
+            evaluate.write_results(path, evaluate.score_run(trained, settings, run_path))
             console.print(f"wrote {path}", markup=False)
     return list(wanted.values())
 
