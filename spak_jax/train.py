@@ -182,11 +182,12 @@ def train(config: Config, run_path: Path) -> TrainState:
       Failure: the loss is no longer finite; the last good checkpoint stays.
     """
     state = initial_state(config)
-    if checkpoint.steps_in(run_path):
+    begun = bool(checkpoint.steps_in(run_path))
+    if begun:
         state = _restored_state(config, run_path, state)
         console.print(f"{run_path}: going on after step {state.step}")
     run = checkpoint.Run(run_path)
-    if state.step == 0:
+    if not begun:
         run.save(0, config, state.weights, state.optimizer)
     metrics = _Metrics(run_path / checkpoint.METRICS, int(state.step))
     supply = make_supply(config)

@@ -119,7 +119,8 @@ def test_a_training_learns_and_leaves_metrics(half_trained):
     assert all(line["seconds_per_step"] > 0 for line in lines)
 
 
-def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stop", "kept"), [(4, [0]), (8, [0, 4])])
+def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch, stop, kept):
     training.train(tiny, tmp_path / "whole")
 
     class Stopped(Exception):
@@ -127,16 +128,16 @@ def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch):
 
     save = checkpoint.Run.save
 
-    def stop_at_step_8(run, step, *rest):
-        if step == 8:
+    def stop_there(run, step, *rest):
+        if step == stop:
             raise Stopped
         save(run, step, *rest)
 
-    monkeypatch.setattr(checkpoint.Run, "save", stop_at_step_8)
+    monkeypatch.setattr(checkpoint.Run, "save", stop_there)
     with pytest.raises(Stopped):
         training.train(tiny, tmp_path / "stopped")
     monkeypatch.undo()
-    assert checkpoint.steps_in(tmp_path / "stopped") == [0, 4]
+    assert checkpoint.steps_in(tmp_path / "stopped") == kept
     training.train(tiny, tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     # Calls may end elsewhere, but no step is told twice and no checkpoint's line is missing.
