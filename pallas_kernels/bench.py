@@ -2,7 +2,8 @@
 `python -m pallas_kernels.bench [--shape BxTxHxD ...] [--rounds N] [--json FILE]`.
 
 bfloat16, causal. Ours turns q and k by RoPE; the others do not, and are spared that work. Peers
-that are not installed, or cannot take a shape, are named with the reason.
+that are not installed, or cannot take a shape, are named with the reason. Measurements of other
+shapes that FILE holds, from the same device and packages, stay.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,11 +192,10 @@ def measure(
                 else timing.forward_step(function)
             )
             program = timing.program(step, given.q, given, seconds_a_call=guess)
-            program.run()
         except Missing as reason:
             return str(reason)
-        except Exception as error:  # A peer's own limits, of many kinds: reported, not hidden.
-            return f"{type(error).__name__}: {str(error).strip()[:200]}"
+        except Exception as error:
+            return _limit(error)
         say(f"  {name}: ready in {time.perf_counter() - start:.1f} s")
         return program
 
@@ -204,6 +204,10 @@ def measure(
     others = [name for name in made if name != "xla"]
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         outcomes |= dict(zip(others, pool.map(ready, others), strict=True))
+    for name, program in outcomes.items():
+        if isinstance(program, timing.Program):
+            # Alone: a first run may be captured as a CUDA graph, which work beside it would break.
+            outcomes[name] = _run_once(program)
     programs = {n: p for n, p in outcomes.items() if isinstance(p, timing.Program)}
     missing = {n: reason for n, reason in outcomes.items() if isinstance(reason, str)}
     try:
@@ -211,7 +215,7 @@ def measure(
     except Missing as reason:
         missing[TORCH] = str(reason)
     except Exception as error:
-        missing[TORCH] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        missing[TORCH] = _limit(error)
     microseconds = {
         name: dict(zip(("low", "median", "high"), (1e6 * x for x in values), strict=True))
         for name, values in timing.medians(programs, rounds).items()
@@ -222,10 +226,27 @@ def measure(
     return {
         "shape": str(shape),
         "pass": "forward+backward" if backward else "forward",
+        "date": datetime.date.today().isoformat(),
+        "rounds": rounds,
+        "copy_bytes_per_second": speeds.copy,
+        "product_operations_per_second": speeds.product,
         "floor_microseconds": 1e6 * floor,
         "microseconds": microseconds,
         "missing": missing,
     }
+
+
+def _run_once(program: timing.Program) -> timing.Program | str:
+    try:
+        program.run()
+    except Exception as error:
+        return _limit(error)
+    return program
+
+
+def _limit(error: Exception) -> str:
+    """A peer's own limits, of many kinds: reported, not hidden."""
+    return f"{type(error).__name__}: {str(error).strip()[:200]}"
 
 
 def shown_times(entry: dict) -> dict[str, float]:
@@ -275,23 +296,25 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     device = jax.devices()[0]
-    speeds = Speeds(timing.copy_speed(), timing.product_speed(DTYPE))
     results = {
         "device": device.device_kind,
-        "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "packages": _versions(),
         "dtype": jnp.dtype(DTYPE).name,
-        "rounds": arguments.rounds,
-        "copy_bytes_per_second": speeds.copy,
-        "product_operations_per_second": speeds.product,
         "measurements": [],
     }
+    shapes = arguments.shape or SHAPES
+    if arguments.json:
+        try:
+            results["measurements"] = kept_measurements(arguments.json, results, shapes)
+        except ValueError as error:
+            parser.error(f"--json {arguments.json}: {error}")
+    speeds = Speeds(timing.copy_speed(), timing.product_speed(DTYPE))
     console.print(
         f"{device.device_kind}: copies {speeds.copy / 1e12:.2f} TB/s, "
         f"multiplies {speeds.product / 1e12:.0f} TFLOP/s"
     )
-    for shape in arguments.shape or SHAPES:
+    for shape in shapes:
         for backward in (False, True):
             console.print(f"{shape} {'forward+backward' if backward else 'forward'}")
             results["measurements"].append(
@@ -306,6 +329,31 @@ def main() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     console.print(table(results))
+
+
+def kept_measurements(path: Path, results: dict, shapes: Iterable[Shape]) -> list[dict]:
+    """The measurements of other shapes in a results file, which is empty or like `results`.
+
+    Raises:
+      ValueError: it is of another device or other packages, or no results file.
+    """
+    text = path.read_text()
+    if not text:
+        return []
+    try:
+        there = json.loads(text)
+        differing = [key for key in results if there.get(key) != results[key]]
+        measurements = there["measurements"]
+        kept = [entry for entry in measurements if entry["shape"] not in map(str, shapes)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("holds something else; name another file") from None
+    for key in differing:
+        if key != "measurements":
+            raise ValueError(
+                f"holds measurements with {key} = {there.get(key)!r}, and this is"
+                f" {results[key]!r}; name another file"
+            )
+    return kept
 
 
 def _versions() -> dict[str, str]:

@@ -39,13 +39,10 @@ def markdown(results: dict[str, Any], shapes: Sequence[Shape] | None = None) -> 
 
 
 def _bench(results: dict[str, Any]) -> str:
-    names = [
-        name
-        for name in CONTENDERS
-        if any(name in shown_times(entry) for entry in results["measurements"])
-    ]
+    entries = results["measurements"]
+    names = [name for name in CONTENDERS if any(name in shown_times(entry) for entry in entries)]
     rows = []
-    for entry in results["measurements"]:
+    for entry in entries:
         times = shown_times(entry)
         floor = entry["floor_microseconds"]
         cells = [f"{times[name]:.1f}" if name in times else "-" for name in names]
@@ -58,12 +55,20 @@ def _bench(results: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
     return (
         _table(heads, rows, left=2)
-        + f"\n\nMicroseconds a call, medians of {results['rounds']} rounds, {results['dtype']},"
-        f" causal; {results['device']}, {results['date']}, JAX {results['jax']}, {packages}. The"
-        " floor: the bytes of a call at this GPU's own speed of copying"
-        f" ({results['copy_bytes_per_second'] / 1e12:.2f} TB/s), or its operations at that of an"
-        f" 8192-wide product ({results['product_operations_per_second'] / 1e12:.0f} TFLOP/s).\n"
+        + f"\n\nMicroseconds a call, medians of {_range(entries, 'rounds')} rounds,"
+        f" {results['dtype']}, causal; {results['device']}, {_range(entries, 'date')}, JAX"
+        f" {results['jax']}, {packages}. The floor: the bytes of a call at this GPU's own speed of"
+        f" copying ({_range(entries, 'copy_bytes_per_second', 1e12, '.2f')} TB/s), or its"
+        " operations at that of an 8192-wide product"
+        f" ({_range(entries, 'product_operations_per_second', 1e12, '.0f')} TFLOP/s).\n"
     )
+
+
+def _range(entries: Sequence[dict], key: str, unit: float | None = None, digits: str = "") -> str:
+    """The values that measurements have, "least to most" where they differ."""
+    values = sorted(entry[key] for entry in entries)
+    ends = [format(value / unit if unit else value, digits) for value in (values[0], values[-1])]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _compile(results: dict[str, Any]) -> str:

@@ -197,6 +197,26 @@ def test_the_readme_shows_the_committed_tables():
     assert {kernel["target"] for kernel in compiled["kernels"]} == set(TARGETS)
 
 
+def test_a_bench_keeps_what_its_file_holds_of_other_shapes(tmp_path):
+    results = {"device": "GPU", "jax": "1", "measurements": []}
+    entries = [{"shape": "128x64x4x64"}, {"shape": "4x4096x16x64"}]
+    path = tmp_path / "bench.json"
+    shapes = [parse_shape("128x64x4x64")]
+    path.write_text("")
+    assert bench.kept_measurements(path, results, shapes) == []
+    path.write_text(json.dumps(results | {"measurements": entries}))
+    assert bench.kept_measurements(path, results, shapes) == entries[1:]
+    for text, message in (
+        (json.dumps(results | {"device": "other"}), "device = 'other'"),
+        ("[]", "something else"),
+        ("{}", "something else"),
+        ("no JSON", "something else"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            bench.kept_measurements(path, results, shapes)
+
+
 def test_a_file_of_another_kind_is_named(tmp_path):
     for text in ("[]", "{}", "no JSON", '{"kernels": [{}]}', '{"kernels": [{"shape": "a"}]}'):
         (tmp_path / "x.json").write_text(text)
