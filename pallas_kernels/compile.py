@@ -185,11 +185,11 @@ def program(case: Case, target: str) -> tuple[Callable, tuple]:
 
 def _whole(case: Case, options: Options) -> Callable:
     def forward(q, k, v, extras, *_):
-        return dispatch.run_kernels(q, k, v, extras, options)
+        return dispatch.run_kernels((q, k, v), extras, options)
 
     def both(q, k, v, extras, lse, delta, d_out):
         def attend(q, k, v, bias):
-            return dispatch.run_kernels(q, k, v, extras._replace(bias=bias), options)
+            return dispatch.run_kernels((q, k, v), extras._replace(bias=bias), options)
 
         out, gradients = jax.vjp(attend, q, k, v, extras.bias)
         return out, gradients(d_out)
@@ -200,9 +200,9 @@ def _whole(case: Case, options: Options) -> Callable:
 def _one_kernel(case: Case, options: Options) -> Callable:
     def run(q, k, v, extras, lse, delta, d_out):
         if case.kernel == "short_forward":
-            return short.forward(q, k, v, extras, options, **case.settings)
+            return short.forward((q, k, v), extras, options, **case.settings)
         if case.kernel == "short_backward":
-            return short.backward(q, k, v, extras, lse, d_out, options, **case.settings)
+            return short.backward((q, k, v), extras, lse, d_out, options, **case.settings)
         cut = long.Tile(**case.settings)
         if case.kernel == "long_forward":
             return long.forward(q, k, v, extras, options, cut)

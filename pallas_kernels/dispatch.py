@@ -23,8 +23,8 @@ class Choice(NamedTuple):
 
 def attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None = None,
+    v: jax.Array | None = None,
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -44,6 +44,9 @@ def attention(
 
     Args:
       q, k, v: `[batch, length, heads, head_dim]`, all float32, bfloat16 or float16; head_dim even.
+        Or, as `q` alone, all three side by side, `[batch, length, 3, heads, head_dim]`, as one
+        projection makes them: kernels that hold a whole row read them, and write their gradients,
+        where they lie.
       positions: int `[length]` or `[batch, length]`; q and k are turned by them (RoPE, base
         10,000). None turns nothing.
       segment_ids: int32 `[batch, length]`; a token sees its own segment only.
@@ -67,8 +70,9 @@ def attention(
     Raises:
       ValueError: shapes, dtypes or arguments that do not go together, naming them.
     """
-    _check(q, k, v, positions, segment_ids, ids, bias_table, window, dropout_rate)
-    length, heads, head_dim = q.shape[1:]
+    qkv = (q,) if k is None and v is None else (q, k, v)
+    _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate)
+    length, head_dim = q.shape[1], q.shape[-1]
     if implementation not in (*IMPLEMENTATIONS, None):
         raise ValueError(f"implementation = {implementation!r}: one of {IMPLEMENTATIONS} or None")
     clip = window if bias_table is None else bias_table.shape[1] // 2 - 1
@@ -83,6 +87,7 @@ def attention(
                 "implementation = 'cudnn': needs a GPU, bfloat16 or float16, head_dim a multiple of"
                 " 8 up to 128, no dropout, no segment_ids, no ids"
             )
+        q, k, v = _apart(qkv)
         if positions is not None:
             q, k = reference.rotate(q, positions), reference.rotate(k, positions)
         return jax.nn.dot_product_attention(
@@ -90,9 +95,7 @@ def attention(
         )
     if implementation == "xla":
         return reference.attention(
-            q,
-            k,
-            v,
+            *_apart(qkv),
             positions=positions,
             segment_ids=segment_ids,
             ids=ids,
@@ -104,7 +107,7 @@ def attention(
             scale=scale,
             causal=causal,
         )
-    target = target_at_hand()
+    target = targets.target_at_hand()
     if target is None or head_dim > LARGEST_HEAD:
         raise ValueError(
             f"implementation = 'pallas': needs head_dim up to {LARGEST_HEAD}, not {head_dim}, and"
@@ -134,7 +137,7 @@ def attention(
         target=target,
         interpret=jax.default_backend() == "cpu",
     )
-    return run_kernels(q, k, v, extras, options)
+    return run_kernels(qkv, extras, options)
 
 
 def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
@@ -145,7 +148,7 @@ def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
       dtype: of q.
       plain: whether there is neither dropout nor segment_ids nor ids.
     """
-    target = target_at_hand()
+    target = targets.target_at_hand()
     if jax.default_backend() == "cpu" or target is None:
         return Choice("xla", f"{jax.devices()[0].device_kind} is no GPU that the kernels are for")
     if head_dim > LARGEST_HEAD:
@@ -157,51 +160,51 @@ def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
     return Choice("pallas", f"{target}, {key}: no other was measured to be faster")
 
 
-@functools.cache
-def target_at_hand() -> str | None:
-    """The target whose tiles suit the device at hand, None if the kernels are not for it.
-
-    A CPU interprets the kernels, with any tiles.
-    """
-    if jax.default_backend() == "cpu":
-        return "h100"
-    return targets.name_of(getattr(jax.devices()[0], "compute_capability", ""))
-
-
 def _cudnn_takes(head_dim: int, dtype) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= LARGEST_HEAD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def run_kernels(q, k, v, extras: Extras, options: Options):
-    """The kernels that `options` chooses, forward, and backward where a gradient is asked for."""
-    return _forward(q, k, v, extras, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def run_kernels(qkv: tuple[jax.Array, ...], extras: Extras, options: Options):
+    """The kernels that `options` chooses, forward, and backward where a gradient is asked for.
+
+    qkv: q, k and v, or one array with all three, as `attention` takes them.
+    """
+    return _forward(qkv, extras, options)[0]
 
 
-def _forward(q, k, v, extras, options):
-    whole_row = _whole_row("short_forward", extras, options, q)
+def _forward(qkv, extras, options):
+    whole_row = _whole_row("short_forward", extras, options, qkv[0])
     if whole_row:
-        out, lse = short.forward(q, k, v, extras, options, **whole_row)
+        out, lse = short.forward(qkv, extras, options, **whole_row)
         # The backward pass of a whole row makes all else again.
-        return out, (q, k, v, extras, None, lse)
+        return out, (qkv, extras, None, lse)
+    q, k, v = _apart(qkv)
     out, lse = long.forward(q, k, v, extras, options, _long_tile("long_forward", options, q))
-    return out, (q, k, v, extras, out, lse)
+    return out, (qkv, extras, out, lse)
 
 
 def _backward(options, saved, d_out):
-    q, k, v, extras, out, lse = saved
-    d_out = d_out.astype(q.dtype)
+    qkv, extras, out, lse = saved
+    d_out = d_out.astype(qkv[0].dtype)
     if out is None:
-        whole_row = _whole_row("short_backward", extras, options, q)
-        gradients = short.backward(q, k, v, extras, lse, d_out, options, **whole_row)
+        whole_row = _whole_row("short_backward", extras, options, qkv[0])
+        d_qkv, d_bias = short.backward(qkv, extras, lse, d_out, options, **whole_row)
     else:
-        gradients = long.backward(
+        q, k, v = _apart(qkv)
+        *d_qkv, d_bias = long.backward(
             q, k, v, extras, out, lse, d_out, options,
             d_q_tile=_long_tile("long_d_q", options, q),
             d_kv_tile=_long_tile("long_d_kv", options, q),
         )  # fmt: skip
-    *d_qkv, d_bias = gradients
-    return *d_qkv, Extras(bias=d_bias)
+        if len(qkv) == 1:
+            d_qkv = [jnp.stack(d_qkv, axis=2)]
+    return tuple(d_qkv), Extras(bias=d_bias)
+
+
+def _apart(qkv):
+    """q, k and v as three arrays."""
+    return qkv if len(qkv) == 3 else tuple(jnp.moveaxis(qkv[0], 2, 0))
 
 
 run_kernels.defvjp(_forward, _backward)
@@ -223,22 +226,23 @@ def _long_tile(kernel: str, options: Options, q: jax.Array) -> long.Tile:
     return long.Tile(**tiles.settings(options.target, kernel, key))
 
 
-def _check(q, k, v, positions, segment_ids, ids, bias_table, window, dropout_rate) -> None:
-    if q.ndim != 4 or not q.shape == k.shape == v.shape:
+def _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate) -> None:
+    q = qkv[0]
+    given = [None if x is None else x.shape for x in qkv]
+    together = len(qkv) == 1 and q.ndim == 5 and q.shape[2] == 3
+    apart = len(qkv) == 3 and q.ndim == 4 and given == [q.shape] * 3
+    if not (together or apart):
         raise ValueError(
-            f"q, k, v are {q.shape}, {k.shape}, {v.shape}: expected one shape"
-            " [batch, length, heads, head_dim]"
+            f"q, k, v are {', '.join(map(str, given))}: expected one shape"
+            " [batch, length, heads, head_dim], or q alone [batch, length, 3, heads, head_dim]"
         )
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (
-        jnp.float32,
-        jnp.bfloat16,
-        jnp.float16,
-    ):
+    dtypes = [x.dtype for x in qkv]
+    if dtypes != [q.dtype] * len(qkv) or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(
-            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: expected one of float32, bfloat16,"
+            f"q, k, v are {', '.join(map(str, dtypes))}: expected one of float32, bfloat16,"
             " float16 for all"
         )
-    batch, length, heads, head_dim = q.shape
+    (batch, length), (heads, head_dim) = q.shape[:2], q.shape[-2:]
     if head_dim % 2:
         raise ValueError(f"head_dim = {head_dim}: must be even")
     if positions is not None and positions.shape not in ((length,), (1, length), (batch, length)):

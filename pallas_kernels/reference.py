@@ -65,7 +65,7 @@ def dropout_bits(seed0, seed1, row, counter) -> jax.Array:
     stands, so that no mask is ever stored.
 
     Args:
-      seed0, seed1: uint32 words drawn from the dropout key.
+      seed0, seed1: the uint32 words of `dropout_seed`.
       row: int32, `batch index * heads + head`.
       counter: int32, `query index * length + key index`.
     """
@@ -79,8 +79,31 @@ def dropout_threshold(rate: float) -> int:
 
 
 def dropout_seed(key: jax.Array) -> jax.Array:
-    """The two uint32 words that a PRNG key gives to `dropout_bits`."""
-    return jax.random.bits(key, (2,), jnp.uint32)
+    """The two uint32 words that a PRNG key gives to `dropout_bits`: its last two.
+
+    No generator runs for them: `dropout_bits` mixes what keys that were split off one another have
+    in common.
+    """
+    return jax.random.key_data(key)[..., -2:]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Sets a share `rate` of `[..., channels]` to zero and scales the rest up.
+
+    `dropout_bits` decides, with the index of the row, counted over all leading axes, and of the
+    channel.
+    """
+    rows = jnp.arange(x.size // x.shape[-1]).reshape(*x.shape[:-1], 1)
+    bits = dropout_bits(*dropout_seed(key), rows, jnp.arange(x.shape[-1]))
+    kept = bits >= jnp.uint32(dropout_threshold(rate))
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """LayerNorm over the last axis, without a bias (Ba et al. 2016, Layer Normalization, eq. 4)."""
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred * centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon) * scale
 
 
 def attention(

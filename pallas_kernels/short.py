@@ -6,6 +6,8 @@ log-sum-exp and writes each gradient once.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,48 +18,51 @@ from pallas_kernels import tile
 from pallas_kernels.tile import LEAST, LOG2_E, NARROWEST, Extras, Options
 
 
-def forward(q, k, v, extras: Extras, options: Options, *, num_warps: int):
+def forward(qkv: Sequence[jax.Array], extras: Extras, options: Options, *, num_warps: int):
     """Output `[batch, length, heads, head_dim]` and log-sum-exp, float32 `[batch, heads, length]`.
 
-    The log-sum-exp is in units of log 2.
+    qkv: q, k and v of that shape, or one array with all of them, `[batch, length, 3, heads,
+    head_dim]`. The log-sum-exp is in units of log 2.
     """
-    batch, length, heads, _ = q.shape
+    batch, length, *_, heads, head_dim = qkv[0].shape
     rows = rows_held(length)
     return pl.pallas_call(
         functools.partial(_forward_kernel, options=options, heads=heads),
         grid=(heads, batch),
-        in_specs=[tile.heads_spec(rows, options)] * 3 + [tile.extras_specs(rows, extras, options)],
+        in_specs=[_qkv_specs(qkv, rows, options), tile.extras_specs(rows, extras, options)],
         out_specs=[tile.heads_spec(rows, options), tile.scalars_spec(rows)],
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, length, heads, head_dim), qkv[0].dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=options.interpret,
         name="short_forward",
-    )(q, k, v, extras)
+    )(_flat(qkv), extras)
 
 
-def backward(q, k, v, extras: Extras, lse, d_out, options: Options, *, num_warps: int):
-    """Gradients of q, k and v, and of the bias table, float32 `[heads, entries]` or None.
+def backward(
+    qkv: Sequence[jax.Array], extras: Extras, lse, d_out, options: Options, *, num_warps: int
+):
+    """Gradients as `qkv` is given, and of the bias table, float32 `[heads, entries]` or None.
 
     lse: what `forward` returned. d_out: the gradient of its output, in its dtype.
     """
-    batch, length, heads, _ = q.shape
+    batch, length, heads, _ = d_out.shape
     rows = rows_held(length)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    specs = [tile.heads_spec(rows, options)] * 3
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _flat(qkv)]
+    specs = _qkv_specs(qkv, rows, options)
     if extras.bias is not None:
         # One sum a row and head, added up outside: no atomics, the same bits on every run.
         entries = extras.bias.shape[1]
         shapes.append(jax.ShapeDtypeStruct((batch, heads, entries), jnp.float32))
         padded = pl.next_power_of_2(entries)
         specs.append(pl.BlockSpec((None, None, padded), lambda h, b: (b, h, 0)))
-    d_q, d_k, d_v, *d_bias = pl.pallas_call(
+    gradients = pl.pallas_call(
         functools.partial(_backward_kernel, options=options, heads=heads),
         grid=(heads, batch),
-        in_specs=[tile.heads_spec(rows, options)] * 3
-        + [
+        in_specs=[
+            _qkv_specs(qkv, rows, options),
             tile.extras_specs(rows, extras, options),
             tile.scalars_spec(rows),
             tile.heads_spec(rows, options),
@@ -67,8 +72,33 @@ def backward(q, k, v, extras: Extras, lse, d_out, options: Options, *, num_warps
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=options.interpret,
         name="short_backward",
-    )(q, k, v, extras, lse, d_out)
-    return d_q, d_k, d_v, (d_bias[0].sum(0) if d_bias else None)
+    )(_flat(qkv), extras, lse, d_out)
+    d_qkv, d_bias = gradients[: len(qkv)], gradients[len(qkv) :]
+    d_qkv = [gradient.reshape(x.shape) for gradient, x in zip(d_qkv, qkv, strict=True)]
+    return d_qkv, (d_bias[0].sum(0) if d_bias else None)
+
+
+def _flat(qkv: Sequence[jax.Array]) -> list[jax.Array]:
+    """What a program reads a head of: all heads of q, k and v as columns, if they are one array."""
+    if len(qkv) == 1:
+        return [qkv[0].reshape(*qkv[0].shape[:2], -1)]
+    return list(qkv)
+
+
+def _qkv_specs(qkv: Sequence[jax.Array], rows: int, options: Options) -> list[pl.BlockSpec]:
+    if len(qkv) == 1:
+        # Padded columns are masked.
+        columns = qkv[0].size // math.prod(qkv[0].shape[:2]) + options.padded_head
+        return [pl.BlockSpec((None, rows, columns), lambda h, b: (b, 0, 0))]
+    return [tile.heads_spec(rows, options)] * 3
+
+
+def _head(refs, heads: int, options: Options) -> Sequence:
+    """This program's head of q, k and v, or of their gradients."""
+    if len(refs) == 3:
+        return refs
+    head = pl.program_id(0)
+    return [tile.Columns(refs[0], (heads * i + head) * options.head_dim) for i in range(3)]
 
 
 def rows_held(length: int) -> int:
@@ -76,8 +106,9 @@ def rows_held(length: int) -> int:
     return max(NARROWEST, pl.next_power_of_2(length))
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, extras, out_ref, lse_ref, *, options, heads):
+def _forward_kernel(qkv_refs, extras, out_ref, lse_ref, *, options, heads):
     rows = rows_held(options.length)
+    q_ref, k_ref, v_ref = _head(qkv_refs, heads, options)
     query = tile.load_side(q_ref, extras, 0, rows, options, tile.query_scale(options))
     key = tile.load_side(k_ref, extras, 0, rows, options)
     value = tile.load_heads(v_ref, 0, rows, options)
@@ -98,11 +129,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, out_ref, lse_ref, *, options, h
     )
 
 
-def _backward_kernel(
-    q_ref, k_ref, v_ref, extras, lse_ref, d_out_ref, d_q_ref, d_k_ref, d_v_ref, *d_bias_ref,
-    options, heads,
-):  # fmt: skip
-    rows, dtype = rows_held(options.length), v_ref.dtype
+def _backward_kernel(qkv_refs, extras, lse_ref, d_out_ref, *d_refs, options, heads):
+    rows, dtype = rows_held(options.length), d_out_ref.dtype
+    d_refs, d_bias_ref = d_refs[: len(qkv_refs)], d_refs[len(qkv_refs) :]
+    q_ref, k_ref, v_ref = _head(qkv_refs, heads, options)
+    d_q_ref, d_k_ref, d_v_ref = _head(d_refs, heads, options)
     query = tile.load_side(q_ref, extras, 0, rows, options, tile.query_scale(options))
     key = tile.load_side(k_ref, extras, 0, rows, options)
     value = tile.load_heads(v_ref, 0, rows, options)

@@ -5,7 +5,10 @@ tables "Device and Streaming Multiprocessor Information" and "Memory Information
 clocks of the products: as named beside each.
 """
 
+import functools
 from dataclasses import dataclass
+
+import jax
 
 KIB, MIB = 2**10, 2**20
 
@@ -124,3 +127,14 @@ def name_of(capability: str) -> str | None:
         if target.capability == (int(major), int(minor)):
             return name
     return MOST_CAUTIOUS
+
+
+@functools.cache
+def target_at_hand() -> str | None:
+    """The target whose tiles suit the device at hand, None if the kernels are not for it.
+
+    A CPU interprets the kernels, with any tiles.
+    """
+    if jax.default_backend() == "cpu":
+        return "h100"
+    return name_of(getattr(jax.devices()[0], "compute_capability", ""))

@@ -98,6 +98,24 @@ class Side(NamedTuple):
     segment_ids: jax.Array | None
 
 
+class Columns(NamedTuple):
+    """A ref from one of its columns on: one head of q, k and v side by side."""
+
+    ref: Any
+    first: Any
+
+    @property
+    def dtype(self):
+        return self.ref.dtype
+
+
+def _part(ref, start, rows: int, column: int, columns: int):
+    first = 0
+    if isinstance(ref, Columns):
+        ref, first = ref
+    return ref.at[pl.ds(start, rows), pl.ds(first + column, columns)]
+
+
 def load_rows(
     ref,
     start,
@@ -110,7 +128,7 @@ def load_rows(
 ):
     """`[rows, columns]` from row `start` and column `column`, zero beyond the real ones."""
     inside = _inside(start, rows, columns, real, options)
-    source = ref.at[pl.ds(start, rows), pl.ds(column, columns)]
+    source = _part(ref, start, rows, column, columns)
     other = None if inside is None else 0
     return plgpu.load(source, mask=inside, other=other, eviction_policy=eviction_policy)
 
@@ -118,7 +136,7 @@ def load_rows(
 def store_rows(ref, start, value, column: int, real: int, options: Options) -> None:
     """The reverse of `load_rows`, in the dtype of `ref`."""
     rows, columns = value.shape
-    target = ref.at[pl.ds(start, rows), pl.ds(column, columns)]
+    target = _part(ref, start, rows, column, columns)
     inside = _inside(start, rows, columns, real, options)
     plgpu.store(target, value.astype(ref.dtype), mask=inside)
 

@@ -25,9 +25,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from pallas_kernels import attention, compile, long, short, tiles, timing
-from pallas_kernels.dispatch import target_at_hand
 from pallas_kernels.shapes import Shape
-from pallas_kernels.targets import TARGETS
+from pallas_kernels.targets import TARGETS, target_at_hand
 from pallas_kernels.tile import Extras
 
 DTYPE = jnp.bfloat16

@@ -12,11 +12,13 @@ What is unusual here:
   freezes what has been decided.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import attention
+from pallas_kernels import add_and_norm, attention, reference
 from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
 
 INIT_STD = 0.02
@@ -73,30 +75,38 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, positions: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
-        """`[batch, length, width]` float32 to the same; `key` turns dropout on."""
+        """`[batch, length, width]` float32 to the same; `key`, of three keys, turns dropout on."""
         batch, length, width = x.shape
-        keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        q, k, v = jnp.moveaxis(
-            self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, -1), 2, 0
-        )
+        keys = (None, None, None) if key is None else key
+        _, normed = self._add_and_norm(x, None, self.norm1, None)
         mixed = attention(
-            q,
-            k,
-            v,
+            self.qkv(normed).reshape(batch, length, 3, self.heads, -1),
             positions=positions,
             dropout_rate=self.dropout,
             dropout_key=keys[0],
             implementation=self.attention,
         )
         mixed = self.attention_out(mixed.reshape(batch, length, width))
-        x = x + dropout(mixed, self.dropout, keys[1])
-        return x + dropout(self._mlp(self.norm2(x)), self.dropout, keys[2])
+        x, normed = self._add_and_norm(x, mixed, self.norm2, keys[1])
+        return x + dropout(self._mlp(normed), self.dropout, keys[2])
+
+    def _add_and_norm(self, x, y, norm: nnx.LayerNorm, key):
+        return add_and_norm(
+            x,
+            y,
+            norm.scale[...],
+            dropout_rate=self.dropout,
+            dropout_key=key,
+            dtype=self.dtype,
+        )
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         hidden = self.mlp_in(x)
         if self.gated:
             return self.mlp_out(jax.nn.silu(hidden) * self.mlp_value(x))
-        return self.mlp_out(jax.nn.gelu(hidden, approximate=False))
+        # Its slope is made again in the backward pass: keeping it would take longer.
+        gelu = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=False))
+        return self.mlp_out(gelu(hidden))
 
 
 class _Transformer(nnx.Module):
@@ -121,11 +131,13 @@ class _Transformer(nnx.Module):
         )
 
     def _embed(self, tokens, positions, key, depth):
-        """The first state, positions, and one dropout key for each of `depth` blocks."""
+        """The first state, positions, and the dropout keys of `depth` blocks, `[depth, 3]`."""
         if positions is None:
             positions = jnp.arange(tokens.shape[-1])
-        first, *keys = (None,) if key is None else jax.random.split(key, depth + 1)
-        keys = jnp.stack(keys) if keys else None
+        first = keys = None
+        if key is not None:
+            first, keys = jax.random.split(key)
+            keys = jax.random.split(keys, (depth, 3))
         return dropout(self.embedding(tokens), self.dropout, first), positions, keys
 
 
@@ -169,7 +181,7 @@ class GPT(_Transformer):
             block = nnx.merge(definition, layer[0])
             return block(state, positions, layer[1]), None
 
-        state, _ = jax.lax.scan(step, state, (weights, keys))
+        state, _ = jax.lax.scan(step, state, (weights, keys), unroll=True)
         return self.readout(state)
 
     def supervised_logits(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -233,8 +245,12 @@ class LoopLM(_Transformer):
             state = step(state, x)
             return state, state
 
-        state, _ = jax.lax.scan(silent, state, jax.tree.map(lambda x: x[:half], inputs))
-        _, states = jax.lax.scan(supervised, state, jax.tree.map(lambda x: x[half:], inputs))
+        state, _ = jax.lax.scan(
+            silent, state, jax.tree.map(lambda x: x[:half], inputs), unroll=True
+        )
+        _, states = jax.lax.scan(
+            supervised, state, jax.tree.map(lambda x: x[half:], inputs), unroll=True
+        )
         return self.readout(states)
 
     def halting_logits(
@@ -331,8 +347,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Sets a share `rate` to zero and scales the rest up; the identity without a key."""
     if key is None or rate == 0:
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0)
+    return reference.dropout(x, rate, key)
 
 
 def _norm(width: int, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

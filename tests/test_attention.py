@@ -108,7 +108,7 @@ def test_tiles_of_every_target(length, target):
         target=target, interpret=jax.default_backend() == "cpu",
     )  # fmt: skip
     q, k, v, d_out = (normal(i, (1, length, 2, 32)) for i in range(4))
-    out, pull = jax.vjp(lambda *x: dispatch.run_kernels(*x, Extras(), options), q, k, v)
+    out, pull = jax.vjp(lambda *x: dispatch.run_kernels(x, Extras(), options), q, k, v)
     plain = lambda *x: attention(*x, scale=0.2, implementation="xla")  # noqa: E731
     with jax.default_matmul_precision("highest"):
         truth, pull_truth = jax.vjp(plain, q, k, v)
@@ -142,6 +142,25 @@ def test_any_combination(length, heads, half, causal, rope, rate, masks, seed):
         options["window"] = clip
     table = normal(seed + 9, (heads, 2 * clip + 2)) if "bias" in masks else None
     assert_equals_reference((2, length, heads, 2 * half), bias_table=table, seed=seed, **options)
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize(("length", "heads", "head_dim"), [(24, 3, 32), (33, 1, 20), (130, 2, 16)])
+def test_q_k_and_v_side_by_side(length, heads, head_dim, implementation):
+    """The same output, and the same gradients in one array, as of three arrays."""
+    qkv = normal(0, (2, length, 3, heads, head_dim))
+    d_out = normal(1, (2, length, heads, head_dim))
+    options = {
+        "positions": jnp.arange(length),
+        "dropout_rate": 0.1,
+        "dropout_key": jax.random.key(3),
+        "implementation": implementation,
+    }
+    out, pull = jax.vjp(lambda x: attention(x, **options), qkv)
+    apart, pull_apart = jax.vjp(lambda *x: attention(*x, **options), *jnp.moveaxis(qkv, 2, 0))
+    np.testing.assert_array_equal(out, apart)
+    (d_qkv,) = pull(d_out)
+    np.testing.assert_array_equal(d_qkv, jnp.stack(pull_apart(d_out), axis=2))
 
 
 def test_large_scores():
