@@ -83,6 +83,12 @@ class Run:
             force=True,
         )
 
+    def drop_after(self, step: int) -> None:
+        """Removes checkpoints of later steps than this."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
     def close(self) -> None:
         self._manager.close()
 
@@ -95,19 +101,20 @@ def steps_in(run: Path) -> list[int]:
     return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
 
 
-def restore(run: Path, *, optimizer: bool = False) -> Restored:
+def restore(run: Path, *, optimizer: bool = False, at_most: int | None = None) -> Restored:
     """The newest checkpoint of a run folder, verified.
 
     Args:
       run: the run folder.
       optimizer: whether the optimizer's arrays are wanted too.
+      at_most: the latest step to take; None for any.
 
     Raises:
       InputError: there is none, or it is damaged; the message names it and the one before it.
     """
     if not run.is_dir():
         raise InputError(f"there is no run folder {run}")
-    steps = steps_in(run)
+    steps = [step for step in steps_in(run) if at_most is None or step <= at_most]
     if not steps:
         raise InputError(f"the run folder {run} holds no checkpoint")
     folder = run / CHECKPOINTS / str(steps[-1])

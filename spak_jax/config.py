@@ -117,6 +117,8 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: Seed = 0
+    # Trainings in one program, with the seeds `seed`, `seed + 1`, ...; each has a run folder.
+    seeds: Annotated[int, Field(ge=1, le=64)] = 1
     # The most steps that one compiled call runs, between two looks at the loss.
     steps_per_call: Positive = 100
     checkpoint_every: Positive = 1_000

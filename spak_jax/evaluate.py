@@ -8,6 +8,7 @@ over the true text scores all steps at once; `--decode` generates for real and m
 
 import argparse
 import datetime
+import functools
 import json
 import subprocess
 import sys
@@ -33,14 +34,15 @@ from spak_jax.command_line import (
     writable_folder,
     write_file,
 )
-from spak_jax.config import MAX_DIGITS, Config, Evaluation, LoopedModel
+from spak_jax.config import MAX_DIGITS, Config, Evaluation, LoopedModel, Train
 
 # "Wait to think": how sure a token must be to stop, before the `=` of its problem and from it on.
 HALT_BEFORE_EQUALS, HALT_FROM_EQUALS = 0.90, 0.999
 
-ROWS_PER_CALL = 512
-# Rows are filled up to a multiple of this, so that many lengths share one compiled program.
-LENGTH_STEP = 16
+# Rows are filled up to a multiple of the step, so that many lengths share one compiled program; a
+# GPU computes so fast that compiling is what counts.
+ROWS_PER_CALL, ROWS_PER_CALL_ON_GPU = 512, 4096
+LENGTH_STEP, LENGTH_STEP_ON_GPU = 16, 64
 # The seed's columns split one draw; 10 times as many problems leave each about enough.
 SEED_COLUMNS_FACTOR = 10
 CURVE_POINTS = 400
@@ -104,21 +106,21 @@ def load(run: Path) -> Trained:
     return Trained(restored.config, jax.device_put(weights), restored.step)
 
 
-def forward(trained: Trained, loops: int | None = None, halt: bool = False) -> Callable:
+def forward(config: Config, loops: int | None = None, halt: bool = False) -> Callable:
     """A pure function of (weights, tokens) that gives logits and the loops each token took.
 
     Raises:
       InputError: loops or halting are asked of a model that does not loop.
     """
-    looped = isinstance(trained.config.model, LoopedModel)
+    looped = isinstance(config.model, LoopedModel)
     if not looped and (loops is not None or halt):
         asked = "--halt" if halt else "--loops"
         raise InputError(
-            f"{asked}: {trained.config.name} is a stack of {trained.config.model.layers} blocks;"
+            f"{asked}: {config.name} is a stack of {config.model.layers} blocks;"
             " only a looped model has loops to choose"
         )
-    definition, _ = model.abstract(trained.config, addition.VOCABULARY_SIZE)
-    depth = (loops or trained.config.model.loops) if looped else 0
+    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    depth = (loops or config.model.loops) if looped else 0
 
     def plain(weights, tokens):
         network = nnx.merge(definition, weights)
@@ -174,9 +176,9 @@ class Scorer:
 
     def __init__(self, trained: Trained, settings: Settings):
         self._weights = trained.weights
-        run = forward(trained, settings.loops, settings.halt)
-        rows = _decoded if settings.decode else _teacher_forced
-        self._rows = jax.jit(lambda weights, batch: rows(run, weights, batch))
+        # What the model computes does not depend on how it was trained: one program for all seeds.
+        config = trained.config.model_copy(update={"train": Train()})
+        self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
 
     def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
         """Scores problems.
@@ -190,10 +192,13 @@ class Scorer:
         """
         problems = jax.tree.map(np.asarray, problems)
         count, digits = problems.a.shape
-        length = -(-addition.text_length(digits) // LENGTH_STEP) * LENGTH_STEP
+        on_gpu = jax.default_backend() == "gpu"
+        step = LENGTH_STEP_ON_GPU if on_gpu else LENGTH_STEP
+        length = -(-addition.text_length(digits) // step) * step
         outcomes = []
         # A power of two, so that few programs serve all counts.
-        rows = min(ROWS_PER_CALL, 1 << (count - 1).bit_length())
+        most = ROWS_PER_CALL_ON_GPU if on_gpu else ROWS_PER_CALL
+        rows = min(most, 1 << (count - 1).bit_length())
         for start in range(0, count, rows):
             # The last call is filled up with its first problem, so that one program serves all.
             index = np.arange(start, start + rows)
@@ -203,6 +208,13 @@ class Scorer:
             advance(min(rows, count - start))
         correct, steps = (np.concatenate(parts)[:count] for parts in zip(*outcomes, strict=True))
         return Outcome(correct, steps)
+
+
+@functools.lru_cache
+def _compiled_rows(config: Config, loops: int | None, halt: bool, decode: bool) -> Callable:
+    run = forward(config, loops, halt)
+    rows = _decoded if decode else _teacher_forced
+    return jax.jit(lambda weights, batch: rows(run, weights, batch))
 
 
 def score(trained: Trained, settings: Settings) -> dict[str, Any]:

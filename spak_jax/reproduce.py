@@ -1,22 +1,23 @@
 """The seed's whole table: `python -m spak_jax.reproduce [--seeds 5] [--width 256] [--out DIR]`.
 
-Trains every system with several seeds, scores each run, LoopLM-12 also at other numbers of loops,
-and draws figures and table from all of them. Stopped at any moment, it goes on where it was when
-the same command is given again: trainings from their last checkpoint, results files that are there
-are kept.
+Trains every system, all seeds in one program, scores each run, LoopLM-12 also at other numbers of
+loops, and draws figures and table from all of them. Stopped at any moment, it goes on where it was
+when the same command is given again: trainings from their last checkpoint, results files that are
+there are kept. With several GPUs, give each some of the systems (`--system`); the figures show all
+that is there.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from spak_jax import evaluate, figures
 from spak_jax.command_line import InputError, console, run_program, writable_folder
 from spak_jax.config import Config, first_difference, parse_config, read_config
-from spak_jax.train import train
+from spak_jax.train import one_by_one, run_folders, train
 
 # By the width of the residual stream; LoopLM-128e, by its name 128 wide, stands with the 256 ones.
 SYSTEMS = {
@@ -31,54 +32,59 @@ CONFIGS = Path("configs")
 RUNS = Path("runs")
 
 
-class Run(NamedTuple):
-    """One training, and the loops its model is scored at, None for as many as in training."""
+class Experiment(NamedTuple):
+    """One system's trainings, all seeds together, and the loops that its models are scored at.
+
+    None stands for as many as in training.
+    """
 
     config: Config
     loops: tuple[int | None, ...]
 
-    @property
-    def name(self) -> str:
-        return f"{self.config.name}-seed{self.config.train.seed}"
 
-
-def plan(width: int, seeds: int, overrides: Sequence[str] = ()) -> Iterator[Run]:
-    """All trainings, one seed of every system before the next seed of any.
+def plan(width: int, seeds: int, overrides: Sequence[str] = ()) -> list[Experiment]:
+    """The experiments of one width.
 
     Raises:
       InputError: an override is not allowed.
     """
-    for seed in range(seeds):
-        for name in SYSTEMS[width]:
-            config = read_config(CONFIGS / f"{name}.toml", [f"train.seed={seed}", *overrides])
-            yield Run(config, (None, *TEST_TIME_LOOPS.get(name, ())))
+    experiments = []
+    for name in SYSTEMS[width]:
+        config = read_config(CONFIGS / f"{name}.toml", [f"train.seeds={seeds}", *overrides])
+        experiments.append(Experiment(config, (None, *TEST_TIME_LOOPS.get(name, ()))))
+    return experiments
 
 
-def results_path(out: Path, run: Run, loops: int | None) -> Path:
-    """Where a run's results at some number of loops are kept."""
+def results_path(out: Path, config: Config, loops: int | None) -> Path:
+    """Where the results of one seed at some number of loops are kept."""
     suffix = "" if loops is None else f"-loops{loops}"
-    return out / "results" / f"{run.name}{suffix}.json"
+    return out / "results" / f"{config.name}-seed{config.train.seed}{suffix}.json"
 
 
-def reproduce(run: Run, run_path: Path, out: Path, examples: int) -> list[Path]:
-    """Trains and scores one run as far as that has not been done; returns its results files.
+def reproduce(experiment: Experiment, run_path: Path, out: Path, examples: int) -> None:
+    """Trains and scores what has not been trained and scored.
 
     Raises:
       InputError: a run folder or results file there is of another configuration.
       Failure: the training diverged.
     """
-    wanted = {loops: results_path(out, run, loops) for loops in run.loops}
-    missing = {
-        loops: path for loops, path in wanted.items() if not _is_done(path, run.config, examples)
-    }
-    if missing:
-        state = train(run.config, run_path)
-        trained = evaluate.Trained(run.config, state.weights, int(state.step))
-        for loops, path in missing.items():
-            settings = evaluate.Settings(DIGITS, examples, run.config.evaluation.seed, loops)
-            evaluate.write_results(path, evaluate.score_run(trained, settings, run_path))
-            console.print(f"wrote {path}", markup=False)
-    return list(wanted.values())
+    config = experiment.config
+    missing = [
+        (i, loops, path)
+        for i, one in enumerate(one_by_one(config))
+        for loops in experiment.loops
+        if not _is_done(path := results_path(out, one, loops), one, examples)
+    ]
+    if not missing:
+        return
+    states = train(config, run_path)
+    folders = run_folders(config, run_path)
+    for i, loops, path in missing:
+        one, state = one_by_one(config)[i], states[i]
+        trained = evaluate.Trained(one, state.weights, int(state.step))
+        settings = evaluate.Settings(DIGITS, examples, one.evaluation.seed, loops)
+        evaluate.write_results(path, evaluate.score_run(trained, settings, folders[i]))
+        console.print(f"wrote {path}", markup=False)
 
 
 def _is_done(path: Path, config: Config, examples: int) -> bool:
@@ -109,25 +115,44 @@ def main() -> None:
     parser.add_argument("--width", type=int, choices=SYSTEMS, default=256, help="(256)")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="problems a length (10,000)")
     parser.add_argument(
+        "--system", action="append", metavar="NAME", help="this one only; repeatable (all)"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="results and figures (figures/reproduced-WIDTH)"
     )
     arguments = parser.parse_intermixed_args()
     for name, value in (("--seeds", arguments.seeds), ("--examples", arguments.examples)):
         if value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
+    systems = SYSTEMS[arguments.width]
+    for name in arguments.system or ():
+        if name not in systems:
+            raise InputError(f"--system {name}: must be of {', '.join(systems)}")
     out = arguments.out or Path("figures") / f"reproduced-{arguments.width}"
-    runs = list(plan(arguments.width, arguments.seeds, arguments.overrides))
+    experiments = plan(arguments.width, arguments.seeds, arguments.overrides)
     writable_folder(out / "results")
     # One folder of runs for each folder of results, so that two experiments never meet.
     runs_path = RUNS / out.name
-    started, files = time.monotonic(), []
-    for number, run in enumerate(runs, 1):
-        console.print(f"[{number}/{len(runs)}] {run.name}", markup=False)
-        files += reproduce(run, runs_path / run.name, out, arguments.examples)
-        # After each seed there is a table to look at.
-        if number % len(SYSTEMS[arguments.width]) == 0:
-            figures.export(files, out)
+    started = time.monotonic()
+    for experiment in experiments:
+        name = experiment.config.name
+        if name in (arguments.system or systems):
+            console.print(f"{name}, {arguments.seeds} seeds", markup=False)
+            reproduce(experiment, runs_path / name, out, arguments.examples)
+            # After each system there is a table to look at.
+            figures.export(_results_there(experiments, out), out)
     console.print(f"done in {time.monotonic() - started:,.0f} s; the runs are in {runs_path}")
+
+
+def _results_there(experiments: Sequence[Experiment], out: Path) -> list[Path]:
+    """The results files of the experiments, as far as they have been written."""
+    paths = [
+        results_path(out, one, loops)
+        for config, scored_loops in experiments
+        for one in one_by_one(config)
+        for loops in scored_loops
+    ]
+    return [path for path in paths if path.exists()]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def solve(trained: evaluate.Trained, pairs: list[tuple[int, int]]) -> list[Answe
     problems = addition.problems_from_integers(pairs)
     tokens, answer = addition.render(problems, addition.text_length(problems.a.shape[1]))
     looped = isinstance(trained.config.model, LoopedModel)
-    run = evaluate.forward(trained)
+    run = evaluate.forward(trained.config)
 
     @jax.jit
     def written(weights, prompt, prompt_length):
@@ -42,7 +42,7 @@ def solve(trained: evaluate.Trained, pairs: list[tuple[int, int]]) -> list[Answe
 
     @jax.jit
     def loops_taken(weights, tokens):
-        return evaluate.forward(trained, halt=True)(weights, tokens)[1]
+        return evaluate.forward(trained.config, halt=True)(weights, tokens)[1]
 
     starts = np.asarray(answer.argmax(-1))
     generated = written(trained.weights, tokens, starts)

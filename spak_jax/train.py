@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +36,20 @@ SECONDS_PER_CALL = 2.0
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step: weights, optimizer state, int32 number of steps done."""
+    """All that changes from step to step, and the seed of all that is drawn.
+
+    weights, optimizer: pytrees; seed: int32. With several seeds these have a leading axis for them.
+    step: int32, the steps done.
+    """
 
     weights: Any
     optimizer: Any
     step: jax.Array
+    seed: jax.Array
+
+
+# Which parts of a state have an axis for the seeds, for `jax.vmap`.
+OVER_SEEDS = TrainState(weights=0, optimizer=0, step=None, seed=0)
 
 
 class Supply(NamedTuple):
@@ -92,9 +101,34 @@ def loss(network: model.GPT | model.LoopLM, batch: addition.Batch, key: jax.Arra
 
 
 def initial_state(config: Config) -> TrainState:
-    """Weights from `train.seed`, and an optimizer that has seen nothing."""
-    weights = nnx.state(model.build(config, addition.VOCABULARY_SIZE, _key(config, "weights")))
-    return TrainState(weights, optimizer(config.train).init(weights), jnp.int32(0))
+    """Weights drawn from the seed, or each of the seeds, and an optimizer that has seen nothing."""
+
+    def of_seed(seed):
+        weights = nnx.state(model.build(config, addition.VOCABULARY_SIZE, _key(seed, "weights")))
+        return TrainState(weights, optimizer(config.train).init(weights), jnp.int32(0), seed)
+
+    seed, seeds = jnp.int32(config.train.seed), config.train.seeds
+    if seeds == 1:
+        return of_seed(seed)
+    return jax.vmap(of_seed, out_axes=OVER_SEEDS)(seed + jnp.arange(seeds))
+
+
+def one_by_one(config: Config) -> list[Config]:
+    """The configuration of each seed's training."""
+    first = config.train.seed
+    return [
+        config.model_copy(
+            update={"train": config.train.model_copy(update={"seed": seed, "seeds": 1})}
+        )
+        for seed in range(first, first + config.train.seeds)
+    ]
+
+
+def run_folders(config: Config, run_path: Path) -> list[Path]:
+    """Where each seed's run is kept: `run_path` itself, or one folder in it a seed."""
+    if config.train.seeds == 1:
+        return [run_path]
+    return [run_path / f"seed{one.train.seed}" for one in one_by_one(config)]
 
 
 def make_supply(config: Config) -> Supply:
@@ -114,92 +148,96 @@ def make_training(
     Returns:
       A pure function of (state, supply, count) that takes `count` steps, at most
       `train.steps_per_call`, and returns the new state and the float32 loss of each step in an
-      array of `train.steps_per_call`, NaN beyond `count`. The count is no shape: one program
-      serves every count.
+      array of `train.steps_per_call`, or one such row a seed, NaN beyond `count`. The count is no
+      shape: one program serves every count.
     """
     definition, _ = model.abstract(config, addition.VOCABULARY_SIZE, attention)
     update = optimizer(config.train).update
-    data_key, dropout_key = _key(config, "data"), _key(config, "dropout")
 
     def one_step(state: TrainState, supply: Supply):
         batch = addition.training_batch(
-            jax.random.fold_in(data_key, state.step),
+            jax.random.fold_in(_key(state.seed, "data"), state.step),
             config.data,
             config.train.batch,
             supply.training,
         )
 
+        dropout_key = jax.random.fold_in(_key(state.seed, "dropout"), state.step)
+
         def objective(weights):
-            network = nnx.merge(definition, weights)
-            return loss(network, batch, jax.random.fold_in(dropout_key, state.step))
+            return loss(nnx.merge(definition, weights), batch, dropout_key)
 
         value, gradients = jax.value_and_grad(objective)(state.weights)
         updates, optimizer_state = update(gradients, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        return TrainState(weights, optimizer_state, state.step + 1), value
+        return TrainState(weights, optimizer_state, state.step + 1, state.seed), value
+
+    every_seed = one_step
+    if config.train.seeds > 1:
+        every_seed = jax.vmap(one_step, in_axes=(OVER_SEEDS, None), out_axes=(OVER_SEEDS, 0))
 
     def run_steps(state: TrainState, supply: Supply, count: jax.Array):
         def body(i, carry):
             state, losses = carry
-            state, value = one_step(state, supply)
-            return state, losses.at[i].set(value)
+            state, value = every_seed(state, supply)
+            return state, losses.at[..., i].set(value)
 
-        losses = jnp.full(config.train.steps_per_call, jnp.nan, jnp.float32)
+        losses = jnp.full((*state.seed.shape, config.train.steps_per_call), jnp.nan, jnp.float32)
         return jax.lax.fori_loop(0, count, body, (state, losses))
 
     return run_steps
 
 
-def make_validation(config: Config) -> Callable[[Any, Supply], jax.Array]:
-    """A pure function of (weights, supply): the loss on held-out problems, without dropout.
+def make_validation(config: Config) -> Callable[[TrainState, Supply], jax.Array]:
+    """A pure function of (state, supply): the loss on held-out problems, without dropout.
 
     Always the same few batches, so that values of one run can be compared.
     """
     definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
-    keys = jax.random.split(_key(config, "validation"), VALIDATION_BATCHES)
 
-    def validation_loss(weights, supply: Supply):
-        network = nnx.merge(definition, weights)
+    def validation_loss(state: TrainState, supply: Supply):
+        network = nnx.merge(definition, state.weights)
 
         def one_batch(key):
             rows = addition.training_batch(key, config.data, config.train.batch, supply.held_out)
             return loss(network, rows, None)
 
+        keys = jax.random.split(_key(state.seed, "validation"), VALIDATION_BATCHES)
         return jax.lax.map(one_batch, keys).mean()
 
-    return validation_loss
+    if config.train.seeds == 1:
+        return validation_loss
+    return jax.vmap(validation_loss, in_axes=(OVER_SEEDS, None))
 
 
-def train(config: Config, run_path: Path) -> TrainState:
+def train(config: Config, run_path: Path) -> list[TrainState]:
     """Trains to the last step, from the newest checkpoint in the run folder if there is one.
 
     Args:
       config: of this run; a checkpoint of another is refused.
-      run_path: the run folder.
+      run_path: the run folder; with several seeds, of all of them (`run_folders`).
+
+    Returns:
+      The last state of each seed's training.
 
     Raises:
       InputError: the run folder is another configuration's, damaged, or cannot be written.
       Failure: the loss is no longer finite; the last good checkpoint stays.
     """
-    state = initial_state(config)
-    begun = bool(checkpoint.steps_in(run_path))
-    if begun:
-        state = _restored_state(config, run_path, state)
-        console.print(f"{run_path}: going on after step {state.step}")
-    run = checkpoint.Run(run_path)
-    if not begun:
-        run.save(0, config, state.weights, state.optimizer)
-    metrics = _Metrics(run_path / checkpoint.METRICS, int(state.step))
+    runs = _Runs(config, run_path)
+    state = runs.state
     supply = make_supply(config)
 
     started = time.monotonic()
     count = jnp.int32(0)
     run_steps = jax.jit(make_training(config), donate_argnums=0)
     run_steps = run_steps.lower(state, supply, count).compile()
-    validation_loss = jax.jit(make_validation(config)).lower(state.weights, supply).compile()
+    validation_loss = jax.jit(make_validation(config)).lower(state, supply).compile()
+    seeds = config.train.seeds
     console.print(
-        f"{config.system}: {model.parameter_count(state.weights):,} parameters,"
+        f"{config.system}: {model.parameter_count(state.weights) // seeds:,} parameters,"
         f" {config.train.steps:,} steps of {config.train.batch} x {config.data.row_length} tokens"
+        f"{f', {seeds} seeds' if seeds > 1 else ''}"
         f" on {evaluate.device_name()}; compiled in {time.monotonic() - started:.1f} s"
     )
 
@@ -211,36 +249,41 @@ def train(config: Config, run_path: Path) -> TrainState:
             target = _next_stop(step, pace, config.train)
             started = time.monotonic()
             state, losses = run_steps(state, supply, jnp.int32(target - step))
-            losses = jax.device_get(losses)[: target - step].tolist()
-            seconds = (time.monotonic() - started) / len(losses)
+            losses = jnp.atleast_2d(losses)[:, : target - step]
+            losses = jax.device_get(losses).tolist()
+            seconds = (time.monotonic() - started) / (target - step)
             pace = max(1, min(int(SECONDS_PER_CALL / seconds), config.train.steps_per_call))
-            for i, value in enumerate(losses):
-                _require_finite("loss", value, step + i + 1, run_path)
-            line = {
+            runs.require_finite("loss", losses, step + 1)
+            common = {
                 "step": target,
-                "loss": sum(losses) / len(losses),
                 "learning_rate": float(learning_rate(target - 1)),
                 "seconds_per_step": seconds,
             }
-            if target % config.train.checkpoint_every == 0 or target == config.train.steps:
-                line["validation_loss"] = float(validation_loss(state.weights, supply))
-                _require_finite("validation loss", line["validation_loss"], target, run_path)
+            lines = [{"loss": sum(values) / len(values), **common} for values in losses]
+            checkpointing = (
+                target % config.train.checkpoint_every == 0 or target == config.train.steps
+            )
+            if checkpointing:
+                validated = jnp.atleast_1d(validation_loss(state, supply)).tolist()
+                runs.require_finite("validation loss", [[value] for value in validated], target)
+                for line, value in zip(lines, validated, strict=True):
+                    line["validation_loss"] = value
             # Metrics first: lines past the newest checkpoint are dropped on going on, and none
             # before it may be missing.
-            metrics.append(line)
-            if "validation_loss" in line:
-                run.save(target, config, state.weights, state.optimizer)
+            runs.append(lines)
+            if checkpointing:
+                runs.save(state)
             step = target
             status = (
-                f"loss {line['loss']:.4f}  rate {line['learning_rate']:.1e}"
-                f"  {1 / seconds:.1f} steps/s"
+                f"loss {sum(line['loss'] for line in lines) / seeds:.4f}"
+                f"  rate {common['learning_rate']:.1e}  {1 / seconds:.1f} steps/s"
             )
             progress.update(task, completed=step, status=status)
             if progress.disable and (time.monotonic() - printed > 10 or step >= config.train.steps):
                 printed = time.monotonic()
                 console.print(f"step {step:,} of {config.train.steps:,}  {status}")
-    run.close()
-    return state
+    runs.close()
+    return _apart(state)
 
 
 def main() -> None:
@@ -269,12 +312,15 @@ def main() -> None:
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
         _move_aside(run_path)
-    state = train(config, run_path)
-    trained = evaluate.Trained(config, state.weights, int(state.step))
-    results = evaluate.score_run(trained, evaluate.Settings.of(config.evaluation), run_path)
-    evaluate.write_results(run_path / checkpoint.RESULTS, results)
-    evaluate.print_results(results)
-    console.print(f"results: {run_path / checkpoint.RESULTS}")
+    states = train(config, run_path)
+    settings = evaluate.Settings.of(config.evaluation)
+    runs = zip(states, one_by_one(config), run_folders(config, run_path), strict=True)
+    for state, one, path in runs:
+        trained = evaluate.Trained(one, state.weights, int(state.step))
+        results = evaluate.score_run(trained, settings, path)
+        evaluate.write_results(path / checkpoint.RESULTS, results)
+        evaluate.print_results(results)
+        console.print(f"results: {path / checkpoint.RESULTS}")
 
 
 def _next_stop(step: int, pace: int, train: Train) -> int:
@@ -283,39 +329,124 @@ def _next_stop(step: int, pace: int, train: Train) -> int:
     return min(step + pace, due, train.steps)
 
 
-def _require_finite(name: str, value: float, step: int, run_path: Path) -> None:
-    if not math.isfinite(value):
-        raise Failure(
-            f"the {name} is {value} at step {step}; the checkpoint of step"
-            f" {checkpoint.steps_in(run_path)[-1]} is kept in {run_path}. A lower"
-            ' train.learning_rate, more train.warmup_steps or model.dtype="float32" may help'
-        )
-
-
-def _key(config: Config, purpose: str) -> jax.Array:
+def _key(seed: jax.Array | int, purpose: str) -> jax.Array:
     """The PRNG key of one purpose; different purposes never share random numbers."""
     purposes = ("weights", "data", "dropout", "validation")
-    return jax.random.split(jax.random.key(config.train.seed), 4)[purposes.index(purpose)]
+    return jax.random.split(jax.random.key(seed), 4)[purposes.index(purpose)]
 
 
-def _restored_state(config: Config, run_path: Path, like: TrainState) -> TrainState:
-    restored = checkpoint.restore(run_path, optimizer=True)
-    difference = first_difference(restored.config, config)
-    if difference:
-        raise InputError(
-            f"{run_path} holds a run of another configuration: {difference};"
-            " name another folder with --run, or start over with --fresh"
-        )
-    if restored.optimizer is None:
-        raise InputError(f"{run_path} holds imported weights without an optimizer: it cannot go on")
-    try:
-        weights = checkpoint.from_named(like.weights, restored.weights)
-        optimizer_state = checkpoint.from_named(like.optimizer, restored.optimizer)
-    except ValueError as error:
-        raise InputError(f"the checkpoint of step {restored.step} in {run_path}: {error}") from None
-    return TrainState(
-        jax.device_put(weights), jax.device_put(optimizer_state), jnp.int32(restored.step)
-    )
+def _apart(state: TrainState) -> list[TrainState]:
+    """The state of each seed."""
+    if state.seed.ndim == 0:
+        return [state]
+
+    def of(i):
+        parts = [
+            x if axis is None else _take(x, i) for x, axis in zip(state, OVER_SEEDS, strict=True)
+        ]
+        return TrainState(*parts)
+
+    return [of(i) for i in range(state.seed.size)]
+
+
+def _take(tree, i: int):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _together(states: Sequence[TrainState]) -> TrainState:
+    """One state of several seeds', all at the same step."""
+    if len(states) == 1:
+        return states[0]
+    stack = lambda *parts: jax.tree.map(lambda *x: jnp.stack(x), *parts)  # noqa: E731
+    parts = zip(*states, OVER_SEEDS, strict=True)
+    return TrainState(*(x if axis is None else stack(x, *more) for x, *more, axis in parts))
+
+
+class _Runs:
+    """The run folders of a training, one a seed, kept at the same steps.
+
+    Raises:
+      InputError: the folders are another configuration's, damaged, or cannot be written.
+    """
+
+    def __init__(self, config: Config, run_path: Path):
+        self._configs, self._paths = one_by_one(config), run_folders(config, run_path)
+        several = config.train.seeds > 1
+        others = [run_path] if several else run_path.glob("seed*")
+        if any((path / checkpoint.CHECKPOINTS).is_dir() for path in others):
+            raise InputError(
+                f"{run_path} holds {'one run' if several else 'runs of several seeds'}, which"
+                f" train.seeds = {config.train.seeds} does not go on with; name another folder with"
+                " --run, or start over with --fresh"
+            )
+        begun = [set(checkpoint.steps_in(path)) for path in self._paths]
+        common = set.intersection(*begun)
+        if any(begun) and not common:
+            raise InputError(
+                f"{run_path}: the runs of its seeds have no checkpoint of the same step; name"
+                " another folder with --run, or start over with --fresh"
+            )
+        if common:
+            # Where a kill fell between two of them, some runs are a checkpoint ahead.
+            self.state = _together([self._restored(i, max(common)) for i in range(len(begun))])
+            console.print(f"{run_path}: going on after step {self.state.step}")
+        else:
+            self.state = initial_state(config)
+        step = int(self.state.step)
+        self._runs = [checkpoint.Run(path) for path in self._paths]
+        for run in self._runs:
+            run.drop_after(step)
+        if not common:
+            self.save(self.state)
+        self._metrics = [_Metrics(path / checkpoint.METRICS, step) for path in self._paths]
+
+    def save(self, state: TrainState) -> None:
+        """A checkpoint of each seed's run."""
+        parts = zip(self._runs, self._configs, _apart(jax.device_get(state)), strict=True)
+        for run, config, one in parts:
+            run.save(int(one.step), config, one.weights, one.optimizer)
+
+    def append(self, lines: Sequence[dict[str, float]]) -> None:
+        """A line for the metrics of each."""
+        for metrics, line in zip(self._metrics, lines, strict=True):
+            metrics.append(line)
+
+    def require_finite(self, name: str, values: Sequence[Sequence[float]], first: int) -> None:
+        """Raises `Failure` where one of a run's values, by step from the first, is not finite."""
+        for path, of_run in zip(self._paths, values, strict=True):
+            for step, value in enumerate(of_run, first):
+                if not math.isfinite(value):
+                    raise Failure(
+                        f"the {name} is {value} at step {step}; the checkpoint of step"
+                        f" {checkpoint.steps_in(path)[-1]} is kept in {path}. A lower"
+                        ' train.learning_rate, more train.warmup_steps or model.dtype="float32"'
+                        " may help"
+                    )
+
+    def close(self) -> None:
+        for run in self._runs:
+            run.close()
+
+    def _restored(self, i: int, step: int) -> TrainState:
+        config, path = self._configs[i], self._paths[i]
+        restored = checkpoint.restore(path, optimizer=True, at_most=step)
+        difference = first_difference(restored.config, config)
+        if difference:
+            raise InputError(
+                f"{path} holds a run of another configuration: {difference};"
+                " name another folder with --run, or start over with --fresh"
+            )
+        if restored.optimizer is None:
+            raise InputError(f"{path} holds imported weights without an optimizer: it cannot go on")
+        like = jax.eval_shape(lambda: initial_state(config))
+        try:
+            weights = checkpoint.from_named(like.weights, restored.weights)
+            optimizer_state = checkpoint.from_named(like.optimizer, restored.optimizer)
+        except ValueError as error:
+            raise InputError(f"the checkpoint of step {restored.step} in {path}: {error}") from None
+        seed = jnp.int32(config.train.seed)
+        weights, optimizer_state = jax.device_put((weights, optimizer_state))
+        return TrainState(weights, optimizer_state, jnp.int32(restored.step), seed)
 
 
 def _move_aside(run_path: Path) -> None:

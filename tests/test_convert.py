@@ -140,7 +140,7 @@ def check_same_model(folder: Path, contents: dict, inject_input: bool = False) -
     """The run folder's model gives the logits of the equations with the original's weights."""
     trained = evaluate.load(folder)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 14))
-    logits, _ = jax.jit(evaluate.forward(trained))(trained.weights, jnp.asarray(tokens))
+    logits, _ = jax.jit(evaluate.forward(trained.config))(trained.weights, jnp.asarray(tokens))
     expected = reference_logits(contents, tokens, inject_input)
     difference = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
     assert difference < 1e-5

@@ -128,7 +128,7 @@ def test_wilson_interval():
 def test_loops_at_test_time(half_trained):
     trained = evaluate.load(half_trained)
     tokens = jnp.array([addition.encode("1+2=3\n")])
-    logits, taken = evaluate.forward(trained, loops=7)(trained.weights, tokens)
+    logits, taken = evaluate.forward(trained.config, loops=7)(trained.weights, tokens)
     definition, _ = model.abstract(trained.config, 13)
     expected = nnx.merge(definition, trained.weights)(tokens, loops=7)
     np.testing.assert_array_equal(logits, expected)
@@ -146,7 +146,7 @@ def test_a_stack_has_no_loops_to_choose():
     trained = evaluate.Trained(gpt, nnx.state(model.build(gpt, 13, jax.random.key(0))), 0)
     for options in ({"loops": 3}, {"halt": True}):
         with pytest.raises(InputError, match="stack of 2 blocks"):
-            evaluate.forward(trained, **options)
+            evaluate.forward(trained.config, **options)
     results = evaluate.score(trained, evaluate.Settings((1,), 5, 0))
     assert results["loops"] is None
 

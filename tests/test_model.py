@@ -358,7 +358,7 @@ def test_both_halves_of_a_block_drop(silent):
     weights[f"block.{silent}"] *= 0
     block = build(config, weights).block
     x = jax.random.normal(jax.random.key(0), (8, LENGTH, WIDTH))
-    added = block_of(block, x, jax.random.key(1)) - x
+    added = block_of(block, x, jax.random.split(jax.random.key(1), 3)) - x
     assert float((added == 0).mean()) == pytest.approx(0.3, abs=0.05)
     # Probabilities of attention are dropped besides; the first token has only one to drop.
     expected = (block_of(block, x) - x) / 0.7

@@ -33,12 +33,12 @@ def run(monkeypatch, words: str) -> None:
 
 def test_every_published_row_is_reproduced():
     for width, suffix in ((256, ""), (768, "-w768")):
-        runs = list(reproduce.plan(width, 2))
-        assert [r.config.train.seed for r in runs] == sorted(r.config.train.seed for r in runs)
+        experiments = reproduce.plan(width, 2)
+        assert all(config.train.seeds == 2 for config, _ in experiments)
         scored = {
-            (r.config.name, loops or getattr(r.config.model, "loops", None))
-            for r in runs
-            for loops in r.loops
+            (config.name, scored or getattr(config.model, "loops", None))
+            for config, loops in experiments
+            for scored in loops
         }
         for name, loops in PUBLISHED:
             # There is no 768-wide LoopLM-128e: it is 128 wide by its name.
@@ -86,4 +86,5 @@ def test_results_of_another_run_are_refused(tiny_system, monkeypatch):
 def test_bad_command_lines_are_refused():
     assert_refused(run_program("spak_jax.reproduce", "--seeds", "0"), "--seeds 0")
     assert_refused(run_program("spak_jax.reproduce", "--width", "300"), "--width", "300")
+    assert_refused(run_program("spak_jax.reproduce", "--system", "gpt"), "--system gpt", "gpt12")
     assert_refused(run_program("spak_jax.reproduce", "train.stepz=1"), "stepz")

@@ -154,6 +154,63 @@ def test_seeds_differ_and_repeat(tiny, tmp_path):
     assert all(same) and not all(other)
 
 
+def test_several_seeds_in_one_program_are_their_own_trainings(tiny, tmp_path):
+    """Each is what it would have been alone, goes on alone, and is a run folder like any other."""
+    together = tiny_config(train={"seeds": 3, "seed": 4})
+    states = training.train(together, tmp_path / "all")
+    for state, one in zip(states, training.one_by_one(together), strict=True):
+        assert one == tiny_config(train={"seed": int(state.seed)})
+        folder = tmp_path / "all" / f"seed{state.seed}"
+        (alone,) = training.train(one, tmp_path / f"alone{state.seed}")
+        same = zip(jax.tree.leaves(alone.weights), jax.tree.leaves(state.weights), strict=True)
+        for mine, theirs in same:
+            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+        kept = checkpoint.restore(folder)
+        assert kept.step == one.train.steps and kept.config == one
+        losses = [
+            [json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()][-1]
+            for path in (folder, tmp_path / f"alone{state.seed}")
+        ]
+        np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert len({float(jax.tree.leaves(state.weights)[0].sum()) for state in states}) == 3
+
+
+def test_several_seeds_go_on_from_their_last_common_checkpoint(tmp_path, monkeypatch):
+    config = tiny_config(train={"seeds": 2})
+    training.train(config, tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    save = checkpoint.Run.save
+
+    def stop_between_two(run, step, *rest):
+        if step == 8 and run.path.name == "seed1":
+            raise Stopped
+        save(run, step, *rest)
+
+    monkeypatch.setattr(checkpoint.Run, "save", stop_between_two)
+    with pytest.raises(Stopped):
+        training.train(config, tmp_path / "stopped")
+    monkeypatch.undo()
+    folders = training.run_folders(config, tmp_path / "stopped")
+    assert [checkpoint.steps_in(folder)[-1] for folder in folders] == [8, 4]
+    training.train(config, tmp_path / "stopped")
+    for folder in folders:
+        assert_same_run(tmp_path / "whole" / folder.name, folder)
+
+
+def test_one_seed_and_several_do_not_share_a_folder(tiny, tmp_path):
+    training.train(tiny, tmp_path / "one")
+    with pytest.raises(InputError, match="one run, which train.seeds = 2 does not go on with"):
+        training.train(tiny_config(train={"seeds": 2}), tmp_path / "one")
+    training.train(tiny_config(train={"seeds": 2}), tmp_path / "two")
+    with pytest.raises(InputError, match="several seeds, which train.seeds = 1 does not"):
+        training.train(tiny, tmp_path / "two")
+    with pytest.raises(InputError, match="no checkpoint of the same step"):
+        training.train(tiny_config(train={"seeds": 3}), tmp_path / "two")
+
+
 @pytest.mark.parametrize(("every", "found_in"), [(1, "validation loss"), (4, "loss")])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     tmp_path, every, found_in
