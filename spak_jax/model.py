@@ -78,7 +78,7 @@ class Block(nnx.Module):
         """`[batch, length, width]` float32 to the same; `key`, of three keys, turns dropout on."""
         batch, length, width = x.shape
         keys = (None, None, None) if key is None else key
-        _, normed = self._add_and_norm(x, None, self.norm1, None)
+        x, normed = self._add_and_norm(x, None, self.norm1, None)
         mixed = attention(
             self.qkv(normed).reshape(batch, length, 3, self.heads, -1),
             positions=positions,
