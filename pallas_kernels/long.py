@@ -152,8 +152,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, out_ref, lse_ref, *, options, h
         value = tile.load_heads(v_ref, block * block_k, block_k, options)
         scores = tile.scores(query, key, extras, options, masked=masked)
         grown = jnp.maximum(largest, scores.max(axis=1))
-        shrink = tile.exp2(largest - grown, options)
-        weights = tile.exp2(scores - grown[:, None], options)
+        shrink = tile.exp2(largest - grown, options.interpret)
+        weights = tile.exp2(scores - grown[:, None], options.interpret)
         total = total * shrink + weights.sum(axis=1)
         kept = tile.dropout_scale(query, key, extras, row, options)
         weights = weights if kept is None else weights * kept
@@ -192,7 +192,7 @@ def _d_q_kernel(
         key = tile.load_side(k_ref, streamed, block * block_k, block_k, options)
         value = tile.load_heads(v_ref, block * block_k, block_k, options)
         scores = tile.scores(query, key, extras, options, masked=masked)
-        weights = tile.exp2(scores - lse[:, None], options)
+        weights = tile.exp2(scores - lse[:, None], options.interpret)
         d_weights = tile.dot(d_out, value, transpose_b=True)
         kept = tile.dropout_scale(query, key, extras, row, options)
         d_weights = d_weights if kept is None else d_weights * kept
@@ -232,7 +232,7 @@ def _d_kv_kernel(
         d_out = tile.load_heads(d_out_ref, start_q, block_q, options)
         lse, delta = _load_scalars(lse_ref, delta_ref, query.index, start_q, options)
         scores = tile.scores(query, key, extras, options, masked=masked, keys_first=True)
-        weights = tile.exp2(scores - lse[None, :], options)
+        weights = tile.exp2(scores - lse[None, :], options.interpret)
         d_weights = tile.dot(value, d_out, transpose_b=True)
         kept = tile.dropout_scale(query, key, extras, row, options, keys_first=True)
         dropped = weights

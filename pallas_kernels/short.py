@@ -114,7 +114,7 @@ def _forward_kernel(qkv_refs, extras, out_ref, lse_ref, *, options, heads):
     value = tile.load_heads(v_ref, 0, rows, options)
     scores = tile.scores(query, key, extras, options, masked=True)
     largest = jnp.maximum(scores.max(axis=1), LEAST)
-    weights = tile.exp2(scores - largest[:, None], options)
+    weights = tile.exp2(scores - largest[:, None], options.interpret)
     total = weights.sum(axis=1)
     total = jnp.where(total == 0, 1.0, total)
     row = pl.program_id(1) * heads + pl.program_id(0)
@@ -141,7 +141,7 @@ def _backward_kernel(qkv_refs, extras, lse_ref, d_out_ref, *d_refs, options, hea
     inside = query.index < options.length
     lse = plgpu.load(lse_ref.at[pl.ds(0, rows)], mask=inside, other=0.0)
     scores = tile.scores(query, key, extras, options, masked=True)
-    weights = tile.exp2(scores - lse[:, None], options)
+    weights = tile.exp2(scores - lse[:, None], options.interpret)
     d_weights = tile.dot(d_out, value, transpose_b=True)
     row = pl.program_id(1) * heads + pl.program_id(0)
     kept = tile.dropout_scale(query, key, extras, row, options)

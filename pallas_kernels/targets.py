@@ -138,3 +138,8 @@ def target_at_hand() -> str | None:
     if jax.default_backend() == "cpu":
         return "h100"
     return name_of(getattr(jax.devices()[0], "compute_capability", ""))
+
+
+def on_gpu() -> bool:
+    """Whether the kernels run on the device at hand, compiled."""
+    return jax.default_backend() != "cpu" and target_at_hand() is not None

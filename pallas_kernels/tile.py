@@ -231,10 +231,10 @@ def _multiply_add(a, b, c, options: Options):
     return _instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
 
-def exp2(x: jax.Array, options: Options) -> jax.Array:
+def exp2(x: jax.Array, interpret: bool) -> jax.Array:
     """2 to the power x in one instruction: relative error 2^-22 (PTX ISA), 0 where it would
     be subnormal; the compiler's own takes five, for the sake of subnormal numbers."""
-    return jnp.exp2(x) if options.interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
+    return jnp.exp2(x) if interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
 
 
 def _instruction(asm: str, *arguments: jax.Array) -> jax.Array:

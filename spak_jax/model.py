@@ -12,13 +12,11 @@ What is unusual here:
   freezes what has been decided.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import add_and_norm, attention, reference
+from pallas_kernels import add_and_norm, attention, gelu, reference
 from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
 
 INIT_STD = 0.02
@@ -73,28 +71,47 @@ class Block(nnx.Module):
         self.mlp_out = linear(hidden, width, residual_std)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, key: jax.Array | None = None
-    ) -> jax.Array:
-        """`[batch, length, width]` float32 to the same; `key`, of three keys, turns dropout on."""
+        self,
+        x: jax.Array,
+        update: jax.Array | None,
+        positions: jax.Array,
+        key: jax.Array | None = None,
+        shift: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """One block; what it adds last is left to whoever reads the stream next.
+
+        Adding, dropout, the shift and the norm that follows them are one kernel.
+
+        Args:
+          x: the residual stream, float32 `[batch, length, width]`.
+          update: what is still to be added to it, in the compute dtype; None for nothing.
+          positions: int `[length]` or `[batch, length]`.
+          key: three PRNG keys, the first for the dropout of `update`; None is deterministic.
+          shift: float32 `[width]`, added to every token first.
+
+        Returns:
+          The stream, and what is still to be added to it.
+        """
         batch, length, width = x.shape
         keys = (None, None, None) if key is None else key
-        x, normed = self._add_and_norm(x, None, self.norm1, None)
+        x, normed = self._add_and_norm(x, update, self.norm1, keys[0], shift)
         mixed = attention(
             self.qkv(normed).reshape(batch, length, 3, self.heads, -1),
             positions=positions,
             dropout_rate=self.dropout,
-            dropout_key=keys[0],
+            dropout_key=keys[1],
             implementation=self.attention,
         )
         mixed = self.attention_out(mixed.reshape(batch, length, width))
-        x, normed = self._add_and_norm(x, mixed, self.norm2, keys[1])
-        return x + dropout(self._mlp(normed), self.dropout, keys[2])
+        x, normed = self._add_and_norm(x, mixed, self.norm2, keys[2])
+        return x, self._mlp(normed)
 
-    def _add_and_norm(self, x, y, norm: nnx.LayerNorm, key):
+    def _add_and_norm(self, x, update, norm: nnx.LayerNorm, key, shift=None):
         return add_and_norm(
             x,
-            y,
+            update,
             norm.scale[...],
+            shift=shift,
             dropout_rate=self.dropout,
             dropout_key=key,
             dtype=self.dtype,
@@ -104,8 +121,6 @@ class Block(nnx.Module):
         hidden = self.mlp_in(x)
         if self.gated:
             return self.mlp_out(jax.nn.silu(hidden) * self.mlp_value(x))
-        # Its slope is made again in the backward pass: keeping it would take longer.
-        gelu = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=False))
         return self.mlp_out(gelu(hidden))
 
 
@@ -131,14 +146,25 @@ class _Transformer(nnx.Module):
         )
 
     def _embed(self, tokens, positions, key, depth):
-        """The first state, positions, and the dropout keys of `depth` blocks, `[depth, 3]`."""
+        """The stream and update before the first block, positions, and keys of `depth` blocks.
+
+        Of the keys, the first are those that each block takes, `[depth, 3]`, the second what drops
+        each block's update where it is read, `[depth]`.
+        """
         if positions is None:
             positions = jnp.arange(tokens.shape[-1])
-        first = keys = None
+        first, keys = None, (None, None)
         if key is not None:
-            first, keys = jax.random.split(key)
-            keys = jax.random.split(keys, (depth, 3))
-        return dropout(self.embedding(tokens), self.dropout, first), positions, keys
+            first, rest = jax.random.split(key)
+            rest = jax.random.split(rest, (depth + 1, 3))
+            keys = rest[:-1], rest[1:, 0]
+        x = dropout(self.embedding(tokens), self.dropout, first)
+        return (x, jnp.zeros(x.shape, self.dtype)), positions, keys
+
+    def _whole(self, stream, key):
+        """The stream with what was still to be added to it."""
+        x, update = stream
+        return x + dropout(update, self.dropout, key)
 
 
 class GPT(_Transformer):
@@ -174,15 +200,15 @@ class GPT(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
-        state, positions, keys = self._embed(tokens, positions, key, self.layers)
+        stream, positions, (keys, after) = self._embed(tokens, positions, key, self.layers)
         definition, weights = nnx.split(self.blocks)
 
-        def step(state, layer):
+        def step(stream, layer):
             block = nnx.merge(definition, layer[0])
-            return block(state, positions, layer[1]), None
+            return block(*stream, positions, layer[1]), None
 
-        state, _ = jax.lax.scan(step, state, (weights, keys), unroll=_unroll())
-        return self.readout(state)
+        stream, _ = jax.lax.scan(step, stream, (weights, keys), unroll=_unroll())
+        return self.readout(self._whole(stream, None if after is None else after[-1]))
 
     def supervised_logits(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """What the training loss averages over: `[1, batch, length, vocabulary]`."""
@@ -225,9 +251,9 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
-        step, state, inputs = self._loop(tokens, loops, positions, key)
-        state, _ = jax.lax.scan(lambda state, x: (step(state, x), None), state, inputs)
-        return self.readout(state)
+        step, stream, inputs = self._loop(tokens, loops, positions, key)
+        stream, after = jax.lax.scan(step, stream, inputs)
+        return self.readout(self._whole(stream, None if after is None else after[-1]))
 
     def supervised_logits(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """What the training loss averages over: the logits after every loop of the second half.
@@ -235,22 +261,17 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[loops - loops // 2, batch, length, vocabulary]`.
         """
-        step, state, inputs = self._loop(tokens, None, None, key)
+        step, stream, inputs = self._loop(tokens, None, None, key)
         half = self.loops // 2
 
-        def silent(state, x):
-            return step(state, x), None
+        def supervised(stream, x):
+            stream, after = step(stream, x)
+            return stream, self._whole(stream, after)
 
-        def supervised(state, x):
-            state = step(state, x)
-            return state, state
-
-        state, _ = jax.lax.scan(
-            silent, state, jax.tree.map(lambda x: x[:half], inputs), unroll=_unroll()
-        )
-        _, states = jax.lax.scan(
-            supervised, state, jax.tree.map(lambda x: x[half:], inputs), unroll=_unroll()
-        )
+        first = jax.tree.map(lambda x: x[:half], inputs)
+        second = jax.tree.map(lambda x: x[half:], inputs)
+        stream, _ = jax.lax.scan(step, stream, first, unroll=_unroll())
+        _, states = jax.lax.scan(supervised, stream, second, unroll=_unroll())
         return self.readout(states)
 
     def halting_logits(
@@ -276,11 +297,12 @@ class LoopLM(_Transformer):
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
-        step, state, inputs = self._loop(tokens, loops, positions, None)
+        step, (state, _), inputs = self._loop(tokens, loops, positions, None)
 
         def halting(carry, x):
             state, halted, steps = carry
-            state = jnp.where(halted[..., None], state, step(state, x))
+            stream, _ = step((state, None), x)
+            state = jnp.where(halted[..., None], state, self._whole(stream, None))
             steps = steps + ~halted
             sure = jax.nn.softmax(self.readout(state)).max(-1) >= thresholds
             return (state, halted | sure, steps), None
@@ -291,20 +313,25 @@ class LoopLM(_Transformer):
         return self.readout(state), steps
 
     def _loop(self, tokens, loops, positions, key):
-        """One loop as a function of the state, the first state, and what each loop is given."""
+        """One loop as a scan's step over the stream, the first stream, and what each loop is given.
+
+        With the stream, the step gives the key for the dropout of what is still to be added to it.
+        """
         loops = self.loops if loops is None else loops
-        first, positions, keys = self._embed(tokens, positions, key, loops)
+        stream, positions, keys = self._embed(tokens, positions, key, loops)
         index = jnp.minimum(jnp.arange(loops), self.loops - 1)
+        first = stream[0]
         definition, weights = nnx.split(self.block)
 
-        def step(state, x):
-            embedding, key = x
-            state = state + embedding
+        def step(stream, given):
+            shift, (key, after) = given
+            x, update = stream
             if self.inject_input:
-                state = state + first
-            return nnx.merge(definition, weights)(state, positions, key)
+                x = x + first
+            block = nnx.merge(definition, weights)
+            return block(x, update, positions, key, shift), after
 
-        return step, first, (self.step_embedding(index), keys)
+        return step, stream, (self.step_embedding(index), keys)
 
 
 def build(
