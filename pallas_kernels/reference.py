@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 ROPE_BASE = 10_000.0
 
@@ -104,6 +105,21 @@ def layer_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     centred = x - x.mean(-1, keepdims=True)
     variance = (centred * centred).mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(variance + epsilon) * scale
+
+
+def score(
+    x: jax.Array,
+    scale: jax.Array,
+    table: jax.Array,
+    wanted: jax.Array,
+    weights: jax.Array,
+    epsilon: float,
+) -> jax.Array:
+    """The weighted sum of the cross-entropies of `wanted` under the logits of `x`."""
+    normed = layer_norm(x, scale, epsilon).astype(table.dtype)
+    logits = jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.float32)
+    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+    return (entropies * weights).sum()
 
 
 def attention(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import add_and_norm, attention, gelu, reference
+from pallas_kernels import add_and_norm, add_and_score, attention, gelu, reference
 from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
 
 INIT_STD = 0.02
@@ -140,10 +140,15 @@ class _Transformer(nnx.Module):
 
     def readout(self, state: jax.Array) -> jax.Array:
         """float32 logits `[..., vocabulary]` of a residual stream `[..., width]`."""
-        head = self.embedding.embedding[...].astype(self.dtype)
         return jnp.einsum(
-            "...d,vd->...v", self.final_norm(state), head, preferred_element_type=jnp.float32
+            "...d,vd->...v",
+            self.final_norm(state),
+            self._head(),
+            preferred_element_type=jnp.float32,
         )
+
+    def _head(self):
+        return self.embedding.embedding[...].astype(self.dtype)
 
     def _embed(self, tokens, positions, key, depth):
         """The stream and update before the first block, positions, and keys of `depth` blocks.
@@ -160,6 +165,18 @@ class _Transformer(nnx.Module):
             keys = rest[:-1], rest[1:, 0]
         x = dropout(self.embedding(tokens), self.dropout, first)
         return (x, jnp.zeros(x.shape, self.dtype)), positions, keys
+
+    def _scored(self, stream, key, targets, weights):
+        """As `_whole`, and the weighted sum of its tokens' cross-entropies."""
+        return add_and_score(
+            *stream,
+            self.final_norm.scale[...],
+            self._head(),
+            targets,
+            weights,
+            dropout_rate=self.dropout,
+            dropout_key=key,
+        )
 
     def _whole(self, stream, key):
         """The stream with what was still to be added to it."""
@@ -200,6 +217,26 @@ class GPT(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
+        return self.readout(self._whole(*self._run(tokens, positions, key)))
+
+    def supervised_losses(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the training loss averages over: float32 `[1]`, of the one readout.
+
+        The cross-entropies of `targets`, int32 `[batch, length]`, summed with `weights`, float32
+        `[batch, length]`; the rest as in a plain call.
+        """
+        stream, after = self._run(tokens, None, key)
+        return self._scored(stream, after, targets, weights)[1][None]
+
+    def _run(self, tokens, positions, key):
+        """The stream after all blocks, and the key for what is still to be added to it."""
         stream, positions, (keys, after) = self._embed(tokens, positions, key, self.layers)
         definition, weights = nnx.split(self.blocks)
 
@@ -208,11 +245,7 @@ class GPT(_Transformer):
             return block(*stream, positions, layer[1]), None
 
         stream, _ = jax.lax.scan(step, stream, (weights, keys), unroll=_unroll())
-        return self.readout(self._whole(stream, None if after is None else after[-1]))
-
-    def supervised_logits(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """What the training loss averages over: `[1, batch, length, vocabulary]`."""
-        return self(tokens, key=key)[None]
+        return stream, None if after is None else after[-1]
 
 
 class LoopLM(_Transformer):
@@ -255,24 +288,38 @@ class LoopLM(_Transformer):
         stream, after = jax.lax.scan(step, stream, inputs)
         return self.readout(self._whole(stream, None if after is None else after[-1]))
 
-    def supervised_logits(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """What the training loss averages over: the logits after every loop of the second half.
+    def supervised_losses(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the training loss averages over: a sum for every loop of the second half.
+
+        Args:
+          tokens: int `[batch, length]`.
+          targets: int `[batch, length]`, the right next tokens.
+          weights: float32 `[batch, length]`, of their cross-entropies.
+          key: PRNG key for dropout; None is deterministic.
 
         Returns:
-          float32 `[loops - loops // 2, batch, length, vocabulary]`.
+          float32 `[loops - loops // 2]`: weighted sums of the cross-entropies.
         """
         step, stream, inputs = self._loop(tokens, None, None, key)
         half = self.loops // 2
 
-        def supervised(stream, x):
-            stream, after = step(stream, x)
-            return stream, self._whole(stream, after)
+        def scored(x, given):
+            stream, after = step((x, None), given)
+            return self._scored(stream, after, targets, weights)
 
         first = jax.tree.map(lambda x: x[:half], inputs)
         second = jax.tree.map(lambda x: x[half:], inputs)
-        stream, _ = jax.lax.scan(step, stream, first, unroll=_unroll())
-        _, states = jax.lax.scan(supervised, stream, second, unroll=_unroll())
-        return self.readout(states)
+        stream, after = jax.lax.scan(step, stream, first, unroll=_unroll())
+        # Before the first loop nothing is left to be added, and no key to drop it by.
+        x = self._whole(stream, after[-1] if half and key is not None else None)
+        return jax.lax.scan(scored, x, second, unroll=_unroll())[1]
 
     def halting_logits(
         self,

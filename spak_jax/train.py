@@ -94,10 +94,8 @@ def loss(network: model.GPT | model.LoopLM, batch: addition.Batch, key: jax.Arra
     Returns:
       A float32 scalar.
     """
-    logits = network.supervised_logits(batch.tokens, key=key)
-    targets = jnp.broadcast_to(batch.targets, logits.shape[:-1])
-    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return entropies.mean(0).sum(where=batch.answer) / batch.answer.sum()
+    weights = batch.answer / batch.answer.sum()
+    return network.supervised_losses(batch.tokens, batch.targets, weights, key=key).mean()
 
 
 def initial_state(config: Config) -> TrainState:

@@ -102,8 +102,15 @@ def halting_of(network, tokens, thresholds, positions=None, loops=None):
 
 
 @nnx.jit
-def supervised_of(network, tokens):
-    return network.supervised_logits(jnp.asarray(tokens))
+def supervised_of(network, batch):
+    tokens, targets, weights = (jnp.asarray(x) for x in batch)
+    return network.supervised_losses(tokens, targets, weights.astype(jnp.float32))
+
+
+def loss_of_logits(logits, batch):
+    """The sum of the cross-entropies that count, by hand."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[batch.answer].sum()
 
 
 @nnx.jit
@@ -401,15 +408,18 @@ def test_bfloat16_stays_near_float32(architecture):
 
 
 @pytest.mark.parametrize("loops", [1, 4, 5])
-def test_supervised_logits_are_those_of_the_second_half(loops):
-    network, tokens = random_model(**LOOP | {"loops": loops}), random_batch().tokens
-    supervised = supervised_of(network, tokens)
-    assert supervised.shape == (loops - loops // 2, *tokens.shape, addition.VOCABULARY_SIZE)
-    assert error(supervised[-1], logits_of(network, tokens)) < 1e-6
-    assert error(supervised[0], logits_of(network, tokens, loops=loops // 2 + 1)) < 1e-6
+def test_supervised_losses_are_those_of_the_second_half(loops):
+    network, batch = random_model(**LOOP | {"loops": loops}), random_batch()
+    supervised = supervised_of(network, batch)
+    expected = [
+        loss_of_logits(logits_of(network, batch.tokens, loops=n), batch)
+        for n in range(loops // 2 + 1, loops + 1)
+    ]
+    assert supervised.shape == (loops - loops // 2,)
+    np.testing.assert_allclose(supervised, expected, rtol=1e-6)
 
 
 def test_a_gpt_supervises_its_logits():
-    network, tokens = random_model(**GPT), random_batch().tokens
-    supervised = supervised_of(network, tokens)
-    assert error(supervised, logits_of(network, tokens)[None]) < 1e-6
+    network, batch = random_model(**GPT), random_batch()
+    expected = loss_of_logits(logits_of(network, batch.tokens), batch)
+    np.testing.assert_allclose(supervised_of(network, batch), [expected], rtol=1e-6)

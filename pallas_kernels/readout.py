@@ -1,0 +1,213 @@
+"""What a training reads out of the residual stream: the cross-entropy of the next token.
+
+`add_and_score` adds what a block left to be added, norms the stream, multiplies by the tied
+embedding and takes the cross-entropy, in one kernel forward and one backward: no logit and no
+normed stream is ever written.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import reference, rows, targets, tile
+from pallas_kernels.rows import Options
+
+NUMBERS_A_PROGRAM = 8192
+NUM_WARPS = 8
+# The table stays on the chip whole; wider or longer ones would not.
+LARGEST_WIDTH = 512
+LARGEST_VOCABULARY = 32
+
+
+def add_and_score(
+    x: jax.Array,
+    update: jax.Array,
+    scale: jax.Array,
+    table: jax.Array,
+    targets_wanted: jax.Array,
+    weights: jax.Array,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`x + dropout(update)`, and the weighted sum of its tokens' cross-entropies.
+
+    The logits are `layer_norm(stream) * scale` times the embedding of each token. Gradients flow
+    to x, update, scale and table.
+
+    Args:
+      x: the residual stream, float32 `[..., width]`.
+      update: what is added to it, `[..., width]` in the dtype of `table`.
+      scale: of the norm, float32 `[width]`.
+      table: embeddings of all tokens, `[vocabulary, width]`, in the dtype of the products.
+      targets_wanted: int32 `[...]`, the right tokens.
+      weights: float32 `[...]`, of each token's cross-entropy.
+      dropout_rate: share of the update that is dropped where `dropout_key` is given.
+      dropout_key: PRNG key, as `add_and_norm` takes it.
+      implementation: "pallas" or "xla"; None takes the kernels on a GPU that they are for.
+
+    Returns:
+      The new stream in float32, and a float32 scalar.
+    """
+    dropping = dropout_key is not None and dropout_rate > 0
+    vocabulary, width = table.shape
+    if implementation is None:
+        fits = width <= LARGEST_WIDTH and vocabulary <= LARGEST_VOCABULARY
+        implementation = "pallas" if targets.on_gpu() and fits else "xla"
+    if implementation == "xla":
+        x = x + (reference.dropout(update, dropout_rate, dropout_key) if dropping else update)
+        return x, reference.score(x, scale, table, targets_wanted, weights, rows.EPSILON)
+    options = Options(
+        rows=x.size // width,
+        width=width,
+        held=max(NUMBERS_A_PROGRAM, tile.NARROWEST * pl.next_power_of_2(width)),
+        num_warps=NUM_WARPS,
+        rate=dropout_rate if dropping else 0.0,
+        dtype=table.dtype.name,
+        interpret=jax.default_backend() == "cpu",
+    )
+    stream, score = run_kernels(
+        x.reshape(-1, width),
+        update.reshape(-1, width),
+        scale,
+        table,
+        targets_wanted.reshape(-1).astype(jnp.int32),
+        weights.reshape(-1),
+        reference.dropout_seed(dropout_key) if dropping else None,
+        options,
+    )
+    return stream.reshape(x.shape), score
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def run_kernels(x, update, scale, table, wanted, weights, seed, options: Options):
+    """As `add_and_score`, on `[rows, width]`; seed is uint32 `[2]` or None."""
+    return _forward(x, update, scale, table, wanted, weights, seed, options)[0]
+
+
+def _forward(x, update, scale, table, wanted, weights, seed, options):
+    block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
+    stream, scores = rows.call(
+        functools.partial(_forward_kernel, options=options),
+        "add_and_score_forward",
+        options,
+        in_specs=[block, block, *map(rows.whole_spec, (scale, table)), scalars, scalars]
+        + [rows.whole_spec(seed)],
+        out_specs=[block, pl.BlockSpec((1,), lambda i: (i,))],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            # One sum a program, added up outside: no atomics, the same bits on every run.
+            jax.ShapeDtypeStruct((options.programs,), jnp.float32),
+        ],
+    )(x, update, scale, table, wanted, weights, seed)
+    return (stream, scores.sum()), (stream, scale, table, wanted, weights, seed)
+
+
+def _forward_kernel(
+    x_ref, update_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
+    stream_ref, score_ref, *, options,
+):  # fmt: skip
+    update = rows.load(update_ref, options)
+    if seed_ref is not None:
+        update *= rows.kept(seed_ref, options)
+    x = rows.load(x_ref, options) + update
+    rows.store(stream_ref, x, options)
+    normed, _ = rows.normed(x, options)
+    head = _load_table(table_ref, options)
+    scaled = normed * rows.load_channels(scale_ref, options)
+    logits = _logits(scaled.astype(head.dtype), head, table_ref)
+    right, weight = _load_wanted(wanted_ref, weights_ref, head.shape[0], options)
+    largest = logits.max(axis=1)
+    entropy = largest + jnp.log(jnp.exp(logits - largest[:, None]).sum(axis=1))
+    entropy -= jnp.where(right, logits, 0.0).sum(axis=1)
+    plgpu.store(score_ref.at[:], (entropy * weight).sum()[None])
+
+
+def _backward(options, saved, gradients):
+    stream, scale, table, wanted, weights, seed = saved
+    d_stream, d_score = gradients
+    block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
+    vocabulary = len(table)
+    d_x, d_update, d_scale, d_table = rows.call(
+        functools.partial(_backward_kernel, options=options),
+        "add_and_score_backward",
+        options,
+        in_specs=[block, block, pl.BlockSpec((1,), lambda i: (0,))]
+        + [*map(rows.whole_spec, (scale, table)), scalars, scalars, rows.whole_spec(seed)],
+        out_specs=[
+            block,
+            block,
+            rows.sums_spec(options),
+            pl.BlockSpec(
+                (None, pl.next_power_of_2(vocabulary), options.padded_width), lambda i: (i, 0, 0)
+            ),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(stream.shape, stream.dtype),
+            jax.ShapeDtypeStruct(stream.shape, options.dtype),
+            rows.sums_shape(options),
+            jax.ShapeDtypeStruct((options.programs, *table.shape), jnp.float32),
+        ],
+    )(stream, d_stream, d_score[None], scale, table, wanted, weights, seed)
+    d_table = d_table.sum(0).astype(table.dtype)
+    return d_x, d_update, d_scale.sum(0), d_table, None, None, None
+
+
+def _backward_kernel(
+    stream_ref, d_stream_ref, d_score_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
+    d_x_ref, d_update_ref, d_scale_ref, d_table_ref, *, options,
+):  # fmt: skip
+    normed, deviation = rows.normed(rows.load(stream_ref, options), options)
+    head = _load_table(table_ref, options)
+    scale = rows.load_channels(scale_ref, options)
+    scaled = (normed * scale).astype(head.dtype)
+    logits = _logits(scaled, head, table_ref)
+    right, weight = _load_wanted(wanted_ref, weights_ref, head.shape[0], options)
+    odds = jnp.exp(logits - logits.max(axis=1)[:, None])
+    probability = odds / odds.sum(axis=1)[:, None]
+    d_logits = (probability - jnp.where(right, 1.0, 0.0)) * (weight * d_score_ref[0])[:, None]
+    d_logits = d_logits.astype(head.dtype)
+    d_table = tile.dot(d_logits, scaled, transpose_a=True)
+    mask = (jnp.arange(head.shape[0]) < table_ref.shape[0])[:, None]
+    mask = jnp.broadcast_to(mask & rows.channels(options)[None, :], head.shape)
+    plgpu.store(
+        d_table_ref.at[pl.ds(0, head.shape[0]), pl.ds(0, options.padded_width)], d_table, mask=mask
+    )
+    d_normed = tile.dot(d_logits, head)
+    rows.store_sum(d_scale_ref, d_normed * normed, options)
+    d_x = rows.normed_backward(d_normed * scale, normed, deviation, options)
+    d_x += rows.load(d_stream_ref, options)
+    rows.store(d_x_ref, d_x, options)
+    d_update = d_x if seed_ref is None else d_x * rows.kept(seed_ref, options)
+    rows.store(d_update_ref, d_update, options)
+
+
+run_kernels.defvjp(_forward, _backward)
+
+
+def _load_table(ref, options: Options):
+    """`[padded vocabulary, padded width]`, zero beyond the real ones."""
+    vocabulary, _ = ref.shape
+    tokens = max(tile.NARROWEST, pl.next_power_of_2(vocabulary))
+    mask = (jnp.arange(tokens) < vocabulary)[:, None] & rows.channels(options)[None, :]
+    source = ref.at[pl.ds(0, tokens), pl.ds(0, options.padded_width)]
+    return plgpu.load(source, mask=mask, other=0)
+
+
+def _logits(scaled, head, table_ref):
+    logits = tile.dot(scaled, head, transpose_b=True)
+    real = (jnp.arange(head.shape[0]) < table_ref.shape[0])[None, :]
+    return jnp.where(real, logits, tile.MASKED)
+
+
+def _load_wanted(wanted_ref, weights_ref, tokens: int, options: Options):
+    """Which logit is the right one, `[rows, tokens]`, and each row's weight, 0 beyond the real."""
+    inside = rows.index(options) < options.rows
+    part = pl.ds(0, options.rows_held)
+    wanted = plgpu.load(wanted_ref.at[part], mask=inside, other=0)
+    weight = plgpu.load(weights_ref.at[part], mask=inside, other=0)
+    return wanted[:, None] == jnp.arange(tokens)[None, :], weight

@@ -1,0 +1,140 @@
+"""The kernels around the residual stream against plain `jnp`: outputs and every gradient.
+
+On a machine without a GPU the kernels run in interpret mode; with one, compiled for it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import add_and_norm, add_and_score, gelu, reference
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+KEY = jax.random.key(7)
+
+
+def normal(seed, shape, dtype="float32", scale=1.0, mean=0.0):
+    drawn = np.random.default_rng(seed).standard_normal(shape) * scale + mean
+    return jnp.asarray(drawn, jnp.float32).astype(dtype)
+
+
+def assert_same(found, truth, dtype):
+    """Leaf by leaf, relative to the size of the truth."""
+    for value, expected in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
+        value, expected = (np.asarray(x, np.float64) for x in (value, expected))
+        assert np.isfinite(value).all()
+        difference = np.linalg.norm(value - expected)
+        assert difference <= TOLERANCE[dtype] * max(np.linalg.norm(expected), 1e-3)
+
+
+def with_gradients(function, arguments, gradients):
+    out, pull = jax.vjp(function, *arguments)
+    return out, pull(jax.tree.map(lambda x, d: d.astype(x.dtype), out, gradients))
+
+
+SHAPES = {
+    "leading": st.sampled_from([(1,), (2, 7), (16,), (70,), (3, 64)]),
+    "width": st.sampled_from([16, 24, 64, 128, 256]),
+    "rate": st.sampled_from([0.0, 0.1, 0.5]),
+    "dtype": st.sampled_from(list(TOLERANCE)),
+    "seed": st.integers(0, 2**16),
+}
+
+
+@settings(deadline=None, max_examples=20)
+@given(updated=st.booleans(), shifted=st.booleans(), **SHAPES)
+def test_adding_and_norming(leading, width, rate, dtype, seed, updated, shifted):
+    shape = (*leading, width)
+    arguments = (
+        normal(seed, shape, mean=0.5),
+        normal(seed + 1, shape, dtype) if updated else None,
+        normal(seed + 2, (width,), scale=0.2, mean=1.0),
+        normal(seed + 3, (width,)) if shifted else None,
+    )
+    gradients = normal(seed + 4, shape), normal(seed + 5, shape)
+
+    def run(implementation):
+        def f(x, update, scale, shift):
+            return add_and_norm(
+                x, update, scale, shift=shift, dropout_rate=rate, dropout_key=KEY,
+                dtype=jnp.dtype(dtype), implementation=implementation,
+            )  # fmt: skip
+
+        return jax.jit(lambda: with_gradients(f, arguments, gradients))()
+
+    assert_same(run("pallas"), run("xla"), dtype)
+
+
+@settings(deadline=None, max_examples=20)
+@given(vocabulary=st.sampled_from([2, 13, 16, 30]), **SHAPES)
+def test_adding_and_scoring(leading, width, rate, dtype, seed, vocabulary):
+    shape, draw = (*leading, width), np.random.default_rng(seed)
+    arguments = (
+        normal(seed, shape, mean=0.5),
+        normal(seed + 1, shape, dtype),
+        normal(seed + 2, (width,), scale=0.2, mean=1.0),
+        normal(seed + 3, (vocabulary, width), dtype, scale=width**-0.5),
+    )
+    wanted = jnp.asarray(draw.integers(0, vocabulary, leading), jnp.int32)
+    weights = jnp.asarray(draw.random(leading) * (draw.random(leading) < 0.6), jnp.float32)
+    gradients = normal(seed + 4, shape), jnp.float32(1.7)
+
+    def run(implementation):
+        def f(x, update, scale, table):
+            return add_and_score(
+                x, update, scale, table, wanted, weights, dropout_rate=rate, dropout_key=KEY,
+                implementation=implementation,
+            )  # fmt: skip
+
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(lambda: with_gradients(f, arguments, gradients))()
+
+    assert_same(run("pallas"), run("xla"), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1,), (3, 1000), (4096,)])
+def test_gelu(shape, dtype):
+    u, d_out = normal(0, shape, dtype, scale=3), normal(1, shape, dtype)
+    run = lambda i, *x: with_gradients(lambda u: gelu(u, i), x, d_out)  # noqa: E731
+    exact = run("xla", u.astype(jnp.float32))
+    assert_same(run("pallas", u), exact, dtype)
+
+
+def test_gelu_far_from_zero():
+    u = jnp.array([-200.0, -30.0, -6.0, 0.0, 6.0, 30.0, 200.0])
+    out, pull = jax.vjp(lambda u: gelu(u, "pallas"), u)
+    np.testing.assert_allclose(out, jax.nn.gelu(u, approximate=False), atol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(7))[0], [0, 0, 0, 0.5, 1, 1, 1], atol=1e-6)
+
+
+def test_dropout_drops_each_number_on_its_own():
+    x = jnp.ones((64, 32, 48))
+    dropped = reference.dropout(x, 0.25, KEY)
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], 1 / 0.75)
+    assert float(kept.mean()) == pytest.approx(0.75, abs=0.01)
+    for axis in range(3):
+        shares = kept.mean(axis=tuple({0, 1, 2} - {axis}))
+        assert float(jnp.abs(shares - 0.75).max()) < 0.06
+    other = reference.dropout(x, 0.25, jax.random.key(8)) != 0
+    assert float((kept == other).mean()) == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
+
+
+def test_the_same_bits_on_every_run_and_under_vmap():
+    x, update = normal(0, (3, 40, 64)), normal(1, (3, 40, 64), "bfloat16")
+    scale, keys = normal(2, (64,)), jax.random.split(KEY, 3)
+
+    def one(x, update, key):
+        return add_and_norm(
+            x, update, scale, dropout_rate=0.1, dropout_key=key, dtype=jnp.bfloat16,
+            implementation="pallas",
+        )  # fmt: skip
+
+    together = jax.vmap(one)(x, update, keys)
+    for i in range(3):
+        for mine, theirs in zip(one(x[i], update[i], keys[i]), together, strict=True):
+            assert (mine == theirs[i]).all()
