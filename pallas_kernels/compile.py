@@ -37,6 +37,7 @@ from rich.table import Table
 
 from pallas_kernels import dispatch, long, short, tiles
 from pallas_kernels.shapes import LONG, SCORING, TRAINING, Shape, parse_shape
+from pallas_kernels.stream_cases import DROPOUT, STREAM_CASES, StreamCase
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.tile import Extras, Options, table_dtype
 
@@ -44,7 +45,6 @@ from pallas_kernels.tile import Extras, Options, table_dtype
 # is 32 KiB for four warps: two such blocks fit the 128 KiB that L1 and shared memory have together
 # on the smallest target, beside their tiles. What is more goes out to L2, every time.
 MOST_SPILLED = 256
-DROPOUT = 0.1
 CLIP = 15
 # The products of matrices on Hopper, on data-centre Blackwell, and on all other chips.
 TENSOR_CORE_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
@@ -80,6 +80,8 @@ class Case:
     kernel: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    multiplies = True
+
     @property
     def item_size(self) -> int:
         return jnp.dtype(self.dtype).itemsize
@@ -106,7 +108,7 @@ class Report:
 
     target: str
     kernel: str
-    case: Case
+    case: Case | StreamCase
     registers: int | None = None
     spilled: int | None = None
     shared_memory: int | None = None
@@ -132,14 +134,14 @@ class Report:
         }
 
 
-def standard_cases() -> list[Case]:
+def standard_cases() -> list[Case | StreamCase]:
     """All shapes of `shapes`: training with dropout, scoring forward only, long rows both without
-    and with everything a call can ask for. Of shapes that differ in batch and heads alone, the
-    first."""
+    and with everything a call can ask for; and `STREAM_CASES`. Of shapes that differ in batch and
+    heads alone, the first."""
     training = [Case(shape, rate=DROPOUT) for shape in TRAINING]
     scoring = [Case(shape, backward=False) for shape in SCORING]
     everything = [Case(shape, rate=DROPOUT, clip=CLIP) for shape in LONG]
-    return _distinct([*training, *scoring, *map(Case, LONG), *everything])
+    return _distinct([*training, *scoring, *map(Case, LONG), *everything]) + STREAM_CASES
 
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:
@@ -150,11 +152,13 @@ def _distinct(cases: Iterable[Case]) -> list[Case]:
     return list(first.values())
 
 
-def program(case: Case, target: str) -> tuple[Callable, tuple]:
+def program(case: Case | StreamCase, target: str) -> tuple[Callable, tuple]:
     """A function to compile, and its arguments as `jax.ShapeDtypeStruct`s.
 
-    The arguments are q, k, v, extras, log-sum-exp, delta and the output's gradient.
+    Those of attention are q, k, v, extras, log-sum-exp, delta and the output's gradient.
     """
+    if isinstance(case, StreamCase):
+        return case.program()
     batch, length, heads, head_dim = case.shape
     options = Options(
         length=length,
@@ -214,7 +218,7 @@ def _one_kernel(case: Case, options: Options) -> Callable:
 
 def measure(
     targets: Sequence[str],
-    cases: Sequence[Case],
+    cases: Sequence[Case | StreamCase],
     done: Callable[[list[Report]], None] = lambda reports: None,
 ) -> list[Report]:
     """Compiles all cases for all targets, several at a time, in processes that touch no GPU.
@@ -287,13 +291,13 @@ def _prepare_worker() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _reports(target: str, case: Case, assembler: str) -> list[Report]:
+def _reports(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
     try:
         return _compiled(target, case, assembler)
     except Exception as error:  # Tracing, Triton, LLVM and XLA fail in many ways: all are reported.
         message = str(error).strip() or repr(error)
     problem = message.splitlines()[0][:200]
-    if case.kernel is None:
+    if isinstance(case, Case) and case.kernel is None:
         # The message does not say which kernel failed: each one alone does.
         alone = [
             report
@@ -309,8 +313,10 @@ def _reports(target: str, case: Case, assembler: str) -> list[Report]:
     ]
 
 
-def _kernels(target: str, case: Case) -> tuple[str, ...]:
+def _kernels(target: str, case: Case | StreamCase) -> tuple[str, ...]:
     """Names of the kernels of a case; the first is the forward pass."""
+    if isinstance(case, StreamCase):
+        return case.kernels
     if case.kernel is not None:
         return (case.kernel,)
     whole_row = tiles.whole_row(
@@ -327,12 +333,17 @@ def _kernels(target: str, case: Case) -> tuple[str, ...]:
 
 def _alone(target: str, case: Case, kernel: str) -> Case:
     """One kernel of attention, with the settings that it has there."""
-    key = tiles.key(kernel, case.shape.length, case.shape.head_dim, case.item_size)
-    settings = tiles.settings(target, kernel, key) or {}
+    sizes = case.shape.head_dim, case.item_size
+    if kernel in tiles.LONG_KERNELS:
+        settings = tiles.streamed(target, kernel, *sizes, with_ids=case.clip is not None)
+    else:
+        settings = (
+            tiles.settings(target, kernel, tiles.key(kernel, case.shape.length, *sizes)) or {}
+        )
     return dataclasses.replace(case, kernel=kernel, settings=settings)
 
 
-def _compiled(target: str, case: Case, assembler: str) -> list[Report]:
+def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
     function, arguments = program(case, target)
     sharding = _sharding(target)
     arguments = jax.tree.map(
@@ -414,7 +425,7 @@ def _problem(report: Report) -> str | None:
         return f"takes {report.shared_memory} B of shared memory, more than {limit}"
     if report.spilled > MOST_SPILLED:
         return f"spills {report.spilled} B a thread, more than {MOST_SPILLED}"
-    if not report.tensor_cores and report.case.dtype != "float32":
+    if not report.tensor_cores and report.case.dtype != "float32" and report.case.multiplies:
         return "multiplies matrices without tensor cores"
     return None
 

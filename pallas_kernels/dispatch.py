@@ -222,8 +222,15 @@ def _whole_row(kernel: str, extras: Extras, options: Options, q: jax.Array):
 
 
 def _long_tile(kernel: str, options: Options, q: jax.Array) -> long.Tile:
-    key = tiles.head_key(options.head_dim, q.dtype.itemsize)
-    return long.Tile(**tiles.settings(options.target, kernel, key))
+    return long.Tile(
+        **tiles.streamed(
+            options.target,
+            kernel,
+            options.head_dim,
+            q.dtype.itemsize,
+            with_ids=options.clip is not None,
+        )
+    )
 
 
 def _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate) -> None:

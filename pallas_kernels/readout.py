@@ -64,7 +64,7 @@ def add_and_score(
     options = Options(
         rows=x.size // width,
         width=width,
-        held=max(NUMBERS_A_PROGRAM, tile.NARROWEST * pl.next_power_of_2(width)),
+        held=numbers_held(width),
         num_warps=NUM_WARPS,
         rate=dropout_rate if dropping else 0.0,
         dtype=table.dtype.name,
@@ -81,6 +81,11 @@ def add_and_score(
         options,
     )
     return stream.reshape(x.shape), score
+
+
+def numbers_held(width: int) -> int:
+    """By one program: at least as many rows as a product on the tensor cores wants."""
+    return max(NUMBERS_A_PROGRAM, tile.NARROWEST * pl.next_power_of_2(width))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -10,12 +10,15 @@ from typing import Any
 
 from pallas_kernels.bench import CONTENDERS, OURS, against_best_peer, shown_times
 from pallas_kernels.shapes import Shape, parse_shape
+from pallas_kernels.stream_cases import StreamShape
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--shape", type=parse_shape, action="append", help="these rows only")
+    parser.add_argument(
+        "--shape", type=_parse_any_shape, action="append", help="these rows only; repeatable"
+    )
     arguments = parser.parse_args()
     for path in arguments.files:
         try:
@@ -27,14 +30,21 @@ def main() -> None:
             parser.error(f"{path}: no results of pallas_kernels.bench or pallas_kernels.compile")
 
 
-def markdown(results: dict[str, Any], shapes: Sequence[Shape] | None = None) -> str:
+def _parse_any_shape(text: str) -> Shape | StreamShape:
+    if text.count("x") == 1 and all(part.isdecimal() for part in text.split("x")):
+        return StreamShape(*map(int, text.split("x")))
+    return parse_shape(text)
+
+
+def markdown(results: dict[str, Any], shapes: Sequence[Shape | StreamShape] | None = None) -> str:
     """The table of one file, of some shapes or of all.
 
     Raises:
       KeyError, TypeError, AttributeError, ValueError: it is of neither program.
     """
     key, table = ("measurements", _bench) if "measurements" in results else ("kernels", _compile)
-    wanted = [x for x in results[key] if shapes is None or parse_shape(x["shape"]) in shapes]
+    names = None if shapes is None else set(map(str, shapes))
+    wanted = [x for x in results[key] if names is None or x["shape"] in names]
     return table(results | {key: wanted})
 
 

@@ -44,6 +44,18 @@ def evidence(target: str, kernel: str, key: str) -> str:
     return table()[target][kernel][key]["evidence"]
 
 
+def streamed(
+    target: str, kernel: str, head_dim: int, item_size: int, *, with_ids: bool
+) -> dict[str, Any]:
+    """Arguments that launch a streaming kernel.
+
+    Ids, biases and windows want registers: some tiles that suit plain calls are not for them.
+    """
+    plain = head_key(head_dim, item_size)
+    own = settings(target, kernel, f"{plain}, with ids") if with_ids else None
+    return own or settings(target, kernel, plain)
+
+
 def whole_row(
     target: str, kernel: str, length: int, head_dim: int, item_size: int, *, biased: bool
 ) -> dict[str, Any] | None:

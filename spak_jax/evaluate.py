@@ -547,7 +547,8 @@ def commit() -> str | None:
         commit = git("rev-parse", "HEAD")
         # An installed copy may lie inside somebody else's checkout.
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        changed = git("status", "--porcelain", "--", "..")
+        # Results and figures that programs leave in a checkout are not its code.
+        changed = git("status", "--porcelain", "--", "..", ":(exclude,top)figures")
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+changes" if changed else commit
