@@ -1,57 +1,45 @@
-"""How long a training step takes:
+"""How fast a configuration trains and scores:
 `python -m spak_jax.bench CONFIG [key.path=value ...] [--attention NAME ...] [--json FILE]`.
+
+Beside it, in turns, where PyTorch and a GPU are at hand, a peer: the same model, trained and run as
+its users would (`torch_peer`). And where the time goes: the kernels of a step.
 """
 
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 
 from pallas_kernels import IMPLEMENTATIONS, choose, timing
-from spak_jax import evaluate, model
+from spak_jax import addition, evaluate, model, profiling
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
-from spak_jax.config import Config, read_config
-from spak_jax.train import initial_state, make_supply, make_training
+from spak_jax.config import Config, StaticModel, read_config
+from spak_jax.train import initial_state, make_supply, make_training, one_by_one
 
 ROUNDS = 7
 SECONDS_A_ROUND = 0.5
 LONGEST_ROUND = 500
-
-
-def step_times(config: Config, attentions: list[str]) -> dict[str, tuple[float, float, float]]:
-    """Seconds a training step with each implementation of attention, quartiles.
-
-    Each is compiled once and runs some hundred steps in one call, as a training does; they take
-    turns, and start from the same weights.
-    """
-    state, supply = initial_state(config), make_supply(config)
-    most = min(LONGEST_ROUND, config.train.steps_per_call)
-    programs = {}
-    for name in attentions:
-        run_steps = jax.jit(make_training(config, name))
-        executable = run_steps.lower(state, supply, jnp.int32(0)).compile()
-
-        def steps(count: int, executable=executable) -> None:
-            jax.block_until_ready(executable(state, supply, jnp.int32(count)))
-
-        steps(1)
-        start = time.perf_counter()
-        steps(2)
-        pace = (time.perf_counter() - start) / 2
-        count = max(1, min(round(SECONDS_A_ROUND / pace), most))
-        programs[name] = timing.Program(functools.partial(steps, count), count)
-    return timing.medians(programs, ROUNDS)
+PROFILED_STEPS = 3
+SCORED_DIGITS = 12
+# Batches that the peer finds on its GPU, in turn.
+PEER_BATCHES = 8
+PEER = "torch"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.bench", description="Time the training step of a configuration."
+        prog="python -m spak_jax.bench", description="Time a configuration's training and scoring."
     )
     parser.add_argument("config", type=Path, help="a TOML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
@@ -61,47 +49,208 @@ def main() -> None:
         choices=IMPLEMENTATIONS,
         help="an implementation of attention; repeatable (default: what training takes)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     arguments = parser.parse_intermixed_args()
     config = read_config(arguments.config, arguments.overrides)
     if arguments.json:
         writable_folder(arguments.json.parent)
     names = arguments.attention or [_default_attention(config)]
     try:
-        seconds = step_times(config, names)
+        results = measure(config, names)
     except ValueError as error:
         raise InputError(f"--attention: {error}") from None
+    results = {"config": config.name, "overrides": arguments.overrides} | results
+    show(results)
+    if arguments.json:
+        write_file(arguments.json, json.dumps(results, indent=1) + "\n")
+        console.print(f"results: {arguments.json}")
+
+
+def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
+    """Times of training steps and scoring, with each implementation of attention and the peer.
+
+    Raises:
+      ValueError: an implementation that cannot train this configuration.
+    """
+    steps, memory = {}, {}
+    for name in attentions:
+        steps[name], memory[name] = _training_steps(config, name)
+    scoring = {"ours": _scoring_passes(config)}
+    missing = None
+    try:
+        steps[PEER], scoring[PEER] = _peer(config)
+    except _NoPeer as reason:
+        missing = str(reason)
+    seeds = config.train.seeds
+    # The peer trains one seed.
+    of_seeds = {name: 1 if name == PEER else seeds for name in steps}
+    milliseconds = _milliseconds(steps)
+    passes = _milliseconds(scoring)
+    tokens = config.train.batch * config.data.row_length
+    operations = operations_a_step(config)
     results = {
-        "config": config.name,
-        "overrides": arguments.overrides,
         "device": evaluate.device_name(),
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "commit": evaluate.commit(),
         "batch": [config.train.batch, config.data.row_length],
-        "milliseconds_a_step": {
-            name: dict(
-                zip(
-                    ("low", "median", "high"),
-                    (1e3 * x for x in values),
-                    strict=True,
-                )
-            )
-            for name, values in seconds.items()
+        "seeds": seeds,
+        "milliseconds_a_step": milliseconds,
+        "milliseconds_a_seed": {
+            name: times["median"] / of_seeds[name] for name, times in milliseconds.items()
+        },
+        "tokens_a_second": {
+            name: tokens * of_seeds[name] / times["median"] * 1e3
+            for name, times in milliseconds.items()
+        },
+        "operations_a_step": operations,
+        "temporary_bytes": memory,
+        "scored_problems_a_second": {
+            name: evaluate.rows_per_call() / times["median"] * 1e3 for name, times in passes.items()
         },
     }
-    table = Table("attention", "ms a step, median", "quartiles")
+    if missing:
+        results["no_peer"] = missing
+    if jax.default_backend() == "gpu":
+        product = timing.product_speed(jnp.bfloat16)
+        results["product_operations_a_second"] = product
+        results["floor_milliseconds_a_seed"] = 1e3 * operations / product
+        run = functools.partial(steps[attentions[0]], PROFILED_STEPS)
+        results["kernels"] = profiling.kernels(run, PROFILED_STEPS)
+    return results
+
+
+def operations_a_step(config: Config) -> int:
+    """Floating-point operations of the products of one seed's training step.
+
+    Two for each weight and token, twice that backward, as often as the weight is applied; scores
+    and values of attention without what the mask cuts; the readouts that training supervises.
+    """
+    architecture = config.model
+    static = isinstance(architecture, StaticModel)
+    depth = architecture.layers if static else architecture.loops
+    readouts = 1 if static else depth - depth // 2
+    width, length = architecture.width, config.data.row_length
+    hidden = 3 * (8 * width // 3) if architecture.mlp == "swiglu" else 8 * width
+    weights = depth * width * (4 * width + hidden) + readouts * width * addition.VOCABULARY_SIZE
+    pairs = depth * width * length
+    return 3 * config.train.batch * length * (2 * weights + 2 * pairs)
+
+
+def show(results: dict[str, Any]) -> None:
+    """Tables for people."""
+    batch = " x ".join(map(str, results["batch"]))
+    console.print(f"{results['config']}: {batch} tokens a step on {results['device']}")
+    table = Table("", "ms a step", "quartiles", "ms a seed", "million tokens/s", "TFLOP/s")
     for name, times in results["milliseconds_a_step"].items():
-        quartiles = f"{times['low']:.3f} to {times['high']:.3f}"
-        table.add_row(name, f"{times['median']:.3f}", quartiles)
-    console.print(
-        f"{config.name}: {config.train.batch} x {config.data.row_length} tokens a step on"
-        f" {results['device']}"
-    )
+        seconds = results["milliseconds_a_seed"][name] / 1e3
+        table.add_row(
+            name if name == PEER else f"ours, attention {name}",
+            f"{times['median']:.3f}",
+            f"{times['low']:.3f} to {times['high']:.3f}",
+            f"{1e3 * seconds:.3f}",
+            f"{results['tokens_a_second'][name] / 1e6:.2f}",
+            f"{results['operations_a_step'] / seconds / 1e12:.1f}",
+        )
     console.print(table)
-    if arguments.json:
-        write_file(arguments.json, json.dumps(results, indent=1) + "\n")
-        console.print(f"results: {arguments.json}")
+    if "floor_milliseconds_a_seed" in results:
+        console.print(
+            f"at the speed of a large product ({results['product_operations_a_second'] / 1e12:.0f}"
+            f" TFLOP/s) a seed's step would take {results['floor_milliseconds_a_seed']:.3f} ms"
+        )
+    for name, bytes_held in results["temporary_bytes"].items():
+        console.print(f"attention {name}: {bytes_held / 2**20:,.0f} MiB beside weights and data")
+    for name, rate in results["scored_problems_a_second"].items():
+        console.print(f"scoring, {name}: {rate:,.0f} problems of {SCORED_DIGITS} digits a second")
+    if "no_peer" in results:
+        console.print(f"no PyTorch peer: {results['no_peer']}")
+    if "kernels" in results:
+        table = Table("kernel", "a step", "us", "us each")
+        for kernel in results["kernels"][:25]:
+            table.add_row(
+                kernel["name"],
+                f"{kernel['count']:.1f}",
+                f"{kernel['microseconds']:.0f}",
+                f"{kernel['microseconds'] / kernel['count']:.2f}",
+            )
+        table.add_row(
+            "all",
+            f"{sum(kernel['count'] for kernel in results['kernels']):.0f}",
+            f"{sum(kernel['microseconds'] for kernel in results['kernels']):.0f}",
+            "",
+        )
+        console.print(table)
+
+
+class _NoPeer(Exception):
+    """Why there is no peer to compare with."""
+
+
+def _milliseconds(runs: dict[str, Callable[[int], None]]) -> dict[str, dict[str, float]]:
+    """Quartiles of each, taking turns; a run takes a count and returns when that is done."""
+    programs = {}
+    for name, run in runs.items():
+        run(1)
+        start = time.perf_counter()
+        run(2)
+        pace = (time.perf_counter() - start) / 2
+        count = max(1, min(round(SECONDS_A_ROUND / pace), LONGEST_ROUND))
+        programs[name] = timing.Program(functools.partial(run, count), count)
+    return {
+        name: dict(zip(("low", "median", "high"), (1e3 * x for x in values), strict=True))
+        for name, values in timing.medians(programs, ROUNDS).items()
+    }
+
+
+def _training_steps(config: Config, attention: str) -> tuple[Callable[[int], None], int]:
+    """A function that takes training steps, always from the same state, and its memory."""
+    state, supply = initial_state(config), make_supply(config)
+    run_steps = jax.jit(make_training(config, attention))
+    executable = run_steps.lower(state, supply, jnp.int32(0)).compile()
+
+    def run(count: int) -> None:
+        # One call of the program takes so many at most.
+        most = config.train.steps_per_call
+        for start in range(0, count, most):
+            jax.block_until_ready(executable(state, supply, jnp.int32(min(most, count - start))))
+
+    return run, executable.memory_analysis().temp_size_in_bytes
+
+
+def _scoring_passes(config: Config) -> Callable[[int], None]:
+    """A function that scores batches of problems, as `evaluate` does."""
+    one = one_by_one(config)[0]
+    trained = evaluate.Trained(one, initial_state(one).weights, 0)
+    scorer = evaluate.Scorer(trained, evaluate.Settings((SCORED_DIGITS,), 1, 0))
+    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, evaluate.rows_per_call())
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            scorer(problems)
+
+    return run
+
+
+def _peer(config: Config) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """Training steps and scoring passes in PyTorch."""
+    try:
+        from spak_jax import torch_peer
+    except ImportError as error:
+        raise _NoPeer(f"PyTorch is not installed ({error})") from None
+    if not torch_peer.torch.cuda.is_available():
+        raise _NoPeer(f"PyTorch {importlib.metadata.version('torch')} sees no GPU")
+    supply = make_supply(config)
+    batches = []
+    for key in jax.random.split(jax.random.key(0), PEER_BATCHES):
+        batch = addition.training_batch(key, config.data, config.train.batch, supply.training)
+        weights = batch.answer / batch.answer.sum()
+        batches.append(tuple(map(np.asarray, (batch.tokens, batch.targets, weights))))
+    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, evaluate.rows_per_call())
+    rows = addition.problem_rows(problems, config.data.row_length)
+    return (
+        torch_peer.training_steps(config, addition.VOCABULARY_SIZE, batches),
+        torch_peer.scoring_passes(config, addition.VOCABULARY_SIZE, np.asarray(rows.tokens)),
+    )
 
 
 def _default_attention(config: Config) -> str:
@@ -115,4 +264,6 @@ def _default_attention(config: Config) -> str:
 
 
 if __name__ == "__main__":
+    # PyTorch shares the GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     run_program(main)

@@ -171,6 +171,11 @@ def generate(run: Callable, weights, prompt: jax.Array, prompt_length: jax.Array
     return tokens, steps
 
 
+def rows_per_call() -> int:
+    """Problems that one call of a compiled program scores at most."""
+    return ROWS_PER_CALL_ON_GPU if jax.default_backend() == "gpu" else ROWS_PER_CALL
+
+
 class Scorer:
     """Answers problems with one model and settings, compiling once for each padded length."""
 
@@ -192,13 +197,11 @@ class Scorer:
         """
         problems = jax.tree.map(np.asarray, problems)
         count, digits = problems.a.shape
-        on_gpu = jax.default_backend() == "gpu"
-        step = LENGTH_STEP_ON_GPU if on_gpu else LENGTH_STEP
+        step = LENGTH_STEP_ON_GPU if jax.default_backend() == "gpu" else LENGTH_STEP
         length = -(-addition.text_length(digits) // step) * step
         outcomes = []
         # A power of two, so that few programs serve all counts.
-        most = ROWS_PER_CALL_ON_GPU if on_gpu else ROWS_PER_CALL
-        rows = min(most, 1 << (count - 1).bit_length())
+        rows = min(rows_per_call(), 1 << (count - 1).bit_length())
         for start in range(0, count, rows):
             # The last call is filled up with its first problem, so that one program serves all.
             index = np.arange(start, start + rows)

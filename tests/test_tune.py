@@ -163,21 +163,6 @@ def test_the_table_of_tiles_survives_writing():
     assert tomllib.loads(tiles.as_text(table)) == table
 
 
-def test_training_steps_are_timed(tiny_toml, tmp_path):
-    file = tmp_path / "times.json"
-    result = run_program("spak_jax.bench", tiny_toml, "--attention", "xla", "--json", file)
-    assert result.returncode == 0, result.stderr
-    results = json.loads(file.read_text())
-    times = results["milliseconds_a_step"]["xla"]
-    assert 0 < times["low"] <= times["median"] <= times["high"]
-    assert results["batch"] == [8, 24] and results["device"] == "cpu"
-
-
-def test_an_implementation_that_cannot_train_is_named(tiny_toml):
-    result = run_program("spak_jax.bench", tiny_toml, "--attention", "cudnn")
-    assert_refused(result, "--attention", "cudnn", "dropout")
-
-
 def test_reports_are_plain_values():
     case = compile.Case(TINY)
     report = dataclasses.replace(compile.Report("b200", "short_forward", case), seconds=1.234)
