@@ -33,10 +33,10 @@ def gelu(u: jax.Array, implementation: str | None = None) -> jax.Array:
       As u, computed in float32 by the kernels, to 2e-7 times u.
     """
     if implementation is None:
-        implementation = "pallas" if targets.on_gpu() else "xla"
+        implementation = "pallas" if targets.kernels_run() else "xla"
     if implementation == "xla":
         return jax.nn.gelu(u, approximate=False)
-    return run_kernels(u.reshape(-1), jax.default_backend() == "cpu").reshape(u.shape)
+    return run_kernels(u.reshape(-1), not targets.on_gpu()).reshape(u.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -345,9 +345,9 @@ def _alone(target: str, case: Case, kernel: str) -> Case:
 
 def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
     function, arguments = program(case, target)
-    sharding = _sharding(target)
+    whole = sharding(target)
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
     )
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -375,7 +375,7 @@ def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Repo
 
 
 @functools.cache
-def _sharding(target: str) -> jax.sharding.Sharding:
+def sharding(target: str) -> jax.sharding.Sharding:
     """Whole arrays on the one GPU of a machine that is not there."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGETS[target].description(), topology="1x1x1"

@@ -82,7 +82,7 @@ def attention(
     if implementation is None:
         implementation = choose(length, head_dim, q.dtype, plain=plain).implementation
     if implementation == "cudnn":
-        if jax.default_backend() != "gpu" or not plain or not _cudnn_takes(head_dim, q.dtype):
+        if not targets.on_gpu() or not plain or not _cudnn_takes(head_dim, q.dtype):
             raise ValueError(
                 "implementation = 'cudnn': needs a GPU, bfloat16 or float16, head_dim a multiple of"
                 " 8 up to 128, no dropout, no segment_ids, no ids"
@@ -135,7 +135,7 @@ def attention(
         clip=clip,
         windowed=window is not None,
         target=target,
-        interpret=jax.default_backend() == "cpu",
+        interpret=not targets.on_gpu(),
     )
     return run_kernels(qkv, extras, options)
 
@@ -149,7 +149,7 @@ def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
       plain: whether there is neither dropout nor segment_ids nor ids.
     """
     target = targets.target_at_hand()
-    if jax.default_backend() == "cpu" or target is None:
+    if not targets.kernels_run():
         return Choice("xla", f"{jax.devices()[0].device_kind} is no GPU that the kernels are for")
     if head_dim > LARGEST_HEAD:
         return Choice("xla", f"head_dim {head_dim}: the kernels take at most {LARGEST_HEAD}")

@@ -57,7 +57,7 @@ def add_and_score(
     vocabulary, width = table.shape
     if implementation is None:
         fits = width <= LARGEST_WIDTH and vocabulary <= LARGEST_VOCABULARY
-        implementation = "pallas" if targets.on_gpu() and fits else "xla"
+        implementation = "pallas" if targets.kernels_run() and fits else "xla"
     if implementation == "xla":
         x = x + (reference.dropout(update, dropout_rate, dropout_key) if dropping else update)
         return x, reference.score(x, scale, table, targets_wanted, weights, rows.EPSILON)
@@ -68,7 +68,7 @@ def add_and_score(
         num_warps=NUM_WARPS,
         rate=dropout_rate if dropping else 0.0,
         dtype=table.dtype.name,
-        interpret=jax.default_backend() == "cpu",
+        interpret=not targets.on_gpu(),
     )
     stream, score = run_kernels(
         x.reshape(-1, width),

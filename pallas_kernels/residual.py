@@ -132,7 +132,7 @@ def add_and_norm(
     """
     dropping = update is not None and dropout_key is not None and dropout_rate > 0
     if implementation is None:
-        usable = targets.on_gpu() and x.shape[-1] <= rows.LARGEST_WIDTH
+        usable = targets.kernels_run() and x.shape[-1] <= rows.LARGEST_WIDTH
         implementation = "pallas" if usable else "xla"
     if implementation == "xla":
         if update is not None:
@@ -148,7 +148,7 @@ def add_and_norm(
         num_warps=NUM_WARPS,
         rate=dropout_rate if dropping else 0.0,
         dtype=jnp.dtype(dtype).name,
-        interpret=jax.default_backend() == "cpu",
+        interpret=not targets.on_gpu(),
     )
     stream, normed = run_kernels(
         x.reshape(-1, width),

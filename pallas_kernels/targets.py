@@ -5,7 +5,10 @@ tables "Device and Streaming Multiprocessor Information" and "Memory Information
 clocks of the products: as named beside each.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import jax
@@ -20,7 +23,8 @@ class Target:
     chip: in words. capability: compute capability, major and minor. multiprocessors: their
     number. shared_memory: bytes that one block can ask for at most. shared_memory_per_core: bytes
     of a multiprocessor. threads_per_core: that a multiprocessor can hold. l2, memory: bytes.
-    bandwidth: of the memory, bytes a second. clock_ghz: boost clock.
+    bandwidth: of the memory, bytes a second. clock_ghz: boost clock. products: dense bfloat16
+    products on the tensor cores with sums in float32, operations a second.
     """
 
     chip: str
@@ -33,6 +37,7 @@ class Target:
     memory: int
     bandwidth: float
     clock_ghz: float
+    products: float
 
     def description(self) -> str:
         """XLA's GpuTargetConfigProto in text form, by which it compiles without the GPU."""
@@ -81,6 +86,8 @@ TARGETS = {
         memory=12_227 * MIB,
         bandwidth=672e9,
         clock_ghz=2.51,
+        # 512 a clock and multiprocessor, as NVIDIA's figures for its larger sisters come to.
+        products=61.7e12,
     ),
     # What the chip's driver says, by XLA's own description of it (b200.txtpb, openxla/xla).
     # NVIDIA's DGX B200 data sheet rounds to 180 GB and 8 TB/s.
@@ -95,6 +102,8 @@ TARGETS = {
         memory=191_514_411_008,
         bandwidth=7.672e12,
         clock_ghz=1.965,
+        # An eighth of a DGX B200's 72 PFLOP/s in FP8 with sparsity, and a quarter of that.
+        products=2.25e15,
     ),
     # The SXM5 module. What its driver says, likewise (h100_sxm.txtpb).
     "h100": Target(
@@ -108,6 +117,8 @@ TARGETS = {
         memory=84_942_979_072,
         bandwidth=3.352e12,
         clock_ghz=1.98,
+        # NVIDIA's H100 data sheet, half of the figure with sparsity.
+        products=989e12,
     ),
 }
 
@@ -129,17 +140,40 @@ def name_of(capability: str) -> str | None:
     return MOST_CAUTIOUS
 
 
-@functools.cache
+# The chip that is compiled for, where it is not the one at hand.
+_elsewhere: ContextVar[str | None] = ContextVar("elsewhere", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Within it, programs are traced as they would be on that target's GPU."""
+    token = _elsewhere.set(name)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
 def target_at_hand() -> str | None:
     """The target whose tiles suit the device at hand, None if the kernels are not for it.
 
     A CPU interprets the kernels, with any tiles.
     """
+    return _elsewhere.get() or _found()
+
+
+@functools.cache
+def _found() -> str | None:
     if jax.default_backend() == "cpu":
         return "h100"
     return name_of(getattr(jax.devices()[0], "compute_capability", ""))
 
 
 def on_gpu() -> bool:
-    """Whether the kernels run on the device at hand, compiled."""
-    return jax.default_backend() != "cpu" and target_at_hand() is not None
+    """Whether programs are compiled for a GPU."""
+    return _elsewhere.get() is not None or jax.default_backend() == "gpu"
+
+
+def kernels_run() -> bool:
+    """Whether the kernels run on what programs are compiled for, and not interpreted."""
+    return on_gpu() and target_at_hand() is not None

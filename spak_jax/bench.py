@@ -2,7 +2,8 @@
 `python -m spak_jax.bench CONFIG [key.path=value ...] [--attention NAME ...] [--json FILE]`.
 
 Beside it, in turns, where PyTorch and a GPU are at hand, a peer: the same model, trained and run as
-its users would (`torch_peer`). And where the time goes: the kernels of a step.
+its users would (`torch_peer`). And where the time goes: the kernels of a step. With `--target`,
+nothing is timed: memory and a roofline estimate for a GPU that is not there (`roofline`).
 """
 
 import argparse
@@ -21,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from pallas_kernels import IMPLEMENTATIONS, choose, timing
-from spak_jax import addition, evaluate, model, profiling
+from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
+from pallas_kernels.targets import TARGETS
+from spak_jax import addition, evaluate, model, profiling, roofline
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
 from spak_jax.config import Config, StaticModel, read_config
 from spak_jax.train import initial_state, make_supply, make_training, one_by_one
@@ -49,18 +51,27 @@ def main() -> None:
         choices=IMPLEMENTATIONS,
         help="an implementation of attention; repeatable (default: what training takes)",
     )
+    parser.add_argument(
+        "--target", choices=TARGETS, help="estimate for this GPU instead, without having it"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     arguments = parser.parse_intermixed_args()
     config = read_config(arguments.config, arguments.overrides)
     if arguments.json:
         writable_folder(arguments.json.parent)
-    names = arguments.attention or [_default_attention(config)]
-    try:
-        results = measure(config, names)
-    except ValueError as error:
-        raise InputError(f"--attention: {error}") from None
-    results = {"config": config.name, "overrides": arguments.overrides} | results
-    show(results)
+    results = {"config": config.name, "overrides": arguments.overrides}
+    if arguments.target:
+        try:
+            results |= roofline.estimate(config, arguments.target, operations_a_step(config))
+        except compile.Unavailable as error:
+            raise InputError(f"--target {arguments.target}: {error}") from None
+        show_estimate(results)
+    else:
+        try:
+            results |= measure(config, arguments.attention or [_default_attention(config)])
+        except ValueError as error:
+            raise InputError(f"--attention: {error}") from None
+        show(results)
     if arguments.json:
         write_file(arguments.json, json.dumps(results, indent=1) + "\n")
         console.print(f"results: {arguments.json}")
@@ -180,6 +191,17 @@ def show(results: dict[str, Any]) -> None:
             "",
         )
         console.print(table)
+
+
+def show_estimate(results: dict[str, Any]) -> None:
+    """What `roofline.estimate` found, in words."""
+    console.print(
+        f"{results['config']} on {results['chip']}, which is not here: compiled, it holds"
+        f" {results['bytes_held'] / 2**20:,.0f} of {results['memory_bytes'] / 2**20:,.0f} MiB."
+        f" Estimate, not a measurement: a step takes at least"
+        f" {results['least_milliseconds_by_operations']:.2f} ms for its operations and"
+        f" {results['least_milliseconds_by_bytes']:.2f} ms for its memory."
+    )
 
 
 class _NoPeer(Exception):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import add_and_norm, add_and_score, attention, gelu, reference
+from pallas_kernels import add_and_norm, add_and_score, attention, gelu, reference, targets
 from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
 
 INIT_STD = 0.02
@@ -408,7 +408,7 @@ def abstract(config: Config, vocabulary: int, attention: str | None = None):
 def compute_dtype(name: str) -> jnp.dtype:
     """The dtype of products: "auto" is bfloat16 on a GPU and float32 elsewhere."""
     if name == "auto":
-        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+        name = "bfloat16" if targets.on_gpu() else "float32"
     return jnp.dtype(name)
 
 
@@ -430,7 +430,7 @@ def _unroll() -> bool:
     On a GPU the loop would copy what each block keeps for the backward pass, which took two fifths
     of a training step; on a CPU nothing is gained, and compiling takes longer.
     """
-    return jax.default_backend() == "gpu"
+    return targets.on_gpu()
 
 
 def _norm(width: int, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

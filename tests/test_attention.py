@@ -314,7 +314,7 @@ def test_what_is_taken_where_nothing_is_asked_for(monkeypatch):
     key = tiles.head_key(64, 2)
     from_length = tiles.settings("h100", "cudnn_from", key)["length"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(targets, "target_at_hand", lambda: "h100")
+    monkeypatch.setattr(targets, "_found", lambda: "h100")
     assert choose(64, 64, jnp.bfloat16, plain=True).implementation == "pallas"
     assert choose(from_length, 64, jnp.bfloat16, plain=False).implementation == "pallas"
     assert choose(from_length, 64, jnp.float32, plain=True).implementation == "pallas"

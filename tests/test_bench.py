@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, TINY, assert_refused, run_program
 from flax import nnx
 
+from pallas_kernels import compile
 from spak_jax import addition, bench, checkpoint, model, profiling, train
 from spak_jax.config import parse_config, read_config
 
@@ -66,6 +67,26 @@ def test_the_peer_is_the_same_model(kind, mlp):
     theirs = peer.loss(tokens.long(), targets.long(), weights)
     assert float(ours) == pytest.approx(theirs.item(), rel=1e-5)
     assert sum(p.numel() for p in peer.parameters()) == model.parameter_count(state.weights)
+
+
+try:
+    compile.check_plugin()
+    MISSING = None
+except compile.Unavailable as error:
+    MISSING = str(error)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
+    file = tmp_path / "estimate.json"
+    words = "model.width=128", "data.row_length=64", "--target", "rtx5070", "--json", file
+    result = run_program("spak_jax.bench", tiny_toml, *words)
+    assert result.returncode == 0, result.stderr
+    assert "Estimate, not a measurement" in result.stdout
+    results = json.loads(file.read_text())
+    assert results["estimate"] and results["target"] == "rtx5070"
+    assert 0 < results["bytes_held"] < results["memory_bytes"]
+    assert results["least_milliseconds_by_operations"] > 0
 
 
 def test_kernels_are_summed_by_name():

@@ -1,0 +1,62 @@
+"""What a training step asks of a GPU that is not there: its memory, compiled; its time, estimated.
+
+The program is compiled for the GPU without it (`pallas_kernels.compile`). The estimate is a
+roofline: by the chip's published speeds a step takes at least as long as its operations, and as
+writing and reading once what it keeps in memory meanwhile. Nothing is measured.
+"""
+
+import datetime
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import compile, targets
+from spak_jax import evaluate
+from spak_jax.config import Config
+from spak_jax.train import initial_state, make_supply, make_training
+
+
+def estimate(config: Config, target: str, operations: int) -> dict[str, Any]:
+    """Memory and least time of a training step on a target.
+
+    Args:
+      config: of the training.
+      target: a name in `targets.TARGETS`.
+      operations: floating-point operations of one seed's step.
+
+    Raises:
+      compile.Unavailable: what compiling for another GPU needs is not installed.
+    """
+    compile.check_plugin()
+    chip = targets.TARGETS[target]
+    with targets.compiling_for(target):
+        state = jax.eval_shape(lambda: initial_state(config))
+        supply = jax.eval_shape(lambda: make_supply(config))
+        sharding = compile.sharding(target)
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            (state, supply, jax.ShapeDtypeStruct((), jnp.int32)),
+        )
+        run_steps = jax.jit(make_training(config), donate_argnums=0)
+        executable = run_steps.lower(*arguments).compile()
+    memory = executable.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    # Memory is used again within a step, so more than this is moved.
+    moved = 2 * memory.temp_size_in_bytes
+    operations *= config.train.seeds
+    return {
+        "estimate": True,
+        "target": target,
+        "chip": chip.chip,
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "commit": evaluate.commit(),
+        "seeds": config.train.seeds,
+        "bytes_held": held,
+        "memory_bytes": chip.memory,
+        "operations_a_step": operations,
+        "least_bytes_moved_a_step": moved,
+        "least_milliseconds_by_operations": 1e3 * operations / chip.products,
+        "least_milliseconds_by_bytes": 1e3 * moved / chip.bandwidth,
+    }
