@@ -27,7 +27,7 @@ def add_and_score(
     update: jax.Array,
     scale: jax.Array,
     table: jax.Array,
-    targets_wanted: jax.Array,
+    wanted: jax.Array,
     weights: jax.Array,
     *,
     dropout_rate: float = 0.0,
@@ -44,7 +44,7 @@ def add_and_score(
       update: what is added to it, `[..., width]` in the dtype of `table`.
       scale: of the norm, float32 `[width]`.
       table: embeddings of all tokens, `[vocabulary, width]`, in the dtype of the products.
-      targets_wanted: int32 `[...]`, the right tokens.
+      wanted: int32 `[...]`, the right tokens.
       weights: float32 `[...]`, of each token's cross-entropy.
       dropout_rate: share of the update that is dropped where `dropout_key` is given.
       dropout_key: PRNG key, as `add_and_norm` takes it.
@@ -60,7 +60,7 @@ def add_and_score(
         implementation = "pallas" if targets.kernels_run() and fits else "xla"
     if implementation == "xla":
         x = x + (reference.dropout(update, dropout_rate, dropout_key) if dropping else update)
-        return x, reference.score(x, scale, table, targets_wanted, weights, rows.EPSILON)
+        return x, reference.score(x, scale, table, wanted, weights, rows.EPSILON)
     options = Options(
         rows=x.size // width,
         width=width,
@@ -75,7 +75,7 @@ def add_and_score(
         update.reshape(-1, width),
         scale,
         table,
-        targets_wanted.reshape(-1).astype(jnp.int32),
+        wanted.reshape(-1).astype(jnp.int32),
         weights.reshape(-1),
         reference.dropout_seed(dropout_key) if dropping else None,
         options,

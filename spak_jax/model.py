@@ -2,7 +2,10 @@
 
 What is unusual here:
 - `GPT` is one `lax.scan` over the stacked weights of its blocks, `LoopLM` one over the loops of a
-  single block; both compile one block whatever the depth.
+  single block. On a CPU both compile one block whatever the depth; on a GPU, where the scan would
+  copy what it keeps for the backward pass, blocks stand one after another.
+- A block leaves its last addition to the stream to whoever reads the stream next: addition,
+  dropout and the norm behind them are one kernel.
 - LoopLM adds a learned step embedding before each loop, and its training loss reads out every
   loop of the second half, not the last alone.
 - No bias anywhere; LayerNorm with scale only; the token embedding is also the output head.
