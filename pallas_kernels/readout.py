@@ -146,7 +146,7 @@ def _backward(options, saved, gradients):
         out_specs=[
             block,
             block,
-            rows.sums_spec(options),
+            rows.sums_spec(options, 1),
             pl.BlockSpec(
                 (None, pl.next_power_of_2(vocabulary), options.padded_width), lambda i: (i, 0, 0)
             ),
@@ -154,12 +154,12 @@ def _backward(options, saved, gradients):
         out_shape=[
             jax.ShapeDtypeStruct(stream.shape, stream.dtype),
             jax.ShapeDtypeStruct(stream.shape, options.dtype),
-            rows.sums_shape(options),
+            rows.sums_shape(options, 1),
             jax.ShapeDtypeStruct((options.programs, *table.shape), jnp.float32),
         ],
     )(stream, d_stream, d_score[None], scale, table, wanted, weights, seed)
     d_table = d_table.sum(0).astype(table.dtype)
-    return d_x, d_update, d_scale.sum(0), d_table, None, None, None
+    return d_x, d_update, d_scale.sum(0)[0], d_table, None, None, None
 
 
 def _backward_kernel(
@@ -183,7 +183,7 @@ def _backward_kernel(
         d_table_ref.at[pl.ds(0, head.shape[0]), pl.ds(0, options.padded_width)], d_table, mask=mask
     )
     d_normed = tile.dot(d_logits, head)
-    rows.store_sum(d_scale_ref, d_normed * normed, options)
+    rows.store_sum(d_scale_ref, 0, d_normed * normed, options)
     d_x = rows.normed_backward(d_normed * scale, normed, deviation, options)
     d_x += rows.load(d_stream_ref, options)
     rows.store(d_x_ref, d_x, options)

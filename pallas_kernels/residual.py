@@ -64,30 +64,30 @@ def _backward(options, saved, gradients):
     stream, updated, scale, shifted, seed = saved
     d_stream, d_normed = gradients
     block = rows.rows_spec(options)
-    sums, one_sum = rows.sums_shape(options), rows.sums_spec(options)
-    d_x, d_update, d_scale, d_shift = rows.call(
+    count = 2 if shifted else 1
+    d_x, d_update, sums = rows.call(
         functools.partial(_backward_kernel, options=options),
         "add_and_norm_backward",
         options,
         in_specs=[block, block, block, *map(rows.whole_spec, (scale, seed))],
-        out_specs=[block, block if updated else None, one_sum, one_sum if shifted else None],
+        out_specs=[block, block if updated else None, rows.sums_spec(options, count)],
         out_shape=[
             jax.ShapeDtypeStruct(stream.shape, stream.dtype),
             jax.ShapeDtypeStruct(stream.shape, options.dtype) if updated else None,
-            sums,
-            sums if shifted else None,
+            rows.sums_shape(options, count),
         ],
     )(stream, d_stream, d_normed, scale, seed)
-    return d_x, d_update, d_scale.sum(0), d_shift.sum(0) if shifted else None, None
+    d_scale, *d_shift = sums.sum(0)
+    return d_x, d_update, d_scale, d_shift[0] if shifted else None, None
 
 
 def _backward_kernel(
     stream_ref, d_stream_ref, d_normed_ref, scale_ref, seed_ref,
-    d_x_ref, d_update_ref, d_scale_ref, d_shift_ref, *, options,
+    d_x_ref, d_update_ref, sums_ref, *, options,
 ):  # fmt: skip
     normed, deviation = rows.normed(rows.load(stream_ref, options), options)
     d_normed = rows.load(d_normed_ref, options)
-    rows.store_sum(d_scale_ref, d_normed * normed, options)
+    rows.store_sum(sums_ref, 0, d_normed * normed, options)
     d_normed *= rows.load_channels(scale_ref, options)
     d_x = rows.normed_backward(d_normed, normed, deviation, options)
     d_x += rows.load(d_stream_ref, options)
@@ -95,9 +95,9 @@ def _backward_kernel(
     if d_update_ref is not None:
         d_update = d_x if seed_ref is None else d_x * rows.kept(seed_ref, options)
         rows.store(d_update_ref, d_update, options)
-    if d_shift_ref is not None:
+    if sums_ref.shape[0] == 2:
         # Rows beyond the real ones are zero: they were loaded so.
-        rows.store_sum(d_shift_ref, d_x, options)
+        rows.store_sum(sums_ref, 1, d_x, options)
 
 
 run_kernels.defvjp(_forward, _backward)

@@ -79,14 +79,15 @@ def whole_spec(array) -> pl.BlockSpec | None:
     return pl.BlockSpec(array.shape, lambda i: (0,) * array.ndim)
 
 
-def sums_shape(options: Options) -> jax.ShapeDtypeStruct:
-    """One sum over rows a program, to be added up outside: no atomics, the same bits every run."""
-    return jax.ShapeDtypeStruct((options.programs, options.width), jnp.float32)
+def sums_shape(options: Options, count: int) -> jax.ShapeDtypeStruct:
+    """`count` sums over rows a program, `[programs, count, width]`, to be added up outside: no
+    atomics, the same bits every run."""
+    return jax.ShapeDtypeStruct((options.programs, count, options.width), jnp.float32)
 
 
-def sums_spec(options: Options) -> pl.BlockSpec:
-    """A program's row of `sums_shape`."""
-    return pl.BlockSpec((None, options.padded_width), lambda i: (i, 0))
+def sums_spec(options: Options, count: int) -> pl.BlockSpec:
+    """A program's part of `sums_shape`."""
+    return pl.BlockSpec((None, count, options.padded_width), lambda i: (i, 0, 0))
 
 
 def index(options: Options) -> jax.Array:
@@ -131,9 +132,10 @@ def load_channels(ref, options: Options) -> jax.Array:
     return plgpu.load(source, mask=channels(options), other=0)[None, :]
 
 
-def store_sum(ref, value, options: Options) -> None:
-    """Stores the sum over a program's rows."""
-    plgpu.store(ref.at[:], value.sum(axis=0), mask=channels(options))
+def store_sum(ref, place: int, value, options: Options) -> None:
+    """Stores a sum over a program's rows."""
+    part = ref.at[pl.ds(place, 1), pl.ds(0, options.padded_width)]
+    plgpu.store(part, value.sum(axis=0)[None, :], mask=channels(options)[None, :])
 
 
 def kept(seed_ref, options: Options) -> jax.Array:
