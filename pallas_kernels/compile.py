@@ -345,10 +345,7 @@ def _alone(target: str, case: Case, kernel: str) -> Case:
 
 def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
     function, arguments = program(case, target)
-    whole = sharding(target)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
-    )
+    arguments = placed(arguments, target)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         jax.jit(function).lower(*arguments).compile(compiler_options={"xla_dump_to": folder})
@@ -374,8 +371,14 @@ def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Repo
         return reports
 
 
+def placed(arguments: Any, target: str) -> Any:
+    """A pytree of shapes, on the one GPU of a machine that is not there."""
+    whole = _sharding(target)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
+
+
 @functools.cache
-def sharding(target: str) -> jax.sharding.Sharding:
+def _sharding(target: str) -> jax.sharding.Sharding:
     """Whole arrays on the one GPU of a machine that is not there."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGETS[target].description(), topology="1x1x1"

@@ -116,9 +116,7 @@ def _forward_kernel(
     x_ref, update_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
     stream_ref, score_ref, *, options,
 ):  # fmt: skip
-    update = rows.load(update_ref, options)
-    if seed_ref is not None:
-        update *= rows.kept(seed_ref, options)
+    update = rows.dropped(rows.load(update_ref, options), seed_ref, options)
     x = rows.load(x_ref, options) + update
     rows.store(stream_ref, x, options)
     normed, _ = rows.normed(x, options)
@@ -187,8 +185,7 @@ def _backward_kernel(
     d_x = rows.normed_backward(d_normed * scale, normed, deviation, options)
     d_x += rows.load(d_stream_ref, options)
     rows.store(d_x_ref, d_x, options)
-    d_update = d_x if seed_ref is None else d_x * rows.kept(seed_ref, options)
-    rows.store(d_update_ref, d_update, options)
+    rows.store(d_update_ref, rows.dropped(d_x, seed_ref, options), options)
 
 
 run_kernels.defvjp(_forward, _backward)

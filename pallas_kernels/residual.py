@@ -50,8 +50,7 @@ def _forward_kernel(
 ):
     x = rows.load(x_ref, options)
     if update_ref is not None:
-        update = rows.load(update_ref, options)
-        x += update if seed_ref is None else update * rows.kept(seed_ref, options)
+        x += rows.dropped(rows.load(update_ref, options), seed_ref, options)
     if shift_ref is not None:
         x += rows.load_channels(shift_ref, options)
     if stream_ref is not None:
@@ -93,8 +92,7 @@ def _backward_kernel(
     d_x += rows.load(d_stream_ref, options)
     rows.store(d_x_ref, d_x, options)
     if d_update_ref is not None:
-        d_update = d_x if seed_ref is None else d_x * rows.kept(seed_ref, options)
-        rows.store(d_update_ref, d_update, options)
+        rows.store(d_update_ref, rows.dropped(d_x, seed_ref, options), options)
     if sums_ref.shape[0] == 2:
         # Rows beyond the real ones are zero: they were loaded so.
         rows.store_sum(sums_ref, 1, d_x, options)

@@ -138,12 +138,14 @@ def store_sum(ref, place: int, value, options: Options) -> None:
     plgpu.store(part, value.sum(axis=0)[None, :], mask=channels(options)[None, :])
 
 
-def kept(seed_ref, options: Options) -> jax.Array:
-    """0 where `reference.dropout` drops a number, `1 / (1 - rate)` where it keeps it."""
+def dropped(value, seed_ref, options: Options) -> jax.Array:
+    """What `reference.dropout` makes of a program's rows; as they are without a seed."""
+    if seed_ref is None:
+        return value
     channel = jnp.arange(options.padded_width)[None, :]
     bits = dropout_bits(seed_ref[0], seed_ref[1], index(options)[:, None], channel)
     keep = bits >= jnp.uint32(dropout_threshold(options.rate))
-    return jnp.where(keep, 1 / (1 - options.rate), 0.0)
+    return value * jnp.where(keep, 1 / (1 - options.rate), 0.0)
 
 
 def normed(x: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:

@@ -33,11 +33,8 @@ def estimate(config: Config, target: str, operations: int) -> dict[str, Any]:
     with targets.compiling_for(target):
         state = jax.eval_shape(lambda: initial_state(config))
         supply = jax.eval_shape(lambda: make_supply(config))
-        sharding = compile.sharding(target)
-        arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            (state, supply, jax.ShapeDtypeStruct((), jnp.int32)),
-        )
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        arguments = compile.placed((state, supply, count), target)
         run_steps = jax.jit(make_training(config), donate_argnums=0)
         executable = run_steps.lower(*arguments).compile()
     memory = executable.memory_analysis()
