@@ -36,7 +36,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pallas_kernels import dispatch, long, short, tiles
-from pallas_kernels.shapes import LONG, SCORING, TRAINING, Shape, parse_shape
+from pallas_kernels.shapes import (
+    LONG,
+    SCORING,
+    TRAINING,
+    WINDOWED_SCORING,
+    WINDOWED_TRAINING,
+    Shape,
+    parse_shape,
+)
 from pallas_kernels.stream_cases import DROPOUT, STREAM_CASES, StreamCase
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.tile import Extras, Options, table_dtype
@@ -136,12 +144,17 @@ class Report:
 
 def standard_cases() -> list[Case | StreamCase]:
     """All shapes of `shapes`: training with dropout, scoring forward only, long rows both without
-    and with everything a call can ask for; and `STREAM_CASES`. Of shapes that differ in batch and
-    heads alone, the first."""
+    and with everything a call can ask for, rows with a window over ids; and `STREAM_CASES`. Of
+    shapes that differ in batch and heads alone, the first."""
     training = [Case(shape, rate=DROPOUT) for shape in TRAINING]
     scoring = [Case(shape, backward=False) for shape in SCORING]
     everything = [Case(shape, rate=DROPOUT, clip=CLIP) for shape in LONG]
-    return _distinct([*training, *scoring, *map(Case, LONG), *everything]) + STREAM_CASES
+    windowed = [
+        Case(shape, rope=False, clip=1, backward=shape in WINDOWED_TRAINING)
+        for shape in WINDOWED_TRAINING + WINDOWED_SCORING
+    ]
+    cases = [*training, *scoring, *map(Case, LONG), *everything, *windowed]
+    return _distinct(cases) + STREAM_CASES
 
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:
@@ -265,6 +278,12 @@ def check_plugin() -> None:
         )
 
 
+def touch_no_gpu() -> None:
+    """Before JAX is used: a GPU at hand would be taken for the target, and JAX's plugin without one
+    would not start."""
+    jax.config.update("jax_platforms", "cpu")
+
+
 def find_assembler() -> str:
     """Path of ptxas: of the package nvidia-cuda-nvcc, or else the one on PATH.
 
@@ -286,8 +305,8 @@ def find_assembler() -> str:
 def _prepare_worker() -> None:
     # An interrupt ends the process that started this one, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A GPU at hand would be taken for the target; a program found in a cache is not written out.
-    jax.config.update("jax_platforms", "cpu")
+    touch_no_gpu()
+    # A program found in a cache is not written out.
     jax.config.update("jax_enable_compilation_cache", False)
 
 

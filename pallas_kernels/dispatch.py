@@ -30,7 +30,7 @@ def attention(
     segment_ids: jax.Array | None = None,
     ids: jax.Array | None = None,
     bias_table: jax.Array | None = None,
-    window: int | None = None,
+    window: int | jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
@@ -50,7 +50,9 @@ def attention(
       positions: int `[length]` or `[batch, length]`; q and k are turned by them (RoPE, base
         10,000). None turns nothing.
       segment_ids: int32 `[batch, length]`; a token sees its own segment only.
-      ids: int32 `[batch, length]`, 0 for none; what `bias_table` and `window` speak of.
+      ids: int32 `[batch, length]`, 0 for none, never negative; what `bias_table` and `window` speak
+        of. On the plain path also float32, with a gradient: biases are interpolated, the window
+        ends half way to the next difference, and may be a scalar array.
       bias_table: `[heads, 2 * clip + 2]`, added to the scores: entry `clip + difference` for a
         query's id minus a key's, clipped to plus and minus `clip`; the last where either is none.
       window: masks keys whose id differs from the query's by more than this; keys or queries
@@ -79,6 +81,10 @@ def attention(
     scale = head_dim**-0.5 if scale is None else scale
     dropping = dropout_key is not None and dropout_rate > 0
     plain = segment_ids is None and ids is None and not dropping
+    if ids is not None and jnp.issubdtype(ids.dtype, jnp.floating):
+        if implementation not in ("xla", None):
+            raise ValueError(f"implementation = {implementation!r}: takes integer ids only")
+        implementation = "xla"
     if implementation is None:
         implementation = choose(length, head_dim, q.dtype, plain=plain).implementation
     if implementation == "cudnn":
@@ -100,7 +106,7 @@ def attention(
             segment_ids=segment_ids,
             ids=ids,
             bias_table=bias_table,
-            windowed=window is not None,
+            window=window,
             clip=clip,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
@@ -262,7 +268,8 @@ def _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate) -
     if bias_table is not None:
         if bias_table.shape[0] != heads or bias_table.shape[1] % 2 or bias_table.shape[1] < 2:
             raise ValueError(f"bias_table is {bias_table.shape}: expected [{heads}, 2 * clip + 2]")
-        if window is not None and window != bias_table.shape[1] // 2 - 1:
+        whole = ids is None or jnp.issubdtype(ids.dtype, jnp.integer)
+        if whole and window is not None and window != bias_table.shape[1] // 2 - 1:
             raise ValueError(
                 f"window = {window}: must be the clip of bias_table, {bias_table.shape[1] // 2 - 1}"
             )

@@ -127,21 +127,48 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    **told,
+) -> jax.Array:
+    """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments.
+
+    Ids may also be float32: biases are then interpolated between the entries of the table, and the
+    window ends half way to the next difference.
+    """
+    probabilities = attention_weights(q, k, **told)
+    batch, length, heads, _ = q.shape
+    if dropout_key is not None and dropout_rate > 0:
+        place = jnp.arange(length)
+        row = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
+        counter = place[:, None] * length + place
+        bits = dropout_bits(*dropout_seed(dropout_key), row, counter)
+        kept = bits >= jnp.uint32(dropout_threshold(dropout_rate))
+        probabilities = jnp.where(kept, probabilities / (1 - dropout_rate), 0)
+    return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
+
+
+def attention_weights(
+    q: jax.Array,
+    k: jax.Array,
+    *,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
     ids: jax.Array | None,
     bias_table: jax.Array | None,
-    windowed: bool,
+    window: int | jax.Array | None,
     clip: int | None,
-    dropout_rate: float,
-    dropout_key: jax.Array | None,
     scale: float,
     causal: bool,
 ) -> jax.Array:
-    """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments."""
+    """What each query takes of each key's value, before dropout.
+
+    Returns:
+      float32 `[batch, heads, length, length]`, keys last.
+    """
     if positions is not None:
         q, k = rotate(q, positions), rotate(k, positions)
-    batch, length, heads, _ = q.shape
+    length = q.shape[1]
     scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     place = jnp.arange(length)
     counts = (place[:, None] >= place) if causal else jnp.ones((length, length), bool)
@@ -154,17 +181,21 @@ def attention(
         query, key = pair(ids)
         both = (query != 0) & (key != 0)
         if bias_table is not None:
-            index = jnp.where(both, jnp.clip(query - key, -clip, clip) + clip, 2 * clip + 1)
-            bias = bias_table.astype(jnp.float32)[:, index[:, 0]]
-            scores += jnp.moveaxis(bias, 0, 1)
-        if windowed:
-            counts &= ~both | (jnp.abs(query - key) <= clip)
+            scores += _biases(bias_table.astype(jnp.float32), (query - key)[:, 0], both[:, 0], clip)
+        if window is not None:
+            counts &= ~both | (jnp.abs(query - key) <= window + 0.5)
     # A query that sees no key at all gets zeros.
-    probabilities = jax.nn.softmax(jnp.where(counts, scores, -1e30)) * counts
-    if dropout_key is not None and dropout_rate > 0:
-        row = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
-        counter = place[:, None] * length + place
-        bits = dropout_bits(*dropout_seed(dropout_key), row, counter)
-        kept = bits >= jnp.uint32(dropout_threshold(dropout_rate))
-        probabilities = jnp.where(kept, probabilities / (1 - dropout_rate), 0)
-    return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
+    return jax.nn.softmax(jnp.where(counts, scores, -1e30)) * counts
+
+
+def _biases(table, difference, both, clip: int) -> jax.Array:
+    """`[batch, heads, length, length]` of differences of ids `[batch, length, length]`."""
+    place = jnp.clip(difference, -clip, clip) + clip
+    if jnp.issubdtype(difference.dtype, jnp.floating):
+        # Each entry under a hat as wide as its neighbours are away: linear between them.
+        hats = (jax.nn.relu(1 - jnp.abs(place - entry)) for entry in range(2 * clip + 1))
+        bias = sum(table[:, entry, None, None, None] * hat for entry, hat in enumerate(hats))
+        bias = jnp.where(both, bias, table[:, -1, None, None, None])
+    else:
+        bias = table[:, jnp.where(both, place, 2 * clip + 1)]
+    return jnp.moveaxis(bias, 0, 1)

@@ -49,3 +49,6 @@ LONG = (
     Shape(4, 4096, 16, 64),
     Shape(4, 4096, 16, 128),
 )
+# The models that generalise have short heads, ids, a bias and a window.
+WINDOWED_TRAINING = (Shape(512, 24, 4, 16), Shape(512, 24, 2, 4))
+WINDOWED_SCORING = (Shape(512, 320, 4, 16), Shape(64, 3072, 4, 16))

@@ -263,8 +263,15 @@ def pair(of_query, of_key, keys_first: bool):
 def bias_index(query: Side, key: Side, clip: int, keys_first=False) -> jax.Array:
     """Which entry of the bias table each pair takes: the clipped difference, or the last."""
     query_id, key_id = pair(query.ids, key.ids, keys_first)
+    last = 2 * clip + 1
     difference = jnp.clip(query_id - key_id, -clip, clip) + clip
-    return jnp.where((query_id != 0) & (key_id != 0), difference, 2 * clip + 1)
+    return last + _both(query_id, key_id) * (difference - last)
+
+
+def _both(query_id: jax.Array, key_id: jax.Array) -> jax.Array:
+    """1 where both have an id, else 0. Counted, not compared: where Triton brings a tile of truth
+    values from one layout to another through shared memory, it fails to compile."""
+    return jnp.minimum(query_id, 1) * jnp.minimum(key_id, 1)
 
 
 def scores(query: Side, key: Side, extras: Extras, options: Options, *, masked, keys_first=False):
@@ -288,8 +295,9 @@ def scores(query: Side, key: Side, extras: Extras, options: Options, *, masked, 
         counts &= query_segment == key_segment
     if options.windowed:
         query_id, key_id = pair(query.ids, key.ids, keys_first)
-        near = jnp.abs(query_id - key_id) <= options.clip
-        counts &= near | (query_id == 0) | (key_id == 0)
+        beyond = jnp.maximum(jnp.abs(query_id - key_id) - options.clip, 0)
+        far = jnp.minimum(beyond, 1) * _both(query_id, key_id)
+        raw += MASKED * far.astype(jnp.float32)
     return jnp.where(counts, raw, MASKED)
 
 

@@ -1,12 +1,18 @@
-"""The task: adding decimal numbers that are written least significant digit first.
+"""The tasks: sums and differences of decimal numbers, written least significant digit first.
 
 123 + 456 = 579 is the text `321+654=975` and a newline. Numbers live on the device as arrays of
 digits, so one code serves any length; everything that takes a PRNG key is pure and runs inside
 `jit`. Below the array functions stand their twins in plain Python, on integers and strings, that
 tests hold the first against.
+
+Beside addition there are the addition of three numbers and subtraction, `321-12=003`, where the
+first number is never the smaller one and the answer has as many digits as it has.
 """
 
+import functools
+import operator
 import re
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spak_jax.config import MAX_DIGITS, Data
+from spak_jax.config import MAX_DIGITS, OPERANDS, Data
 
+# Where Python would refuse to read or write longer ones.
+sys.set_int_max_str_digits(max(MAX_DIGITS + 1, sys.get_int_max_str_digits()))
+
+# The task's operator, `+` or `-`, is one token.
 VOCABULARY = "\n+0123456789="
-NEWLINE, PLUS, ZERO, EQUALS = (VOCABULARY.index(symbol) for symbol in "\n+0=")
+NEWLINE, OPERATOR, ZERO, EQUALS = (VOCABULARY.index(symbol) for symbol in "\n+0=")
 VOCABULARY_SIZE = len(VOCABULARY)
 
 # The shortest problem is `0+0=0` and its newline.
@@ -27,17 +37,27 @@ SHORTEST_TEXT = 6
 SEED_COLUMNS = {"1-4": (1, 4), "5-6": (5, 7), "8": (8, 9), "10": (10, 11), "12": (12, 12)}
 SEED_COLUMN_DIGITS = 12
 
+# Additions that chance leaves out, or that try one thing: `sample_kind`.
+KINDS = ("nines", "all-carry", "no-carry", "lopsided")
+
 
 class Problems(NamedTuple):
-    """Additions as digits, least significant first, zeros above a number's length.
+    """Problems as digits, least significant first, zeros above a number's length.
 
-    a, b: uint8 `[..., digits]`. a_length, b_length: int32 `[...]`, at least 1; no leading zeros.
+    numbers: uint8 `[..., operands, digits]`. lengths: int32 `[..., operands]`, at least 1; no
+    leading zeros.
     """
 
-    a: jax.Array
-    a_length: jax.Array
-    b: jax.Array
-    b_length: jax.Array
+    numbers: jax.Array
+    lengths: jax.Array
+
+    @property
+    def count(self) -> int:
+        return self.numbers.shape[0]
+
+    @property
+    def digits(self) -> int:
+        return self.numbers.shape[-1]
 
 
 class Batch(NamedTuple):
@@ -82,18 +102,16 @@ def sample_law(key: jax.Array, data: Data, shape: tuple[int, ...]) -> Problems:
     Returns:
       Problems with `data.longest` digits.
     """
-    bridge_key, longest_key, a_key, b_key = jax.random.split(key, 4)
+    bridge_key, longest_key, *keys = jax.random.split(key, 2 + OPERANDS[data.task])
     bridge = jax.random.bernoulli(bridge_key, data.bridge_fraction, shape)
     longest = jax.random.choice(longest_key, jnp.array(data.bridge_digits), shape)
     at_most = jnp.where(bridge, longest, data.max_digits)
-    return Problems(
-        *sample_operands(a_key, at_most, data.longest),
-        *sample_operands(b_key, at_most, data.longest),
-    )
+    return _problems(data.task, [sample_operands(key, at_most, data.longest) for key in keys])
 
 
-def sample_exact(key: jax.Array, digits: int, count: int) -> Problems:
-    """`count` problems whose operands both have exactly `digits` digits, uniformly drawn."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def sample_exact(key: jax.Array, digits: int, count: int, task: str = "addition") -> Problems:
+    """`count` problems whose operands all have exactly `digits` digits, uniformly drawn."""
     lowest = 0 if digits == 1 else 1
 
     def operand(key):
@@ -102,18 +120,54 @@ def sample_exact(key: jax.Array, digits: int, count: int) -> Problems:
         first = jax.random.randint(first_key, (count, 1), lowest, 10, dtype=jnp.uint8)
         return jnp.concatenate([rest, first], axis=1), jnp.full(count, digits, jnp.int32)
 
-    a_key, b_key = jax.random.split(key)
-    return Problems(*operand(a_key), *operand(b_key))
+    return _problems(task, [operand(key) for key in jax.random.split(key, OPERANDS[task])])
 
 
-def sample_seed_columns(key: jax.Array, count: int) -> Problems:
-    """`count` problems of the seed's zero-shot law: both operands of at most 12 digits."""
-    a_key, b_key = jax.random.split(key)
+def sample_kind(random: np.random.Generator, kind: str, digits: int, count: int) -> Problems:
+    """`count` additions of one kind, the longer number of `digits` digits: arrays of the host.
+
+    Args:
+      random: draws them.
+      kind: "nines", 99...9 + 1 and 1 + 99...9 in turns; "all-carry", where every place carries
+        into the next; "no-carry", where none does; "lopsided", where the other number has at most
+        3 digits; of the last three, both orders.
+      digits: of the longer number; of both, for all-carry and no-carry.
+      count: of problems.
+    """
+    shape, place = (count, digits), np.arange(digits)
+    top, low = (place == digits - 1) & (digits > 1), place == 0
+    if kind == "nines":
+        a, b = np.full(shape, 9), np.broadcast_to(low, shape)
+    elif kind == "lopsided":
+        a, b = random.integers(np.broadcast_to(top, shape), 10), random.integers(0, 10, shape)
+        b = np.where(place < random.integers(1, min(3, digits) + 1, (count, 1)), b, 0)
+    elif kind == "all-carry":
+        # At the lowest place nothing comes in, and 0 + 9 would not do.
+        a = random.integers(np.broadcast_to(top | low, shape), 10)
+        b = random.integers(np.maximum(9 - a + low, top), 10)
+    elif kind == "no-carry":
+        a = random.integers(np.broadcast_to(top, shape), np.where(top, 9, 10))
+        b = random.integers(np.broadcast_to(top, shape), 10 - a)
+    else:
+        raise ValueError(f"kind = {kind!r}: one of {KINDS}")
+    swap = (np.arange(count) % 2 == 1)[:, None]
+    numbers = np.stack([np.where(swap, b, a), np.where(swap, a, b)], -2).astype(np.uint8)
+    lengths = np.maximum(1, np.where(numbers > 0, place + 1, 0).max(-1)).astype(np.int32)
+    return Problems(numbers, lengths)
+
+
+def widened(problems: Problems, digits: int) -> Problems:
+    """Host arrays with zeros above, for `digits` digits: programs are compiled for their width."""
+    more = digits - problems.digits
+    numbers = np.pad(np.asarray(problems.numbers), [(0, 0)] * 2 + [(0, more)])
+    return Problems(numbers, np.asarray(problems.lengths))
+
+
+def sample_seed_columns(key: jax.Array, count: int, task: str = "addition") -> Problems:
+    """`count` problems of the seed's zero-shot law: operands of at most 12 digits."""
     at_most = jnp.full(count, SEED_COLUMN_DIGITS)
-    return Problems(
-        *sample_operands(a_key, at_most, SEED_COLUMN_DIGITS),
-        *sample_operands(b_key, at_most, SEED_COLUMN_DIGITS),
-    )
+    keys = jax.random.split(key, OPERANDS[task])
+    return _problems(task, [sample_operands(key, at_most, SEED_COLUMN_DIGITS) for key in keys])
 
 
 def fixed_supply(data: Data) -> tuple[Problems, Problems]:
@@ -146,85 +200,90 @@ def training_batch(key: jax.Array, data: Data, rows: int, supply: Problems | Non
     if supply is None:
         problems = sample_law(key, data, (rows, problems_a_row))
     else:
-        count = supply.a.shape[0]
+        count = supply.count
         start = jax.random.randint(key, (rows, 1), 0, count)
         problems = jax.tree.map(
             lambda array: array[(start + jnp.arange(problems_a_row)) % count], supply
         )
     if packed:
-        return _shift(*_pack(problems, data.row_length + 1))
+        return _shift(*_pack(problems, data.row_length + 1, data.task))
     one_a_row = jax.tree.map(lambda array: array[:, 0], problems)
-    return problem_rows(one_a_row, data.row_length)
+    return problem_rows(one_a_row, data.row_length, data.task)
 
 
-def problem_rows(problems: Problems, length: int) -> Batch:
+def problem_rows(problems: Problems, length: int, task: str = "addition") -> Batch:
     """One problem a row, then newlines that no loss or score counts: a `[count, length]` batch."""
-    return _shift(*render(problems, length + 1))
+    return _shift(*render(problems, length + 1, task))
 
 
-def add(problems: Problems):
-    """The sums: uint8 digits `[..., digits + 1]` and int32 lengths `[...]`."""
-    places = problems.a + problems.b
-    # Carry look-ahead: position i passes a carry on if it makes one, or is 9 and receives one.
-    makes, passes = places > 9, places == 9
-
-    def join(low, high):
-        return high[0] | (high[1] & low[0]), high[1] & low[1]
-
-    carry_out, _ = jax.lax.associative_scan(join, (makes, passes), axis=-1)
+def answers(problems: Problems, task: str = "addition"):
+    """The sums, or differences: uint8 digits `[..., digits + 1]` and int32 lengths `[...]`."""
+    places, carried = _places_and_carries(problems, task)
     pad = [(0, 0)] * (places.ndim - 1)
-    total = jnp.pad(places, [*pad, (0, 1)]) + jnp.pad(carry_out, [*pad, (1, 0)])
+    total = jnp.pad(places, [*pad, (0, 1)]) + jnp.pad(carried, [*pad, (1, 0)])
     total = (total % 10).astype(jnp.uint8)
-    return total, _length(total)
+    return total, problems.lengths[..., 0] if task == "subtraction" else _length(total)
 
 
-def carries(problems: Problems) -> jax.Array:
-    """The number of places that carry into the next, int32 `[...]`."""
-    total, _ = add(problems)
-    received = total[..., :-1] != (problems.a + problems.b) % 10
-    # The top place carries where the sum is longer than the digit axis.
-    return (received.sum(-1) + (total[..., -1] > 0)).astype(jnp.int32)
+def carries(problems: Problems, task: str = "addition") -> jax.Array:
+    """The number of places that carry into the next, or borrow from it, int32 `[...]`."""
+    _, carried = _places_and_carries(problems, task)
+    return (carried != 0).sum(-1).astype(jnp.int32)
 
 
-def longer_operand(problems: Problems) -> jax.Array:
-    """The number of digits of the longer operand, int32 `[...]`."""
-    return jnp.maximum(problems.a_length, problems.b_length)
+def longest_operand(problems: Problems) -> jax.Array:
+    """The number of digits of the longest operand, int32 `[...]`."""
+    return problems.lengths.max(-1)
 
 
-def text_length(digits: int) -> int:
+def text_length(digits: int, task: str = "addition") -> int:
     """Tokens that the longest problem of `digits` digits takes, its newline included."""
-    return 3 * digits + 4
+    operands = OPERANDS[task]
+    return (operands + 1) * digits + operands + 2
 
 
-def render(problems: Problems, length: int):
+def render(problems: Problems, length: int, task: str = "addition"):
     """The text of each problem in a row of its own, cut or filled with newlines to `length`.
 
     Returns:
-      int32 token ids and the bool mask of answer tokens (digits of the sum and the first newline
+      int32 token ids and the bool mask of answer tokens (digits of the answer and the first newline
       after them), both `[..., length]`.
     """
-    total, total_length = add(problems)
+    total, total_length = answers(problems, task)
+    numbers = [*jnp.moveaxis(problems.numbers, -2, 0), total]
+    lengths = [*jnp.moveaxis(problems.lengths, -1, 0), total_length]
+    closing = [OPERATOR] * (len(numbers) - 2) + [EQUALS, NEWLINE]
     t = jnp.arange(length)
-    plus = problems.a_length[..., None]
-    equals = plus + 1 + problems.b_length[..., None]
-    newline = equals + 1 + total_length[..., None]
-
-    def digits(number, start):
+    tokens = jnp.full((*total_length.shape, length), NEWLINE, jnp.int32)
+    start = jnp.zeros((*total_length.shape, 1), jnp.int32)
+    for number, number_length, symbol in zip(numbers, lengths, closing, strict=True):
+        end = start + number_length[..., None]
         place = jnp.clip(t - start, 0, number.shape[-1] - 1)
-        return ZERO + jnp.take_along_axis(number, place, axis=-1).astype(jnp.int32)
+        digit = ZERO + jnp.take_along_axis(number, place, axis=-1).astype(jnp.int32)
+        tokens = jnp.where((start <= t) & (t < end), digit, tokens)
+        tokens = jnp.where(t == end, symbol, tokens)
+        answer = (start <= t) & (t <= end)
+        start = end + 1
+    return tokens, answer
 
-    tokens = jnp.select(
-        [t < plus, t == plus, t < equals, t == equals, t < newline],
-        [
-            digits(problems.a, jnp.zeros_like(plus)),
-            jnp.int32(PLUS),
-            digits(problems.b, plus + 1),
-            jnp.int32(EQUALS),
-            digits(total, equals + 1),
-        ],
-        jnp.int32(NEWLINE),
-    )
-    return tokens, (t > equals) & (t <= newline)
+
+def coupled_ids(tokens: jax.Array) -> jax.Array:
+    """Ids that tell which digits belong together (position coupling, Cho et al. 2024).
+
+    Digits of equal significance share an id, of operands and answer alike, 2, 3, 4 ... from the
+    least; `=`, which chooses the first digit of the answer, has 1, as each digit has one less than
+    the next. The operator and newlines have none, 0.
+
+    Args:
+      tokens: int32 `[..., length]`, one problem a row.
+
+    Returns:
+      int32 `[..., length]`.
+    """
+    t = jnp.arange(tokens.shape[-1])
+    digit = (tokens >= ZERO) & (tokens < EQUALS)
+    before = jax.lax.cummax(jnp.where(digit, -1, t), axis=tokens.ndim - 1)
+    return jnp.where(digit, t - before + 1, jnp.where(tokens == EQUALS, 1, 0)).astype(jnp.int32)
 
 
 def from_equals_on(tokens: jax.Array) -> jax.Array:
@@ -241,12 +300,45 @@ def _length(number: jax.Array) -> jax.Array:
     return jnp.maximum(1, jnp.where(number > 0, place, 0).max(-1)).astype(jnp.int32)
 
 
-def _pack(problems: Problems, length: int):
+def _problems(task: str, operands) -> Problems:
+    """Problems of numbers and lengths, as `sample_operands` gives them; the larger first if need
+    be."""
+    numbers = jnp.stack([number for number, _ in operands], -2)
+    lengths = jnp.stack([length for _, length in operands], -1)
+    if task == "subtraction":
+        a, b = numbers[..., 0, :], numbers[..., 1, :]
+        # The highest place where they differ decides.
+        highest = jnp.where(a != b, jnp.arange(1, a.shape[-1] + 1), 0).argmax(-1)[..., None]
+        smaller = jnp.take_along_axis(a, highest, -1) < jnp.take_along_axis(b, highest, -1)
+        numbers = jnp.where(smaller[..., None], numbers[..., ::-1, :], numbers)
+        lengths = jnp.where(smaller, lengths[..., ::-1], lengths)
+    return Problems(numbers, lengths)
+
+
+def _places_and_carries(problems: Problems, task: str):
+    """Of each place the operands' digits added up, or subtracted, and what it carries into the
+    next: int32 `[..., digits]`."""
+    signs = jnp.array([1, -1] if task == "subtraction" else [1] * OPERANDS[task])
+    places = (problems.numbers.astype(jnp.int32) * signs[:, None]).sum(-2)
+    least = -1 if task == "subtraction" else 0
+    # Carry look-ahead: a place is a map from what comes in to what goes out, maps of neighbours
+    # make the map of both.
+    come_in = least + jnp.arange(OPERANDS[task])
+    maps = jnp.floor_divide(places[..., None] + come_in, 10) - least
+
+    def join(low, high):
+        return jnp.take_along_axis(high, low, axis=-1)
+
+    maps = jax.lax.associative_scan(join, maps, axis=maps.ndim - 2)
+    return places, maps[..., -least] + least
+
+
+def _pack(problems: Problems, length: int, task: str):
     """Texts one after another: problems `[rows, n]` to tokens and mask `[rows, length]`."""
-    width = text_length(problems.a.shape[-1])
-    tokens, answer = render(problems, width)
-    _, total_length = add(problems)
-    ends = jnp.cumsum(problems.a_length + problems.b_length + total_length + 3, axis=-1)
+    width = text_length(problems.digits, task)
+    tokens, answer = render(problems, width, task)
+    _, total_length = answers(problems, task)
+    ends = jnp.cumsum(problems.lengths.sum(-1) + total_length + OPERANDS[task] + 1, axis=-1)
     t = jnp.arange(length)
     which = (t[None, :, None] >= ends[:, None, :]).sum(-1)
     starts = jnp.pad(ends, [(0, 0), (1, 0)])
@@ -265,66 +357,92 @@ def _shift(tokens: jax.Array, answer: jax.Array) -> Batch:
 # The same in plain Python, and what reads and writes problems for people.
 
 
-def problem_text(a: int, b: int) -> str:
+def symbol(task: str) -> str:
+    """The task's operator."""
+    return "-" if task == "subtraction" else "+"
+
+
+def answer_of(numbers: Sequence[int], task: str = "addition") -> str:
+    """The answer as people write it; differences with the digits of the first number."""
+    if task == "subtraction":
+        return str(operator.sub(*numbers)).zfill(len(str(numbers[0])))
+    return str(sum(numbers))
+
+
+def shown(numbers: Sequence[int], task: str = "addition") -> str:
+    """`123+456`."""
+    return symbol(task).join(map(str, numbers))
+
+
+def problem_text(numbers: Sequence[int], task: str = "addition") -> str:
     """`321+654=975` and a newline for 123 and 456."""
-    return f"{str(a)[::-1]}+{str(b)[::-1]}={str(a + b)[::-1]}\n"
+    written = [str(number)[::-1] for number in numbers]
+    return f"{symbol(task).join(written)}={answer_of(numbers, task)[::-1]}\n"
 
 
 def encode(text: str) -> list[int]:
     """Token ids of a text. Raises ValueError for a symbol outside the vocabulary."""
-    return [VOCABULARY.index(symbol) for symbol in text]
+    return [VOCABULARY.index(symbol) for symbol in text.replace("-", "+")]
 
 
 def decode(tokens: Sequence[int]) -> str:
-    """The text of token ids."""
+    """The text of token ids, with `+` for the operator."""
     return "".join(VOCABULARY[token] for token in tokens)
 
 
 def answer_mask(text: str) -> list[bool]:
     """Which symbols of a text of whole problems belong to an answer, newlines included."""
     mask, inside = [], False
-    for symbol in text:
+    for letter in text:
         mask.append(inside)
-        if symbol in "=\n":
-            inside = symbol == "="
+        if letter in "=\n":
+            inside = letter == "="
     return mask
 
 
-def count_carries(a: int, b: int) -> int:
-    """How many places carry into the next: the digit sums that the sum is short of, over 9."""
-    digit_sum = lambda number: sum(map(int, str(number)))  # noqa: E731
-    return (digit_sum(a) + digit_sum(b) - digit_sum(a + b)) // 9
+def count_carries(numbers: Sequence[int], task: str = "addition") -> int:
+    """How many places carry into the next, or borrow from it."""
+    first, *others = ([int(digit) for digit in str(number)[::-1]] for number in numbers)
+    sign, count, carry = -1 if task == "subtraction" else 1, 0, 0
+    for place in range(max(map(len, (first, *others)))):
+        here = lambda digits: digits[place] if place < len(digits) else 0  # noqa: B023, E731
+        carry = (here(first) + sign * sum(map(here, others)) + carry) // 10
+        count += carry != 0
+    return count
 
 
-def parse_problem(text: str) -> tuple[int, int]:
+def parse_problem(text: str, task: str = "addition") -> tuple[int, ...]:
     """The operands of `123+456` or `123+456=579`, written in ordinary digit order.
 
     Raises:
       ValueError: saying what is wrong with the text.
     """
-    match = re.fullmatch(r"([0-9]+)\+([0-9]+)(?:=([0-9]+))?", text)
+    operands, sign = OPERANDS[task], re.escape(symbol(task))
+    match = re.fullmatch(rf"([0-9]+(?:{sign}[0-9]+){{{operands - 1}}})(?:=([0-9]+))?", text)
     if not match:
-        shown = text if len(text) <= 40 else text[:37] + "..."
-        raise ValueError(f"{shown!r} is not a problem such as 123+456 or 123+456=579")
-    for number in match.groups(""):
-        if len(number) > MAX_DIGITS + 1:
+        short = text if len(text) <= 40 else text[:37] + "..."
+        example = symbol(task).join(("456", "123", "789")[:operands])
+        raise ValueError(f"{short!r} is not a problem such as {example}")
+    written, answer = match[1].split(symbol(task)), match[2]
+    for number in written:
+        if len(number) > MAX_DIGITS:
             raise ValueError(f"a number of {len(number)} digits: at most {MAX_DIGITS}")
         if len(number) > 1 and number[0] == "0":
             raise ValueError(f"{number} has a leading zero: the models never write one")
-    a, b, answer = match.groups()
-    if max(len(a), len(b)) > MAX_DIGITS:
-        raise ValueError(f"a number of {max(len(a), len(b))} digits: at most {MAX_DIGITS}")
-    if answer is not None and int(answer) != int(a) + int(b):
-        raise ValueError(f"{a}+{b}={answer} is wrong: the sum is {int(a) + int(b)}")
-    return int(a), int(b)
+    numbers = tuple(map(int, written))
+    if task == "subtraction" and numbers[0] < numbers[1]:
+        raise ValueError(f"{match[1]}: the first number must not be the smaller one")
+    right = answer_of(numbers, task)
+    if answer is not None and answer != right:
+        raise ValueError(f"{match[1]}={answer} is wrong: it is {right}")
+    return numbers
 
 
-def problems_from_integers(pairs: Sequence[tuple[int, int]]) -> Problems:
-    """Host arrays for pairs of non-negative integers, wide enough for the longest."""
-    digits = max(len(str(number)) for pair in pairs for number in pair)
+def problems_from_integers(problems: Sequence[Sequence[int]]) -> Problems:
+    """Host arrays for operands, non-negative integers, wide enough for the longest."""
+    digits = max(len(str(number)) for numbers in problems for number in numbers)
     number = lambda n: [int(d) for d in reversed(f"{n:0{digits}d}")]  # noqa: E731
-    operand = lambda side: (  # noqa: E731
-        np.array([number(pair[side]) for pair in pairs], np.uint8),
-        np.array([len(str(pair[side])) for pair in pairs], np.int32),
+    return Problems(
+        np.array([list(map(number, numbers)) for numbers in problems], np.uint8),
+        np.array([[len(str(n)) for n in numbers] for numbers in problems], np.int32),
     )
-    return Problems(*operand(0), *operand(1))

@@ -61,6 +61,7 @@ def main() -> None:
         writable_folder(arguments.json.parent)
     results = {"config": config.name, "overrides": arguments.overrides}
     if arguments.target:
+        compile.touch_no_gpu()
         try:
             results |= roofline.estimate(config, arguments.target, operations_a_step(config))
         except compile.Unavailable as error:
@@ -117,7 +118,7 @@ def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
         "operations_a_step": operations,
         "temporary_bytes": memory,
         "scored_problems_a_second": {
-            name: evaluate.rows_per_call() / times["median"] * 1e3 for name, times in passes.items()
+            name: _scored_rows() / times["median"] * 1e3 for name, times in passes.items()
         },
     }
     if missing:
@@ -142,7 +143,8 @@ def operations_a_step(config: Config) -> int:
     depth = architecture.layers if static else architecture.loops
     readouts = 1 if static else depth - depth // 2
     width, length = architecture.width, config.data.row_length
-    hidden = 3 * (8 * width // 3) if architecture.mlp == "swiglu" else 8 * width
+    matrices = 3 if architecture.mlp == "swiglu" else 2
+    hidden = matrices * model.hidden_width(architecture)
     weights = depth * width * (4 * width + hidden) + readouts * width * addition.VOCABULARY_SIZE
     pairs = depth * width * length
     return 3 * config.train.batch * length * (2 * weights + 2 * pairs)
@@ -244,7 +246,7 @@ def _scoring_passes(config: Config) -> Callable[[int], None]:
     one = one_by_one(config)[0]
     trained = evaluate.Trained(one, initial_state(one).weights, 0)
     scorer = evaluate.Scorer(trained, evaluate.Settings((SCORED_DIGITS,), 1, 0))
-    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, evaluate.rows_per_call())
+    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, _scored_rows())
 
     def run(count: int) -> None:
         for _ in range(count):
@@ -267,12 +269,17 @@ def _peer(config: Config) -> tuple[Callable[[int], None], Callable[[int], None]]
         batch = addition.training_batch(key, config.data, config.train.batch, supply.training)
         weights = batch.answer / batch.answer.sum()
         batches.append(tuple(map(np.asarray, (batch.tokens, batch.targets, weights))))
-    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, evaluate.rows_per_call())
+    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, _scored_rows())
     rows = addition.problem_rows(problems, config.data.row_length)
     return (
         torch_peer.training_steps(config, addition.VOCABULARY_SIZE, batches),
         torch_peer.scoring_passes(config, addition.VOCABULARY_SIZE, np.asarray(rows.tokens)),
     )
+
+
+def _scored_rows() -> int:
+    """Problems that one pass scores."""
+    return evaluate.rows_per_call(evaluate.padded_length(SCORED_DIGITS, "addition"))
 
 
 def _default_attention(config: Config) -> str:

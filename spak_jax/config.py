@@ -16,12 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from spak_jax.command_line import InputError
 
 # The longest operand a training law or a scoring set may ask for, in decimal digits.
-MAX_DIGITS = 100
+MAX_DIGITS = 10_000
+# Numbers in a problem of each task.
+OPERANDS = {"addition": 2, "three-operands": 3, "subtraction": 2}
 
 Digits = Annotated[int, Field(ge=1, le=MAX_DIGITS)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+# Position schemes that have a learned bias for differences of ids: `spak_jax.positions`.
+BIASED = ("token-bias", "coupled-bias", "learned")
+# Those that turn queries and keys.
+TURNED = ("rope", "random-rope", "coupled-rope")
 
 
 class Section(BaseModel):
@@ -34,7 +41,24 @@ class Architecture(Section):
     width: Positive
     heads: Positive
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    positions: Literal["rope"] = "rope"
+    # MLP channels; None is 4 widths, or 8/3 of it with "swiglu", which has a third matrix.
+    hidden: Positive | None = None
+    # How the model knows where tokens are (`spak_jax.positions`); the "coupled" schemes are told
+    # which digits belong together.
+    positions: Literal[
+        "rope",
+        "random-rope",
+        "none",
+        "token-bias",
+        "coupled-rope",
+        "coupled-embedding",
+        "coupled-bias",
+        "learned",
+    ] = "rope"
+    # Of biases: the largest difference of ids that has a bias of its own.
+    clip: Annotated[int, Field(ge=1, le=64)] = 1
+    # Whether keys whose ids differ by more than `clip` are masked.
+    window: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # The type of activations and products; weights and the residual stream stay float32.
     # "auto" is bfloat16 on a GPU and float32 elsewhere.
@@ -44,10 +68,15 @@ class Architecture(Section):
     def _heads_fit(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"model.heads = {self.heads} must divide model.width = {self.width}")
-        if self.width // self.heads % 2:
+        if self.positions in TURNED and self.width // self.heads % 2:
             raise ValueError(
                 f"model.heads = {self.heads} gives heads of {self.width // self.heads}"
                 " channels; RoPE turns pairs of channels, so their number must be even"
+            )
+        if self.window and self.positions not in BIASED:
+            raise ValueError(
+                f"model.window = true needs ids to go by: model.positions = {self.positions!r} has"
+                f" none, {', '.join(BIASED)} do"
             )
         return self
 
@@ -64,12 +93,30 @@ class LoopedModel(Architecture):
 
     kind: Literal["loop"]
     loops: Positive
+    # Whether each loop starts from the last one's state with the embedded input added again.
     inject_input: bool = False
+    # Whether each loop starts from the last one's state under a LayerNorm, so that states stay as
+    # large as they were however often the block is applied.
+    normalize_state: bool = False
+    # Whether all loops share one step embedding.
+    shared_step: bool = False
+    # Training first runs a random number of loops, up to this, that no gradient passes.
+    free_loops: Annotated[int, Field(ge=0, le=1_000)] = 0
+
+    @model_validator(mode="after")
+    def _free_loops_are_like_others(self) -> Self:
+        if self.free_loops and not self.shared_step:
+            raise ValueError(
+                f"model.free_loops = {self.free_loops} needs model.shared_step = true: before a"
+                " random number of loops no step has an embedding of its own"
+            )
+        return self
 
 
 class Data(Section):
     """The law that training problems are drawn by, and how they are laid out in rows."""
 
+    task: Literal["addition", "three-operands", "subtraction"] = "addition"
     max_digits: Digits = 4
     # With this chance a problem's operands have at most 5 or 6 digits instead, chosen evenly.
     bridge_fraction: Fraction = 0.3
@@ -89,8 +136,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _rows_hold_a_problem(self) -> Self:
-        # Two operands, one more digit in the sum, `+` and `=`; the newline is only predicted.
-        needed = 3 * self.longest + 3
+        # The operands, an answer with one more digit, `+` and `=`; the newline is only predicted.
+        needed = (OPERANDS[self.task] + 1) * self.longest + OPERANDS[self.task] + 1
         if self.row_length < needed:
             raise ValueError(
                 f"data.row_length = {self.row_length} cannot hold a problem of {self.longest}"

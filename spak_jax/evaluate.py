@@ -34,7 +34,7 @@ from spak_jax.command_line import (
     writable_folder,
     write_file,
 )
-from spak_jax.config import MAX_DIGITS, Config, Evaluation, LoopedModel, Train
+from spak_jax.config import MAX_DIGITS, OPERANDS, Config, Evaluation, LoopedModel, Train
 
 # "Wait to think": how sure a token must be to stop, before the `=` of its problem and from it on.
 HALT_BEFORE_EQUALS, HALT_FROM_EQUALS = 0.90, 0.999
@@ -43,13 +43,18 @@ HALT_BEFORE_EQUALS, HALT_FROM_EQUALS = 0.90, 0.999
 # GPU computes so fast that compiling is what counts.
 ROWS_PER_CALL, ROWS_PER_CALL_ON_GPU = 512, 4096
 LENGTH_STEP, LENGTH_STEP_ON_GPU = 16, 64
+# Fewer rows where they are long. A GPU's kernels hold no score; plain attention holds all at once.
+SCORES_PER_CALL, TOKENS_PER_CALL_ON_GPU = 2**23, 2**18
+# Beyond so many digits fewer problems are scored, so that their digits are as many.
+FULL_DIGITS = 100
 # The seed's columns split one draw; 10 times as many problems leave each about enough.
 SEED_COLUMNS_FACTOR = 10
 CURVE_POINTS = 400
 MAX_LOOPS = 10_000
-LONGEST_PROBLEM = len(f"{'9' * MAX_DIGITS}+{'9' * MAX_DIGITS}={'9' * (MAX_DIGITS + 1)}")
+LONGEST_PROBLEM = max(addition.text_length(MAX_DIGITS, task) for task in OPERANDS)
 
-_problem_rows = jax.jit(addition.problem_rows, static_argnums=1)
+_problem_rows = jax.jit(addition.problem_rows, static_argnums=(1, 2))
+_carries = jax.jit(addition.carries, static_argnums=1)
 
 
 class Trained(NamedTuple):
@@ -64,9 +69,10 @@ class Trained(NamedTuple):
 class Settings:
     """What to score and how.
 
-    digits: lengths, both operands exactly that long. examples: problems for each. seed: of the
-    problems. loops: None for as many as in training. halt: stop each token once it is sure.
-    decode: generate instead of teacher forcing.
+    digits: lengths, all operands exactly that long. examples: problems for each; of n > 100 digits
+    100 / n times as many. seed: of the problems. loops: None for as many as in training. halt:
+    stop each token once it is sure. decode: generate instead of teacher forcing. kinds: of
+    additions, scored at each length too (`addition.KINDS`).
     """
 
     digits: tuple[int, ...]
@@ -75,6 +81,7 @@ class Settings:
     loops: int | None = None
     halt: bool = False
     decode: bool = False
+    kinds: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> "Settings":
@@ -124,14 +131,17 @@ def forward(config: Config, loops: int | None = None, halt: bool = False) -> Cal
 
     def plain(weights, tokens):
         network = nnx.merge(definition, weights)
-        logits = network(tokens, loops=loops) if looped else network(tokens)
+        more = {"loops": loops} if looped else {}
+        logits = network(tokens, ids=addition.coupled_ids(tokens), **more)
         return logits, jnp.full(tokens.shape, depth, jnp.int32)
 
     def halting(weights, tokens):
         thresholds = jnp.where(
             addition.from_equals_on(tokens), HALT_FROM_EQUALS, HALT_BEFORE_EQUALS
         )
-        return nnx.merge(definition, weights).halting_logits(tokens, thresholds, loops=loops)
+        return nnx.merge(definition, weights).halting_logits(
+            tokens, thresholds, loops=loops, ids=addition.coupled_ids(tokens)
+        )
 
     return halting if halt else plain
 
@@ -171,9 +181,20 @@ def generate(run: Callable, weights, prompt: jax.Array, prompt_length: jax.Array
     return tokens, steps
 
 
-def rows_per_call() -> int:
-    """Problems that one call of a compiled program scores at most."""
-    return ROWS_PER_CALL_ON_GPU if jax.default_backend() == "gpu" else ROWS_PER_CALL
+def rows_per_call(length: int) -> int:
+    """Problems of so many tokens that one call of a compiled program scores at most."""
+    if jax.default_backend() == "gpu":
+        return min(ROWS_PER_CALL_ON_GPU, _power_of_two(TOKENS_PER_CALL_ON_GPU // length))
+    return min(ROWS_PER_CALL, _power_of_two(SCORES_PER_CALL // length**2))
+
+
+def padded_length(digits: int, task: str) -> int:
+    """Tokens that rows of problems are filled up to, so that one program serves many lengths."""
+    step = LENGTH_STEP_ON_GPU if jax.default_backend() == "gpu" else LENGTH_STEP
+    length = addition.text_length(digits, task)
+    # Longer rows by larger steps: a tenth more work, and fewer programs.
+    step *= _power_of_two(length // (10 * step))
+    return -(-length // step) * step
 
 
 class Scorer:
@@ -183,6 +204,7 @@ class Scorer:
         self._weights = trained.weights
         # What the model computes does not depend on how it was trained: one program for all seeds.
         config = trained.config.model_copy(update={"train": Train()})
+        self._task = config.data.task
         self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
 
     def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
@@ -195,18 +217,17 @@ class Scorer:
         Returns:
           Their `Outcome`.
         """
-        problems = jax.tree.map(np.asarray, problems)
-        count, digits = problems.a.shape
-        step = LENGTH_STEP_ON_GPU if jax.default_backend() == "gpu" else LENGTH_STEP
-        length = -(-addition.text_length(digits) // step) * step
+        count, length = problems.count, padded_length(problems.digits, self._task)
+        problems = addition.widened(problems, length)
         outcomes = []
         # A power of two, so that few programs serve all counts.
-        rows = min(rows_per_call(), 1 << (count - 1).bit_length())
+        rows = min(rows_per_call(length), 1 << (count - 1).bit_length())
         for start in range(0, count, rows):
             # The last call is filled up with its first problem, so that one program serves all.
             index = np.arange(start, start + rows)
             index = np.where(index < count, index, start)
-            batch = _problem_rows(Problems(*(array[index] for array in problems)), length)
+            chosen = Problems(*(array[index] for array in problems))
+            batch = _problem_rows(chosen, length, self._task)
             outcomes.append(self._rows(self._weights, batch))
             advance(min(rows, count - start))
         correct, steps = (np.concatenate(parts)[:count] for parts in zip(*outcomes, strict=True))
@@ -228,27 +249,34 @@ def score(trained: Trained, settings: Settings) -> dict[str, Any]:
     """
     scorer = Scorer(trained, settings)
     key = jax.random.key(settings.seed)
-    longest = trained.config.data.longest
+    longest, task = trained.config.data.longest, trained.config.data.task
     column_problems = addition.sample_seed_columns(
-        jax.random.fold_in(key, 0), SEED_COLUMNS_FACTOR * settings.examples
+        jax.random.fold_in(key, 0), SEED_COLUMNS_FACTOR * settings.examples, task
     )
-    total = len(settings.digits) * settings.examples + len(column_problems.a)
-    lengths, outcomes, carries = {}, [], []
+    counts = {digits: _problems_of(settings.examples, digits) for digits in settings.digits}
+    lengths, kinds, outcomes, carries = {}, {kind: {} for kind in settings.kinds}, [], []
+    of_kind = {kind: {n: _of_kind(kind, count) for n, count in counts.items()} for kind in kinds}
+    total = sum(sum(each.values()) for each in (counts, *of_kind.values())) + column_problems.count
     with progress_bar("scoring") as progress:
-        task = progress.add_task("", total=total, status="")
-        advance = lambda n: progress.advance(task, n)  # noqa: E731
-        for digits in settings.digits:
-            problems = addition.sample_exact(
-                jax.random.fold_in(key, digits), digits, settings.examples
-            )
+        task_bar = progress.add_task("", total=total, status="")
+        advance = lambda n: progress.advance(task_bar, n)  # noqa: E731
+        for digits, count in counts.items():
+            problems = addition.sample_exact(jax.random.fold_in(key, digits), digits, count, task)
             outcome = scorer(problems, advance)
             lengths[str(digits)] = summary(outcome, zero_shot=digits > longest)
             outcomes.append(outcome)
-            carries.append(np.asarray(addition.carries(problems)))
+            wide = addition.widened(problems, padded_length(digits, task))
+            carries.append(np.asarray(_carries(wide, task)))
+            for i, kind in enumerate(settings.kinds):
+                random = np.random.default_rng((settings.seed, digits, i))
+                drawn = addition.sample_kind(random, kind, digits, of_kind[kind][digits])
+                outcome = scorer(drawn, advance)
+                kinds[kind][str(digits)] = summary(outcome, zero_shot=digits > longest)
         column_outcome = scorer(column_problems, advance)
     results = _description(trained, settings)
     results["lengths"] = lengths
     results["seed_columns"] = _seed_columns(column_problems, column_outcome, longest)
+    results["kinds"] = kinds
     results["carries"] = _by(
         np.concatenate(carries), Outcome(*map(np.concatenate, zip(*outcomes, strict=True)))
     )
@@ -261,24 +289,24 @@ def score_run(trained: Trained, settings: Settings, run: Path) -> dict[str, Any]
 
 
 def score_own_problems(
-    trained: Trained, settings: Settings, pairs: list[tuple[int, int]], source: str
-) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """Scores the user's own problems, grouped by the longer operand's digits.
+    trained: Trained, settings: Settings, own: list[tuple[int, ...]], source: str
+) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
+    """Scores the user's own problems, grouped by the longest operand's digits.
 
     Returns:
       The contents of a results file, and the problems answered wrong.
     """
-    problems = addition.problems_from_integers(pairs)
+    problems = addition.problems_from_integers(own)
     scorer = Scorer(trained, settings)
     with progress_bar("scoring") as progress:
-        task = progress.add_task("", total=len(pairs), status="")
-        outcome = scorer(problems, lambda n: progress.advance(task, n))
-    longest = trained.config.data.longest
-    results = _description(trained, settings) | {"examples": len(pairs), "problems": source}
-    results["lengths"] = _by(np.asarray(addition.longer_operand(problems)), outcome, longest)
+        task_bar = progress.add_task("", total=len(own), status="")
+        outcome = scorer(problems, lambda n: progress.advance(task_bar, n))
+    longest, task = trained.config.data.longest, trained.config.data.task
+    results = _description(trained, settings) | {"examples": len(own), "problems": source}
+    results["lengths"] = _by(np.asarray(addition.longest_operand(problems)), outcome, longest)
     results["seed_columns"] = {}
-    results["carries"] = _by(np.asarray(addition.carries(problems)), outcome)
-    wrong = [pair for pair, correct in zip(pairs, outcome.correct, strict=True) if not correct]
+    results["carries"] = _by(np.asarray(_carries(problems, task)), outcome)
+    wrong = [numbers for numbers, right in zip(own, outcome.correct, strict=True) if not right]
     return results, wrong
 
 
@@ -297,7 +325,7 @@ def summary(outcome: Outcome, **more: Any) -> dict[str, Any]:
     }
 
 
-def read_problems(path: str) -> list[tuple[int, int]]:
+def read_problems(path: str, task: str = "addition") -> list[tuple[int, ...]]:
     """The problems in a file, one `123+456` or `123+456=579` a line; `-` is standard input.
 
     Raises:
@@ -308,7 +336,7 @@ def read_problems(path: str) -> list[tuple[int, int]]:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
             # One byte more than fits, so that a line that is too long shows itself.
             lines = iter(lambda: file.readline(LONGEST_PROBLEM + 2), b"")
-            problems = [_read_line(name, i, line) for i, line in enumerate(lines, start=1)]
+            problems = [_read_line(name, i, line, task) for i, line in enumerate(lines, start=1)]
     except OSError as error:
         raise InputError(f"cannot read the problems file {name}: {error.strerror}") from None
     if not problems:
@@ -369,6 +397,10 @@ def print_results(results: Mapping[str, Any]) -> None:
         table.add_section()
         for column, line in results["seed_columns"].items():
             _add_row(table, f"seed's {column}", line)
+    for kind, lines in results.get("kinds", {}).items():
+        table.add_section()
+        for length, line in lines.items():
+            _add_row(table, f"{kind} {length}", line)
     console.print(table)
 
 
@@ -399,14 +431,22 @@ def main() -> None:
         metavar="FILE",
         help="your own, one 123+456 a line, optionally =579; - for standard input",
     )
+    parser.add_argument(
+        "--kinds",
+        action="store_true",
+        help=f"at each length also {', '.join(addition.KINDS)} additions",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a results file")
     arguments = parser.parse_intermixed_args()
-    own = read_problems(arguments.problems) if arguments.problems else None
     digits = parse_digits(arguments.digits) if arguments.digits is not None else None
-    _check_range("--examples", arguments.examples, 1, 10_000_000)
-    _check_range("--seed", arguments.seed, 0, 2**31 - 1)
-    _check_range("--loops", arguments.loops, 1, MAX_LOOPS)
+    check_range("--examples", arguments.examples, 1, 10_000_000)
+    check_range("--seed", arguments.seed, 0, 2**31 - 1)
+    check_range("--loops", arguments.loops, 1, MAX_LOOPS)
     trained = load(arguments.run)
+    task = trained.config.data.task
+    if arguments.kinds and task != "addition":
+        raise InputError(f"--kinds: {trained.config.name} was trained on {task}, not addition")
+    own = read_problems(arguments.problems, task) if arguments.problems else None
     defaults = trained.config.evaluation
     settings = Settings(
         digits=digits or defaults.digits,
@@ -415,6 +455,7 @@ def main() -> None:
         loops=arguments.loops,
         halt=arguments.halt,
         decode=arguments.decode,
+        kinds=addition.KINDS if arguments.kinds else (),
     )
     if arguments.json:
         # Before the work, so that none is lost to a folder that cannot be written.
@@ -427,8 +468,9 @@ def main() -> None:
         results = score(trained, settings)
     results["training"] = training_curve(arguments.run)
     print_results(results)
-    for a, b in wrong[:10]:
-        console.print(f"wrong: {a}+{b}={a + b}")
+    for numbers in wrong[:10]:
+        right = addition.answer_of(numbers, task)
+        console.print(f"wrong: {addition.shown(numbers, task)}={right}")
     if len(wrong) > 10:
         console.print(f"... and {len(wrong) - 10} more")
     if arguments.json:
@@ -456,12 +498,13 @@ def _lengths(text: str) -> Iterator[int]:
         yield from range(bounds[0], bounds[1] + 1)
 
 
-def _check_range(option: str, value: int | None, low: int, high: int) -> None:
+def check_range(option: str, value: int | None, low: int, high: int) -> None:
+    """Raises `InputError` where an option's number is given and out of bounds."""
     if value is not None and not low <= value <= high:
         raise InputError(f"{option} {value}: must be from {low:,} to {high:,}")
 
 
-def _read_line(name: str, number: int, line: bytes) -> tuple[int, int]:
+def _read_line(name: str, number: int, line: bytes, task: str) -> tuple[int, ...]:
     where = f"{name}, line {number}"
     if not line.endswith(b"\n"):
         if len(line) > LONGEST_PROBLEM:
@@ -476,7 +519,7 @@ def _read_line(name: str, number: int, line: bytes) -> tuple[int, int]:
     if not text:
         raise InputError(f"{where}: empty; one problem such as 123+456 a line")
     try:
-        return addition.parse_problem(text)
+        return addition.parse_problem(text, task)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
 
@@ -496,6 +539,21 @@ def _decoded(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array
     return right.all(-1), steps.mean(-1, where=answer)
 
 
+def _problems_of(examples: int, digits: int) -> int:
+    """How many problems of a length are scored."""
+    return max(1, examples * FULL_DIGITS // max(digits, FULL_DIGITS))
+
+
+def _of_kind(kind: str, count: int) -> int:
+    """How many of a kind: a tenth as many as plain ones; 99...9 + 1 can be written in two ways."""
+    return min(count, 2) if kind == "nines" else -(-count // 10)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one up to a number, at least 1."""
+    return 1 << max(number.bit_length() - 1, 0)
+
+
 def _by(group: np.ndarray, outcome: Outcome, longest: int | None = None) -> dict[str, Any]:
     """Summaries of the problems of each group, a non-negative number, in order."""
     summaries = {}
@@ -509,7 +567,7 @@ def _by(group: np.ndarray, outcome: Outcome, longest: int | None = None) -> dict
 
 
 def _seed_columns(problems: Problems, outcome: Outcome, longest: int) -> dict[str, Any]:
-    longer = np.asarray(addition.longer_operand(problems))
+    longer = np.asarray(addition.longest_operand(problems))
     columns = {}
     for name, (first, last) in addition.SEED_COLUMNS.items():
         chosen = (first <= longer) & (longer <= last)
@@ -522,16 +580,22 @@ def _seed_columns(problems: Problems, outcome: Outcome, longest: int) -> dict[st
 
 def _description(trained: Trained, settings: Settings) -> dict[str, Any]:
     looped = isinstance(trained.config.model, LoopedModel)
-    return {
-        "system": trained.config.system,
-        "config": trained.config.model_dump(mode="json"),
-        "parameters": model.parameter_count(trained.weights),
-        "step": trained.step,
+    return origin(trained) | {
         "loops": (settings.loops or trained.config.model.loops) if looped else None,
         "halting": [HALT_BEFORE_EQUALS, HALT_FROM_EQUALS] if settings.halt else None,
         "method": "decoding" if settings.decode else "teacher forcing",
         "examples": settings.examples,
         "seed": settings.seed,
+    }
+
+
+def origin(trained: Trained) -> dict[str, Any]:
+    """What model something was found out about, and where and when."""
+    return {
+        "system": trained.config.system,
+        "config": trained.config.model_dump(mode="json"),
+        "parameters": model.parameter_count(trained.weights),
+        "step": trained.step,
         "dtype": str(model.compute_dtype(trained.config.model.dtype)),
         "device": device_name(),
         "jax": jax.__version__,

@@ -7,7 +7,7 @@ import argparse
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from spak_jax.results import (
     loop_families,
     origin,
     problem_counts,
+    ranges,
     read_results,
+    scheme_families,
     seed_note,
     training_families,
 )
@@ -39,6 +41,11 @@ from spak_jax.tables import latex_table, markdown_table, table_rows
 LOG_AXIS_OVER = 40
 # A column whose accuracies over all numbers of loops lie closer than this tells nothing of loops.
 INFORMATIVE_SPREAD = 0.01
+# Of loops at test time: more lines in a panel cannot be told apart.
+MOST_SERIES = 8
+NOT_ALL_SERIES = f" At most {MOST_SERIES} lengths a panel are drawn, the others are left out."
+# More systems in one panel cannot be read; where there are schemes, their figure has them all.
+MOST_LINES = 12
 
 # Okabe and Ito's palette without its yellow, which is lost on white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -81,42 +88,92 @@ GREY = "0.45"
 
 # Inches. Single column and one and a half columns of a two-column page.
 SINGLE, WIDE = 3.4, 5.2
-LEFT, RIGHT = 0.52, 0.1
+LEFT, RIGHT = 0.52, 0.18
+# Between panels of a row, with tick labels and an axis label there or without.
+BESIDE, BESIDE_UNLABELLED = 0.6, 0.2
 # Above the axes, for a note in small print and for a line of a title.
 NOTE, TITLE_LINE = 0.2, 0.15
 # From the axes down to where the legend may begin: tick labels and the axis label.
 UNDER_AXES = 0.45
 LEGEND_LINE, CAPTION_LINE, PAD = 0.135, 0.11, 0.06
+# From one marker of a line to its next.
+MARKER_GAP = 0.09
+# For a label of the length axis: of two digits, or of up to five on a logarithmic one.
+TICK_ROOM, LOG_TICK_ROOM = 0.215, 0.3
+
+SET_APART = "Lines are set slightly apart sideways."
+SOME_MARKED = "Markers and bars only where there is room for them."
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 LegendEntry = tuple[Line2D, str]
 # By the number of loops.
 Series = dict[int, Estimate]
+# By the digits it holds, such as `12` or, of one of the seed's columns, `5-7`.
+SeriesByDigits = dict[str, Series]
 
 
 def draw_generalization(evaluated: Sequence[Evaluated]) -> Figure:
     """Accuracy (%) over operand length, a line for each system: the seed's Figure 1."""
     logarithmic = max(line.lengths[-1] for line in evaluated) > LOG_AXIS_OVER
-    estimates = [[line.at_length(n) for n in line.lengths] for line in evaluated]
     entries = [
-        (_sample(i), line.label + seed_note(e.seeds for e in estimates[i]))
+        (_sample(i), line.label + seed_note(map(line.seeds_at, line.lengths)))
         for i, line in enumerate(evaluated)
     ]
     caption = (
         f"{_provenance(evaluated)} Filled markers: lengths of the training law; open: zero-shot."
     )
     if len(evaluated) > 1:
-        caption += " Lines are set slightly apart sideways."
+        caption += f" {SET_APART}"
+    if logarithmic:
+        caption += f" {SOME_MARKED}"
     figure, [axes] = _canvas(WIDE, 2.3, NOTE, 1, entries, caption)
-    for i, line in enumerate(evaluated):
-        aside = _aside(i, len(evaluated), logarithmic)
-        lengths = np.array(line.lengths, float)
-        x = lengths * np.exp(aside) if logarithmic else lengths + aside
-        _draw_estimates(axes, x, estimates[i], i, [line.is_zero_shot(n) for n in line.lengths])
     _length_axis(axes, evaluated, logarithmic)
     _accuracy_axis(axes)
+    for i, line in enumerate(evaluated):
+        _draw_lengths(axes, line, i, _aside(i, len(evaluated), logarithmic), logarithmic)
     _mark_training_law(axes, evaluated, logarithmic)
+    return figure
+
+
+def draw_schemes(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """Accuracy (%) over operand length, a panel for each position scheme, a line for each model.
+
+    Returns:
+      None where all models know positions by the same scheme.
+    """
+    families = scheme_families(evaluated)
+    if not families:
+        return None
+    logarithmic = max(line.lengths[-1] for line in evaluated) > LOG_AXIS_OVER
+    seeds: dict[str, list[int]] = {}
+    for line in (line for _, lines in families for line in lines):
+        seeds.setdefault(line.label, []).extend(map(line.seeds_at, line.lengths))
+    names = list(seeds)
+    titles = [lines_of(title, 24) for title, _ in families]
+    figure, panels = _canvas(
+        WIDE,
+        1.15,
+        PAD + TITLE_LINE * max(map(len, titles)),
+        len(families),
+        [(_sample(i), name + seed_note(seeds[name])) for i, name in enumerate(names)],
+        f"{_provenance(evaluated)} Digits: {_operands(evaluated)}. Shaded, with filled markers:"
+        f" lengths of the training law; open: zero-shot. {SET_APART} {SOME_MARKED}",
+        2 if len(families) in (2, 4) else 3,
+        BESIDE_UNLABELLED,
+    )
+    for axes, (_, lines), title in zip(panels, families, titles, strict=True):
+        axes.set_title("\n".join(title), pad=4)
+        _length_axis(axes, evaluated, logarithmic)
+        axes.set_xlabel("digits")
+        _accuracy_axis(axes)
+        if not axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("")
+            axes.tick_params(labelleft=False)
+        for line in lines:
+            index = names.index(line.label)
+            _draw_lengths(axes, line, index, _aside(index, len(names), logarithmic), logarithmic)
+        _shade_training_law(axes, lines, logarithmic)
     return figure
 
 
@@ -130,11 +187,12 @@ def draw_test_time_loops(evaluated: Sequence[Evaluated]) -> Figure | None:
     if not families:
         return None
     series = [_series(lines) for _, lines in families]
-    drawn = [_informative(found) for found in series]
-    names = list(dict.fromkeys(name for found in drawn for name in found))
+    informative = [_informative(found) for found in series]
+    drawn = [_readable(found) for found in informative]
+    names = sorted({n for found in drawn for n in found}, key=lambda n: int(n.partition("-")[0]))
     members = [line for _, lines in families for line in lines]
     titles = [
-        _lines(label + seed_note(e.seeds for s in found.values() for e in s.values()), 38)
+        lines_of(label + seed_note(e.seeds for s in found.values() for e in s.values()), 38)
         for (label, _), found in zip(families, drawn, strict=True)
     ]
     figure, panels = _canvas(
@@ -142,17 +200,19 @@ def draw_test_time_loops(evaluated: Sequence[Evaluated]) -> Figure | None:
         1.9,
         NOTE + TITLE_LINE * max(map(len, titles)),
         len(families),
-        [(_sample(i), name) for i, name in enumerate(names)],
-        _provenance(members) + _left_out([label for label, _ in families], series, drawn),
+        [(_sample(i), _digits(name)) for i, name in enumerate(names)],
+        _provenance(members)
+        + _left_out([label for label, _ in families], series, informative)
+        + (NOT_ALL_SERIES if drawn != informative else ""),
     )
     for axes, (_, lines), title, found in zip(panels, families, titles, drawn, strict=True):
         axes.set_title("\n".join(title), pad=12)
+        _loop_axis(axes, lines)
+        _accuracy_axis(axes)
         for name, by_loops in found.items():
             filled = [False] * len(by_loops)
             loops, estimates = list(by_loops), list(by_loops.values())
             _draw_estimates(axes, loops, estimates, names.index(name), filled)
-        _loop_axis(axes, lines)
-        _accuracy_axis(axes)
     return figure
 
 
@@ -195,15 +255,18 @@ def render(evaluated: Sequence[Evaluated]) -> dict[str, str | bytes]:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
+        schemes = draw_schemes(evaluated)
+        is_crowded = schemes is not None and len(evaluated) > MOST_LINES
         drawings = {
-            "generalization": draw_generalization(evaluated),
+            "generalization": None if is_crowded else draw_generalization(evaluated),
+            "schemes": schemes,
             "test_time_loops": draw_test_time_loops(evaluated),
             "training": draw_training(evaluated),
         }
         for name, figure in drawings.items():
             if figure:
-                files[f"{name}.png"] = _saved(figure, "png", {})
-                files[f"{name}.pdf"] = _saved(figure, "pdf", {"CreationDate": None})
+                files[f"{name}.png"] = saved(figure, "png")
+                files[f"{name}.pdf"] = saved(figure, "pdf")
     if table_rows(evaluated):
         files["table.md"] = markdown_table(evaluated)
         files["table.tex"] = latex_table(evaluated)
@@ -239,9 +302,11 @@ def export(paths: Sequence[Path], out: Path) -> None:
         console.print(f"wrote {path}", markup=False)
 
 
-def _saved(figure: Figure, kind: str, metadata: Mapping[str, Any]) -> bytes:
+def saved(figure: Figure, kind: str) -> bytes:
+    """The file of a figure, "png" or "pdf": the same for the same figure, whenever it is drawn."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=dict(metadata))
+    metadata = {"CreationDate": None} if kind == "pdf" else {}
+    figure.savefig(buffer, format=kind, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -251,6 +316,14 @@ def _aside(index: int, count: int, logarithmic: bool) -> float:
     return offset * 0.1 if logarithmic else offset
 
 
+def _draw_lengths(axes: Axes, line: Evaluated, index: int, aside: float, logarithmic: bool) -> None:
+    """An evaluation's accuracies over lengths, on axes whose limits are set."""
+    lengths = np.array(line.lengths, float)
+    x = lengths * np.exp(aside) if logarithmic else lengths + aside
+    estimates = [line.at_length(n) for n in line.lengths]
+    _draw_estimates(axes, x, estimates, index, [line.is_zero_shot(n) for n in line.lengths])
+
+
 def _draw_estimates(
     axes: Axes,
     x: Sequence[float] | np.ndarray,
@@ -258,6 +331,10 @@ def _draw_estimates(
     index: int,
     is_open: Sequence[bool],
 ) -> None:
+    """A line through all points, and markers and bars at those that lie far enough apart.
+
+    The axes must have their limits, and x must rise.
+    """
     style = _line_style(index)
     colour, marker = style["color"], style.pop("marker")
     y = np.array([100 * e.mean for e in estimates])
@@ -265,36 +342,58 @@ def _draw_estimates(
     below = np.maximum(y - [100 * e.low for e in estimates], 0)
     above = np.maximum([100 * e.high for e in estimates] - y, 0)
     axes.plot(x, y, zorder=2 + index / 100, **style)
-    axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor=colour, elinewidth=0.7, zorder=2)
-    faces = ["white" if hollow else colour for hollow in is_open]
-    for place, height, face in zip(x, y, faces, strict=True):
+    for i in _apart(axes, x):
+        bar = [[below[i]], [above[i]]]
+        axes.errorbar(x[i], y[i], bar, fmt="none", ecolor=colour, elinewidth=0.7, zorder=2)
         axes.plot(
-            place,
-            height,
+            x[i],
+            y[i],
             marker=marker,
             color=colour,
-            markerfacecolor=face,
+            markerfacecolor="white" if is_open[i] else colour,
             markeredgewidth=0.8,
             zorder=3 + index / 100,
         )
 
 
-def _length_axis(axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool) -> None:
+def _apart(axes: Axes, x: Sequence[float] | np.ndarray) -> list[int]:
+    """Indices of rising values that lie MARKER_GAP apart on the axes, first and last among them."""
+    inches = axes.transData.transform([(value, 0) for value in x])[:, 0] / axes.figure.dpi
+    shown = [0]
+    for i, place in enumerate(inches):
+        if place >= inches[shown[-1]] + MARKER_GAP:
+            shown.append(i)
+    return sorted({0, *shown[:-1], len(inches) - 1})
+
+
+def _width(axes: Axes) -> float:
+    """Inches."""
+    return axes.get_position().width * axes.figure.get_figwidth()
+
+
+def _operands(evaluated: Sequence[Evaluated]) -> str:
+    """Whose digits a length counts, in words."""
     own, strict = (
         any(bool(line.first.problems) == asked for line in evaluated) for asked in (True, False)
     )
-    operands = {
+    return {
         (False, True): "both operands exactly this long",
         (True, False): "the longer operand",
         (True, True): "both operands; own problems: the longer one",
     }[own, strict]
-    axes.set_xlabel(f"digits ({operands})")
+
+
+def _length_axis(axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool) -> None:
+    axes.set_xlabel(f"digits ({_operands(evaluated)})")
     shortest = min(line.lengths[0] for line in evaluated)
     longest = max(line.lengths[-1] for line in evaluated)
     if logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(shortest / 1.15, longest * 1.15)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        decade = _width(axes) / math.log10(1.15**2 * longest / shortest)
+        subs = (1, 2, 5) if decade > 3 * LOG_TICK_ROOM else (1,)
+        most = 1 + int(_width(axes) / LOG_TICK_ROOM)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=most))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
@@ -303,10 +402,11 @@ def _length_axis(axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool) 
 
 
 def _integer_ticks(axes: Axes, first: int, last: int) -> None:
-    if last - first <= 20:
+    room = int(_width(axes) / TICK_ROOM)
+    if last - first < room:
         axes.set_xticks(range(first, last + 1))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=min(12, room), integer=True))
 
 
 def _accuracy_axis(axes: Axes) -> None:
@@ -319,7 +419,23 @@ def _accuracy_axis(axes: Axes) -> None:
 
 
 def _mark_training_law(axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool) -> None:
-    """Shades the lengths below the first zero-shot one and names both sides of the border."""
+    """Shades the training law and names both sides of its border."""
+    edge, has_below, beyond = _shade_training_law(axes, evaluated, logarithmic)
+    where = {"transform": axes.get_xaxis_transform(), "color": GREY, "fontsize": 7, "va": "bottom"}
+    if has_below:
+        axes.text(edge, 1.01, "in the training law  ", ha="right", **where)
+    if beyond:
+        axes.text(edge, 1.01, f"  {beyond}", ha="left", **where)
+
+
+def _shade_training_law(
+    axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool
+) -> tuple[float, bool, str]:
+    """Shades the lengths below the first zero-shot one and draws the border.
+
+    Returns:
+      Where the border is, whether lengths lie below it, and what those above it are.
+    """
     left, right = axes.get_xlim()
     zero_shot = {n for line in evaluated for n in line.lengths if line.is_zero_shot(n)}
     trained = {n for line in evaluated for n in line.lengths if not line.is_zero_shot(n)}
@@ -333,58 +449,76 @@ def _mark_training_law(axes: Axes, evaluated: Sequence[Evaluated], logarithmic: 
         edge = math.sqrt(max(below) * first_beyond)
     else:
         edge = (max(below) + first_beyond) / 2
-    where = {"transform": axes.get_xaxis_transform(), "color": GREY, "fontsize": 7, "va": "bottom"}
     if below:
         axes.axvspan(left, edge, color="0.94", linewidth=0, zorder=0)
-        axes.text(edge, 1.01, "in the training law  ", ha="right", **where)
-    if zero_shot:
-        # Systems of other training laws may share the figure.
-        for_some = " for some" if len(below) < len(trained) else ""
-        axes.axvline(edge, color=GREY, linewidth=0.6, zorder=1)
-        axes.text(edge, 1.01, f"  zero-shot{for_some}", ha="left", **where)
+    if not zero_shot:
+        return edge, bool(below), ""
+    axes.axvline(edge, color=GREY, linewidth=0.6, zorder=1)
+    # Systems of other training laws may share the axes.
+    return edge, bool(below), "zero-shot" + " for some" * (len(below) < len(trained))
 
 
-def _series(lines: Sequence[Evaluated]) -> dict[str, Series]:
+def _series(lines: Sequence[Evaluated]) -> SeriesByDigits:
     """By column or, where a family has no columns, by length."""
-    series: dict[str, Series] = {}
+    series: SeriesByDigits = {}
     for line in lines:
         for column, held in SEED_COLUMNS.items():
             if found := line.in_column(column):
-                series.setdefault(f"{held} digits", {})[line.first.loops] = found
+                series.setdefault(held, {})[line.first.loops] = found
     if series:
         return series
-    for line in lines:
-        for length in line.lengths:
-            name = f"{length} digit{'s' if length > 1 else ''}"
-            series.setdefault(name, {})[line.first.loops] = line.at_length(length)
+    for length in sorted({n for line in lines for n in line.lengths}):
+        found = {line.first.loops: line.at_length(length) for line in lines}
+        series[str(length)] = {loops: e for loops, e in found.items() if e}
     return series
 
 
-def _informative(series: dict[str, Series]) -> dict[str, Series]:
+def _informative(series: SeriesByDigits) -> SeriesByDigits:
     """Those that change with the number of loops; all of them where none does."""
     means = {name: [e.mean for e in by_loops.values()] for name, by_loops in series.items()}
     changing = [name for name, m in means.items() if max(m) - min(m) >= INFORMATIVE_SPREAD]
     return {name: series[name] for name in changing or series}
 
 
+def _readable(series: SeriesByDigits) -> SeriesByDigits:
+    """As many as can be read: the shortest, the longest, and lengths spaced evenly in logarithm."""
+    if len(series) <= MOST_SERIES:
+        return series
+    # There are fewer columns than that, so these are lengths.
+    lengths = np.array([int(name) for name in series])
+    wanted = np.geomspace(lengths.min(), lengths.max(), MOST_SERIES)
+    nearest = np.abs(np.log(lengths / wanted[:, None])).argmin(1)
+    return {str(n): series[str(n)] for n in lengths[np.unique(nearest)]}
+
+
+def _digits(name: str) -> str:
+    return f"{name} digit{'' if name == '1' else 's'}"
+
+
 def _left_out(
-    labels: Sequence[str],
-    series: Sequence[Mapping[str, Series]],
-    drawn: Sequence[Mapping[str, Series]],
+    labels: Sequence[str], series: Sequence[SeriesByDigits], drawn: Sequence[SeriesByDigits]
 ) -> str:
-    """A sentence on what the figure leaves out, by family where there are several."""
+    """A sentence on what loops do not change, by family where there are several."""
     told = []
     for label, found, shown in zip(labels, series, drawn, strict=True):
+        by_percent: dict[str, list[str]] = {}
+        for name, by_loops in found.items():
+            if name not in shown:
+                percent = f"{100 * next(iter(by_loops.values())).mean:.0f}%"
+                by_percent.setdefault(percent, []).append(name)
         constant = ", ".join(
-            f"{name} ({100 * next(iter(by_loops.values())).mean:.0f}%)"
-            for name, by_loops in found.items()
-            if name not in shown
+            f"{_digits(_together(names))} ({percent})" for percent, names in by_percent.items()
         )
         if constant:
             told.append(f"{label}: {constant}" if len(labels) > 1 else constant)
     if not told:
         return ""
     return f" Not drawn, as loops change them by less than a point: {'; '.join(told)}."
+
+
+def _together(names: Sequence[str]) -> str:
+    """`1-4, 7` for the lengths 1, 2, 3, 4, 7; columns one by one."""
+    return ranges(map(int, names)) if all(map(str.isdigit, names)) else ", ".join(names)
 
 
 def _loop_axis(axes: Axes, lines: Sequence[Evaluated]) -> None:
@@ -450,6 +584,8 @@ def _canvas(
     panels: int,
     entries: Sequence[LegendEntry],
     caption: str,
+    columns: int = 2,
+    beside: float = BESIDE,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels, the legend below them and a grey caption below that.
 
@@ -459,15 +595,17 @@ def _canvas(
       width: of the figure.
       height: of each panel's axes.
       above: room above each panel, for titles and notes.
-      panels: how many, two in a row.
+      panels: how many.
       entries: of the legend, in order.
       caption: any length; it is wrapped.
+      columns: of panels, where there are so many.
+      beside: room between panels of a row.
     """
-    columns = min(panels, 2)
+    columns = min(panels, columns)
     rows = -(-panels // columns)
     characters = int((width - 2 * PAD) / 0.0435)
-    text = "\n".join(_lines(caption, characters))
-    labels = ["\n".join(_lines(label, 80 if width > SINGLE else 50)) for _, label in entries]
+    text = "\n".join(lines_of(caption, characters))
+    labels = ["\n".join(lines_of(label, 80 if width > SINGLE else 50)) for _, label in entries]
     widest = max(len(line) for label in labels for line in label.split("\n"))
     legend_columns = max(1, min(len(labels), int((width + PAD) / (0.53 + 0.05 * widest))))
     deepest = max(label.count("\n") + 1 for label in labels)
@@ -481,6 +619,7 @@ def _canvas(
     figure = Figure(figsize=(width, total))
     FigureCanvasAgg(figure)
     left = LEFT / width
+    panel_width = (width - LEFT - RIGHT - (columns - 1) * beside) / columns
     grid = figure.add_gridspec(
         rows,
         columns,
@@ -489,7 +628,7 @@ def _canvas(
         bottom=below / total,
         top=1 - top / total,
         hspace=row_gap / height,
-        wspace=0.3,
+        wspace=beside / panel_width,
     )
     axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(panels)]
     figure.legend(
@@ -512,7 +651,8 @@ def _canvas(
     return figure, axes
 
 
-def _lines(text: str, width: int) -> list[str]:
+def lines_of(text: str, width: int) -> list[str]:
+    """Text wrapped to lines of at most so many characters."""
     return textwrap.wrap(text, width) or [""]
 
 

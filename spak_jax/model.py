@@ -6,6 +6,7 @@ What is unusual here:
   copy what it keeps for the backward pass, blocks stand one after another.
 - A block leaves its last addition to the stream to whoever reads the stream next: addition,
   dropout and the norm behind them are one kernel.
+- Where tokens are is one of several named schemes (`positions`).
 - LoopLM adds a learned step embedding before each loop, and its training loss reads out every
   loop of the second half, not the last alone.
 - No bias anywhere; LayerNorm with scale only; the token embedding is also the output head.
@@ -21,8 +22,18 @@ from flax import nnx
 
 from pallas_kernels import add_and_norm, add_and_score, attention, gelu, reference, targets
 from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
+from spak_jax.positions import (
+    EMBEDDED_IDS,
+    Places,
+    Pointer,
+    first_bias,
+    learned_places,
+    offset_ids,
+    places,
+)
 
 INIT_STD = 0.02
+EPSILON = 1e-5
 
 
 class Block(nnx.Module):
@@ -65,19 +76,22 @@ class Block(nnx.Module):
         self.qkv = linear(width, 3 * width)
         self.attention_out = linear(width, width, residual_std)
         self.norm2 = _norm(width, dtype, rngs)
-        # SwiGLU has a third matrix; 8/3 of the width keeps the number of weights.
         self.gated = config.mlp == "swiglu"
-        hidden = 8 * width // 3 if self.gated else 4 * width
+        hidden = hidden_width(config)
         self.mlp_in = linear(width, hidden)
         if self.gated:
             self.mlp_value = linear(width, hidden)
         self.mlp_out = linear(hidden, width, residual_std)
+        self.window = config.clip if config.window else None
+        bias = first_bias(config)
+        if bias is not None:
+            self.bias_table = nnx.Param(bias)
 
     def __call__(
         self,
         x: jax.Array,
         update: jax.Array | None,
-        positions: jax.Array,
+        where: Places,
         key: jax.Array | None = None,
         shift: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +102,7 @@ class Block(nnx.Module):
         Args:
           x: the residual stream, float32 `[batch, length, width]`.
           update: what is still to be added to it, in the compute dtype; None for nothing.
-          positions: int `[length]` or `[batch, length]`.
+          where: the tokens are.
           key: three PRNG keys, the first for the dropout of `update`; None is deterministic.
           shift: float32 `[width]`, added to every token first.
 
@@ -100,7 +114,10 @@ class Block(nnx.Module):
         x, normed = self._add_and_norm(x, update, self.norm1, keys[0], shift)
         mixed = attention(
             self.qkv(normed).reshape(batch, length, 3, self.heads, -1),
-            positions=positions,
+            positions=where.turned_by,
+            ids=where.ids,
+            bias_table=self.bias_table[...] if hasattr(self, "bias_table") else None,
+            window=self._window(where),
             dropout_rate=self.dropout,
             dropout_key=keys[1],
             implementation=self.attention,
@@ -108,6 +125,32 @@ class Block(nnx.Module):
         mixed = self.attention_out(mixed.reshape(batch, length, width))
         x, normed = self._add_and_norm(x, mixed, self.norm2, keys[2])
         return x, self._mlp(normed)
+
+    def attention_weights(self, x, update, where: Places, shift=None) -> jax.Array:
+        """What each token takes of each other in this block, by head: to be looked at.
+
+        Args: as of a call. Returns: float32 `[batch, heads, length, length]`, keys last.
+        """
+        _, normed = self._add_and_norm(x, update, self.norm1, None, shift)
+        qkv = self.qkv(normed).reshape(*x.shape[:2], 3, self.heads, -1)
+        bias = self.bias_table[...] if hasattr(self, "bias_table") else None
+        return reference.attention_weights(
+            qkv[:, :, 0],
+            qkv[:, :, 1],
+            positions=where.turned_by,
+            segment_ids=None,
+            ids=where.ids,
+            bias_table=bias,
+            window=self._window(where),
+            clip=self.window if bias is None else bias.shape[1] // 2 - 1,
+            scale=qkv.shape[-1] ** -0.5,
+            causal=True,
+        )
+
+    def _window(self, where: Places):
+        """As `pallas_kernels.attention` takes it."""
+        further = self.window is not None and where.further is not None
+        return self.window + where.further if further else self.window
 
     def _add_and_norm(self, x, update, norm: nnx.LayerNorm, key, shift=None):
         return add_and_norm(
@@ -138,8 +181,18 @@ class _Transformer(nnx.Module):
             rngs=rngs,
         )
         self.final_norm = _norm(config.width, dtype, rngs)
+        self.config = config
         self.dropout = config.dropout
         self.dtype = dtype
+        if config.positions == "coupled-embedding":
+            self.id_embedding = nnx.Embed(
+                EMBEDDED_IDS,
+                config.width,
+                embedding_init=nnx.initializers.normal(INIT_STD),
+                rngs=rngs,
+            )
+        if config.positions == "learned":
+            self.pointer = Pointer(vocabulary, rngs=rngs)
 
     def readout(self, state: jax.Array) -> jax.Array:
         """float32 logits `[..., vocabulary]` of a residual stream `[..., width]`."""
@@ -153,21 +206,28 @@ class _Transformer(nnx.Module):
     def _head(self):
         return self.embedding.embedding[...].astype(self.dtype)
 
-    def _embed(self, tokens, positions, key, depth):
-        """The stream and update before the first block, positions, and keys of `depth` blocks.
+    def _embed(self, tokens, positions, ids, key, depth, progress=None):
+        """The stream and update before the first block, places, and keys of `depth` blocks.
 
         Of the keys, the first are those that each block takes, `[depth, 3]`, the second what drops
         each block's update where it is read, `[depth]`.
         """
-        if positions is None:
-            positions = jnp.arange(tokens.shape[-1])
+        embedded = self.embedding(tokens)
+        if self.config.positions == "learned":
+            where = learned_places(self.pointer, tokens, progress)
+        else:
+            places_key = None if key is None else jax.random.fold_in(key, 2)
+            where = places(self.config, tokens, positions, ids, places_key)
+        if self.config.positions == "coupled-embedding":
+            offset_key = None if key is None else jax.random.fold_in(key, 0)
+            embedded += self.id_embedding(offset_ids(ids, offset_key))
         first, keys = None, (None, None)
         if key is not None:
             first, rest = jax.random.split(key)
             rest = jax.random.split(rest, (depth + 1, 3))
             keys = rest[:-1], rest[1:, 0]
-        x = dropout(self.embedding(tokens), self.dropout, first)
-        return (x, jnp.zeros(x.shape, self.dtype)), positions, keys
+        x = dropout(embedded, self.dropout, first)
+        return (x, jnp.zeros(x.shape, self.dtype)), where, keys
 
     def _scored(self, stream, key, targets, weights):
         """As `_whole`, and the weighted sum of its tokens' cross-entropies."""
@@ -184,7 +244,7 @@ class _Transformer(nnx.Module):
     def _whole(self, stream, key):
         """The stream with what was still to be added to it."""
         x, update = stream
-        return x + dropout(update, self.dropout, key)
+        return x if update is None else x + dropout(update, self.dropout, key)
 
 
 class GPT(_Transformer):
@@ -208,6 +268,7 @@ class GPT(_Transformer):
         tokens: jax.Array,
         *,
         positions: jax.Array | None = None,
+        ids: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Next-token logits.
@@ -215,12 +276,13 @@ class GPT(_Transformer):
         Args:
           tokens: int `[batch, length]`.
           positions: int `[length]` or `[batch, length]`; None counts from 0.
+          ids: int32 `[batch, length]`, coupled ids, for the schemes that go by them.
           key: PRNG key for dropout; None is deterministic.
 
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
-        return self.readout(self._whole(*self._run(tokens, positions, key)))
+        return self.readout(self._whole(*self._run(tokens, positions, ids, key)))
 
     def supervised_losses(
         self,
@@ -228,24 +290,29 @@ class GPT(_Transformer):
         targets: jax.Array,
         weights: jax.Array,
         *,
+        ids: jax.Array | None = None,
         key: jax.Array | None = None,
+        progress: jax.Array | float | None = None,
     ) -> jax.Array:
         """What the training loss averages over: float32 `[1]`, of the one readout.
 
         The cross-entropies of `targets`, int32 `[batch, length]`, summed with `weights`, float32
-        `[batch, length]`; the rest as in a plain call.
+        `[batch, length]`; `progress`, the share of the training that is done, which learned ids go
+        by; the rest as in a plain call.
         """
-        stream, after = self._run(tokens, None, key)
+        stream, after = self._run(tokens, None, ids, key, progress)
         return self._scored(stream, after, targets, weights)[1][None]
 
-    def _run(self, tokens, positions, key):
+    def _run(self, tokens, positions, ids, key, progress=None):
         """The stream after all blocks, and the key for what is still to be added to it."""
-        stream, positions, (keys, after) = self._embed(tokens, positions, key, self.layers)
+        stream, where, (keys, after) = self._embed(
+            tokens, positions, ids, key, self.layers, progress
+        )
         definition, weights = nnx.split(self.blocks)
 
         def step(stream, layer):
             block = nnx.merge(definition, layer[0])
-            return block(*stream, positions, layer[1]), None
+            return block(*stream, where, layer[1]), None
 
         stream, _ = jax.lax.scan(step, stream, (weights, keys), unroll=_unroll())
         return stream, None if after is None else after[-1]
@@ -259,10 +326,10 @@ class LoopLM(_Transformer):
     ):
         super().__init__(config, vocabulary, dtype, rngs)
         self.loops = config.loops
-        self.inject_input = config.inject_input
         self.block = Block(config, 1, dtype, attention, rngs=rngs)
+        self.steps = 1 if config.shared_step else config.loops
         self.step_embedding = nnx.Embed(
-            config.loops,
+            self.steps,
             config.width,
             embedding_init=nnx.initializers.normal(INIT_STD),
             rngs=rngs,
@@ -274,6 +341,7 @@ class LoopLM(_Transformer):
         *,
         loops: int | None = None,
         positions: jax.Array | None = None,
+        ids: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Next-token logits after the last loop.
@@ -282,12 +350,13 @@ class LoopLM(_Transformer):
           tokens: int `[batch, length]`.
           loops: None for as many as in training; beyond those the last step embedding repeats.
           positions: int `[length]` or `[batch, length]`; None counts from 0.
+          ids: int32 `[batch, length]`, coupled ids, for the schemes that go by them.
           key: PRNG key for dropout; None is deterministic.
 
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
-        step, stream, inputs = self._loop(tokens, loops, positions, key)
+        step, stream, inputs = self._loop(tokens, loops, positions, ids, key)
         stream, after = jax.lax.scan(step, stream, inputs)
         return self.readout(self._whole(stream, None if after is None else after[-1]))
 
@@ -297,20 +366,31 @@ class LoopLM(_Transformer):
         targets: jax.Array,
         weights: jax.Array,
         *,
+        ids: jax.Array | None = None,
         key: jax.Array | None = None,
+        progress: jax.Array | float | None = None,
     ) -> jax.Array:
         """What the training loss averages over: a sum for every loop of the second half.
+
+        With `config.free_loops` and a key, the state has gone through a random number of loops
+        before, which the gradient does not go back through (as Bansal et al. 2022 train networks
+        to think longer, End-to-end Algorithm Synthesis with Recurrent Networks): so the loops that
+        count are not always the first ones.
 
         Args:
           tokens: int `[batch, length]`.
           targets: int `[batch, length]`, the right next tokens.
           weights: float32 `[batch, length]`, of their cross-entropies.
+          ids: as in a plain call.
           key: PRNG key for dropout; None is deterministic.
+          progress: share of the training that is done, which learned ids go by; None outside it.
 
         Returns:
           float32 `[loops - loops // 2]`: weighted sums of the cross-entropies.
         """
-        step, stream, inputs = self._loop(tokens, None, None, key)
+        step, stream, inputs = self._loop(tokens, None, None, ids, key, progress)
+        if self.config.free_loops and key is not None:
+            stream = self._after_free_loops(stream, tokens, ids, key, progress)
         half = self.loops // 2
 
         def scored(x, given):
@@ -324,6 +404,22 @@ class LoopLM(_Transformer):
         x = self._whole(stream, after[-1] if half and key is not None else None)
         return jax.lax.scan(scored, x, second, unroll=_unroll())[1]
 
+    def _after_free_loops(self, stream, tokens, ids, key, progress):
+        """The stream after a random number of loops, without a gradient unless there is none."""
+        definition, weights = nnx.split(self)
+        # A loop whose length is not known cannot be gone back through: nothing may ask for it.
+        fixed = nnx.merge(definition, jax.lax.stop_gradient(weights))
+        step, first, inputs = fixed._loop(tokens, 1, None, ids, key, progress)
+        shift, (keys, after) = jax.tree.map(lambda x: x[0], inputs)
+
+        def one(i, stream):
+            fresh = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+            return step(stream, (shift, (fresh, after)))[0]
+
+        count = jax.random.randint(jax.random.fold_in(key, 1), (), 0, self.config.free_loops + 1)
+        moved = jax.lax.fori_loop(0, count, one, first)
+        return jax.tree.map(lambda x, y: jnp.where(count > 0, x, y), moved, stream)
+
     def halting_logits(
         self,
         tokens: jax.Array,
@@ -331,6 +427,7 @@ class LoopLM(_Transformer):
         *,
         loops: int | None = None,
         positions: jax.Array | None = None,
+        ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Logits where each token stops once it is sure ("wait to think").
 
@@ -341,13 +438,13 @@ class LoopLM(_Transformer):
           tokens: int `[batch, length]`.
           thresholds: float, broadcastable to `[batch, length]`; above 1 never halts.
           loops: the most loops to run; None for as many as in training.
-          positions: as in a plain call.
+          positions, ids: as in a plain call.
 
         Returns:
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
-        step, (state, _), inputs = self._loop(tokens, loops, positions, None)
+        step, (state, _), inputs = self._loop(tokens, loops, positions, ids, None)
 
         def halting(carry, x):
             state, halted, steps = carry
@@ -362,26 +459,59 @@ class LoopLM(_Transformer):
         (state, _, steps), _ = jax.lax.scan(halting, carry, inputs)
         return self.readout(state), steps
 
-    def _loop(self, tokens, loops, positions, key):
+    def traced(
+        self, tokens: jax.Array, *, loops: int | None = None, ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What every loop reads out and where it looks, to see how an answer comes about.
+
+        Args:
+          tokens, loops, ids: as in a plain call.
+
+        Returns:
+          float32 logits `[loops, batch, length, vocabulary]` and weights of attention
+          `[loops, batch, heads, length, length]`, keys last.
+        """
+        _, (x, _), (shifts, _) = self._loop(tokens, loops, None, ids, None)
+        _, where, _ = self._embed(tokens, None, ids, None, 0)
+        definition, weights = nnx.split(self.block)
+
+        def one(state, shift):
+            block = nnx.merge(definition, weights)
+            entered = self._enter((state, None), x, None)
+            looked = block.attention_weights(*entered, where, shift)
+            state = self._whole(block(*entered, where, None, shift), None)
+            return state, (self.readout(state), looked)
+
+        return jax.lax.scan(one, x, shifts)[1]
+
+    def _loop(self, tokens, loops, positions, ids, key, progress=None):
         """One loop as a scan's step over the stream, the first stream, and what each loop is given.
 
         With the stream, the step gives the key for the dropout of what is still to be added to it.
         """
         loops = self.loops if loops is None else loops
-        stream, positions, keys = self._embed(tokens, positions, key, loops)
-        index = jnp.minimum(jnp.arange(loops), self.loops - 1)
+        stream, where, keys = self._embed(tokens, positions, ids, key, loops, progress)
+        index = jnp.minimum(jnp.arange(loops), self.steps - 1)
         first = stream[0]
         definition, weights = nnx.split(self.block)
 
         def step(stream, given):
             shift, (key, after) = given
-            x, update = stream
-            if self.inject_input:
-                x = x + first
             block = nnx.merge(definition, weights)
-            return block(x, update, positions, key, shift), after
+            return block(*self._enter(stream, first, key), where, key, shift), after
 
         return step, stream, (self.step_embedding(index), keys)
+
+    def _enter(self, stream, first, key):
+        """The stream as a loop's block takes it, and what is still to be added to it.
+
+        first: the embedded input. key: of the loop's block.
+        """
+        x, update = stream
+        if self.config.normalize_state:
+            whole = self._whole(stream, None if key is None else key[0])
+            x, update = reference.layer_norm(whole, 1.0, EPSILON), None
+        return (x + first if self.config.inject_input else x), update
 
 
 def build(
@@ -415,6 +545,14 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def hidden_width(config: Architecture) -> int:
+    """Channels of the MLP."""
+    if config.hidden is not None:
+        return config.hidden
+    # 8/3 of the width keeps the number of weights where there is a third matrix.
+    return 8 * config.width // 3 if config.mlp == "swiglu" else 4 * config.width
+
+
 def parameter_count(weights) -> int:
     """The number of weights in a pytree."""
     return sum(leaf.size for leaf in jax.tree.leaves(weights))
@@ -437,4 +575,4 @@ def _unroll() -> bool:
 
 
 def _norm(width: int, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=1e-5, use_bias=False, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=EPSILON, use_bias=False, dtype=dtype, rngs=rngs)

@@ -79,12 +79,17 @@ class Score(Part):
 class ConfiguredModel(Part):
     # The whole section tells one system from another, so unknown keys are kept.
     model_config = ConfigDict(extra="allow")
+    layers: Positive | None = None
     loops: Positive | None = None
+    # Files from before there was a choice do not name it.
+    positions: Name = "rope"
+    window: bool = False
 
 
 class ConfiguredTraining(Part):
     model_config = ConfigDict(extra="allow")
     seed: Count
+    steps: Positive | None = None
 
 
 class StoredConfig(Part):
@@ -127,12 +132,20 @@ class Results(Part):
     date: datetime.date
     lengths: Annotated[dict[Length, Score], Field(min_length=1)]
     seed_columns: dict[str, Score]
+    # Additions of one kind, by kind and length.
+    kinds: dict[Name, dict[Length, Score]] = {}
     commit: Name | None = None
     halting: tuple[Fraction, ...] | None = None
     method: str = ""
     dtype: str = ""
     problems: Name | None = None
     training: Curve = Curve()
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether the training was not at its end yet."""
+        steps = self.config.train.steps
+        return steps is not None and self.step < steps
 
     @model_validator(mode="after")
     def _loops_fit_the_model(self) -> Self:
@@ -153,6 +166,14 @@ class Estimate(NamedTuple):
     seeds: int
 
 
+class Tally(NamedTuple):
+    """Wrong answers of all, over all training seeds and these lengths, which rise."""
+
+    wrong: int
+    total: int
+    lengths: list[int]
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """One system evaluated in one way: a line of a figure, a row of the table.
@@ -171,13 +192,34 @@ class Evaluated:
     def lengths(self) -> list[int]:
         return sorted({int(length) for results in self.results for length in results.lengths})
 
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of additions that were scored beside the plain ones, in the order of the files."""
+        return list(dict.fromkeys(k for r in self.results for k, found in r.kinds.items() if found))
+
     def at_length(self, digits: int) -> Estimate | None:
         """Accuracy at a length; None where it was not scored."""
         return estimate(self._scores(digits))
 
+    def seeds_at(self, digits: int) -> int:
+        """How many training seeds were scored at a length."""
+        return len(self._scores(digits))
+
     def in_column(self, column: str) -> Estimate | None:
         """Accuracy in one of the seed's columns; None where it was not scored."""
         return estimate([r.seed_columns[column] for r in self.results if column in r.seed_columns])
+
+    def tally(self, kind: str | None = None) -> Tally | None:
+        """Answers to additions of a kind, or to the plain ones; None where none was scored."""
+        by_seed = [r.lengths if kind is None else r.kinds.get(kind, {}) for r in self.results]
+        scores = [(int(n), score) for found in by_seed for n, score in found.items()]
+        if not scores:
+            return None
+        return Tally(
+            sum(score.total - score.correct for _, score in scores),
+            sum(score.total for _, score in scores),
+            sorted({n for n, _ in scores}),
+        )
 
     def is_zero_shot(self, digits: int) -> bool:
         return any(score.zero_shot for score in self._scores(digits))
@@ -295,13 +337,35 @@ def training_families(evaluated: Sequence[Evaluated]) -> list[tuple[int, Evaluat
     return families
 
 
+def scheme_families(evaluated: Sequence[Evaluated]) -> list[tuple[str, list[Evaluated]]]:
+    """Evaluations by how their models know positions, where there are at least two schemes.
+
+    Returns:
+      Of each scheme, with and without a window, its label and its evaluations. Theirs name kind
+      and depth of the model, so that the same model has the same label in every family, and what
+      else it takes to tell those of one family apart.
+    """
+    if len({line.first.config.model.positions for line in evaluated}) < 2:
+        return []
+    families = []
+    for lines in _grouped(evaluated, lambda line: _scheme(line.first)):
+        names = [_depth(line.first) + _circumstances(line.first) for line in lines]
+        labels = _told_apart(names, [_beside_the_scheme(line.first) for line in lines])
+        positions, window = _scheme(lines[0].first).values()
+        relabelled = [
+            Evaluated(label, line.results) for label, line in zip(labels, lines, strict=True)
+        ]
+        families.append((positions + ", window" * window, relabelled))
+    return families
+
+
 def origin(results: Sequence[Results]) -> str:
     """Devices, dates and training seeds in words."""
     devices = ", ".join(dict.fromkeys(r.device for r in results))
     first, last = min(r.date for r in results), max(r.date for r in results)
     dates = f"{first}" if first == last else f"{first} to {last}"
     seeds = {r.config.train.seed for r in results}
-    return f"{devices}, {dates}, training seed{'s' if len(seeds) > 1 else ''} {_ranges(seeds)}"
+    return f"{devices}, {dates}, training seed{'s' if len(seeds) > 1 else ''} {ranges(seeds)}"
 
 
 def problem_counts(results: Sequence[Results]) -> str:
@@ -309,6 +373,9 @@ def problem_counts(results: Sequence[Results]) -> str:
     drawn = sorted({r.examples for r in results if not r.problems})
     own = sorted({(r.problems, r.examples) for r in results if r.problems})
     told = [f"{' or '.join(f'{n:,}' for n in drawn)} problems a length"] if drawn else []
+    # The evaluator draws fewer of the longest.
+    if any(s.total < r.examples for r in results if not r.problems for s in r.lengths.values()):
+        told = [f"at most {told[0]}"]
     told += [f"{count:,} problems in {' '.join(name.split())}" for name, count in own]
     return ", ".join(told)
 
@@ -379,6 +446,10 @@ def _merged(earlier: Results, later: Results) -> Results:
         update={
             "lengths": {**later.lengths, **earlier.lengths},
             "seed_columns": {**later.seed_columns, **earlier.seed_columns},
+            "kinds": {
+                kind: {**later.kinds.get(kind, {}), **earlier.kinds.get(kind, {})}
+                for kind in (earlier.kinds | later.kinds)
+            },
             "training": earlier.training if earlier.training.step else later.training,
         }
     )
@@ -392,11 +463,42 @@ def _name(results: Results, with_loops: bool = True) -> str:
     name = _system(results)
     if with_loops and results.loops != results.config.model.loops:
         name += f" at {results.loops} loops"
-    if results.halting:
-        name += ", halting"
+    return name + _circumstances(results)
+
+
+def _circumstances(results: Results) -> str:
+    """What a name says of an evaluation that is not a plain one."""
+    told = ", halting" if results.halting else ""
+    if results.on_the_way:
+        told += f" after {results.step:,} of {results.config.train.steps:,} steps"
     if results.problems:
-        name += f", on {' '.join(results.problems.split())}"
-    return name
+        told += f", on {' '.join(results.problems.split())}"
+    return told
+
+
+def _scheme(results: Results) -> dict[str, Any]:
+    model = results.config.model
+    return {"positions": model.positions, "window": model.window}
+
+
+def _depth(results: Results) -> str:
+    """`GPT, 2 layers`, `LoopLM, 4 loops` or, with another number at test time, `..., at 8`."""
+    model = results.config.model
+    kind, count, unit = (
+        ("GPT", model.layers, "layer") if model.loops is None else ("LoopLM", model.loops, "loop")
+    )
+    told = kind if count is None else f"{kind}, {count} {unit}{'s' if count > 1 else ''}"
+    return told if results.loops == model.loops else f"{told}, at {results.loops}"
+
+
+def _beside_the_scheme(results: Results) -> dict[str, Any]:
+    """All that makes an evaluation what it is, but the scheme; names, which may hold it, last."""
+    identity = _identity(results)
+    config = identity.pop("config")
+    config["model"] = {k: v for k, v in config["model"].items() if k not in _scheme(results)}
+    names = {"name": config.pop("name"), "system": identity.pop("system")}
+    config.pop("system", None)
+    return config | identity | names
 
 
 def _told_apart(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -414,7 +516,7 @@ def _told_apart(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> 
     return labels
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """`0-4, 7` for 0, 1, 2, 3, 4, 7."""
     runs = itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0])
     told = []

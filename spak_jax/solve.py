@@ -24,15 +24,15 @@ class Answer(NamedTuple):
     loops: list[int]
 
 
-def solve(trained: evaluate.Trained, pairs: list[tuple[int, int]]) -> list[Answer]:
+def solve(trained: evaluate.Trained, asked: list[tuple[int, ...]]) -> list[Answer]:
     """Generates the answers greedily, with all the loops of training.
 
     Args:
       trained: the model.
-      pairs: operands.
+      asked: operands of each problem.
     """
-    problems = addition.problems_from_integers(pairs)
-    tokens, answer = addition.render(problems, addition.text_length(problems.a.shape[1]))
+    problems, task = addition.problems_from_integers(asked), trained.config.data.task
+    tokens, answer = addition.render(problems, addition.text_length(problems.digits, task), task)
     looped = isinstance(trained.config.model, LoopedModel)
     run = evaluate.forward(trained.config)
 
@@ -63,17 +63,21 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="such as 123+456")
     arguments = parser.parse_intermixed_args()
+    trained = evaluate.load(arguments.run)
+    task = trained.config.data.task
     try:
-        pairs = [addition.parse_problem(text) for text in arguments.problems]
+        asked = [addition.parse_problem(text, task) for text in arguments.problems]
     except ValueError as error:
         raise InputError(str(error)) from None
-    answers = solve(evaluate.load(arguments.run), pairs)
+    answers = solve(trained, asked)
     table = Table()
     for heading in ("problem", "answer", "", "loops for each digit"):
         table.add_column(heading, overflow="fold")
-    for (a, b), answer in zip(pairs, answers, strict=True):
-        verdict = "right" if answer.text == str(a + b) else f"wrong: {a + b}"
-        table.add_row(f"{a}+{b}", answer.text, verdict, " ".join(map(str, answer.loops)))
+    for numbers, answer in zip(asked, answers, strict=True):
+        right = addition.answer_of(numbers, task)
+        verdict = "right" if answer.text == right else f"wrong: {right}"
+        loops = " ".join(map(str, answer.loops))
+        table.add_row(addition.shown(numbers, task), answer.text, verdict, loops)
     console.print(table)
 
 

@@ -12,9 +12,11 @@ from spak_jax.results import (
     SEED_COLUMNS,
     Estimate,
     Evaluated,
+    Tally,
     interval_kind,
     origin,
     problem_counts,
+    ranges,
     seed_note,
 )
 
@@ -28,10 +30,15 @@ PUBLISHED = {
 }
 
 # Both operands exactly that long; shown where scored.
-STRICT_LENGTHS = (7, 8, 10, 12)
+STRICT_LENGTHS = (7, 8, 10, 12, 16, 32, 100, 1000, 10000)
 
 BY_COLUMN = "Whole answers right, percent, by the seed's columns."
 BY_LENGTH = "Whole answers right, percent, both operands exactly that long."
+BY_KIND = "Wrong answers of all, over all lengths scored."
+NOTE_ON_KINDS = (
+    "nines: 99...9 + 1; all-carry: every place carries; no-carry: none does; lopsided: one operand"
+    " has at most 3 digits."
+)
 NOTE_ON_COLUMNS = (
     "The seed's columns go by the longer operand, and hold more than their names say: 5-6 really"
     " holds 5, 6 and 7 digits, 8 holds 8 and 9, 10 holds 10 and 11."
@@ -62,7 +69,8 @@ class Row(NamedTuple):
     """A system: label, number of parameters, accuracies.
 
     columns: for each of SEED_COLUMNS. published: the seed's percent for each, all None where it
-    has no such system. strict: by length. None where not scored.
+    has no such system. strict: by length. plain: wrong answers at all lengths. kinds: the same of
+    additions of one kind, by kind. None where not scored.
     """
 
     label: str
@@ -70,15 +78,22 @@ class Row(NamedTuple):
     columns: list[Estimate | None]
     published: Sequence[float | None]
     strict: dict[int, Estimate | None]
+    plain: Tally
+    kinds: dict[str, Tally | None]
 
 
 def table_rows(evaluated: Sequence[Evaluated]) -> list[Row]:
     """A row for each system; evaluations of the user's own problems have none."""
-    return [_row(line) for line in _listed(evaluated)]
+    lines = _listed(evaluated)
+    kinds = list(dict.fromkeys(kind for line in lines for kind in line.kinds))
+    return [_row(line, kinds) for line in lines]
 
 
 def markdown_table(evaluated: Sequence[Evaluated]) -> str:
-    """The tables by column and by length, if any was scored, with notes; also read as text."""
+    """The tables by column and, if any was scored, by length and by kind, with notes.
+
+    Also read as text.
+    """
     rows = table_rows(evaluated)
     heading = ["System", "Parameters"]
     heading += [name for column in SEED_COLUMNS for name in (f"{column} digits", "published")]
@@ -90,11 +105,15 @@ def markdown_table(evaluated: Sequence[Evaluated]) -> str:
         table.append(cells)
     parts = [BY_COLUMN, _aligned(table)]
     if lengths := _scored_lengths(rows):
-        table = [["System", *(f"{n} digits" for n in lengths)]]
+        table = [["System", *(f"{n:,} digits" for n in lengths)]]
         table += [
             [_escaped(row.label), *(_combined(row.strict[n]) for n in lengths)] for row in rows
         ]
         parts += [BY_LENGTH, _aligned(table)]
+    if kinds := list(rows[0].kinds):
+        table = [["System", *map(_escaped, _kinds_heading(kinds))]]
+        table += [[_escaped(row.label), *_kinds_cells(row)] for row in rows]
+        parts += [BY_KIND, _aligned(table)]
     return "\n\n".join([*parts, *map(_escaped, _notes(evaluated))]) + "\n"
 
 
@@ -122,13 +141,17 @@ def latex_table(evaluated: Sequence[Evaluated]) -> str:
         body += [_latex_line(cells), _latex_line(["", "", *small])]
     lines = [*LATEX_START, *_tabular("lr" + "rr" * len(SEED_COLUMNS), heading, body)]
     if lengths := _scored_lengths(rows):
-        heading = [_latex_line(["both operands exactly", *(f"{n} digits" for n in lengths)])]
+        heading = [_latex_line(["both operands exactly", *(f"{n:,} digits" for n in lengths)])]
         body = []
         for row in rows:
             found = [row.strict[n] for n in lengths]
             body.append(_latex_line([_latex(row.label), *(_dashes(_mean(f)) for f in found)]))
             body.append(_latex_line(["", *map(_small, found)]))
         lines += [r"\par\medskip", *_tabular("l" + "r" * len(lengths), heading, body)]
+    if kinds := list(rows[0].kinds):
+        heading = [_latex_line(["wrong answers of all", *map(_latex, _kinds_heading(kinds))])]
+        body = [_latex_line([_latex(r.label), *map(_dashes, _kinds_cells(r))]) for r in rows]
+        lines += [r"\par\medskip", *_tabular("l" + "r" * (len(kinds) + 2), heading, body)]
     notes = _latex(" ".join(_notes(evaluated)))
     lines += [rf"\caption{{Whole answers right, percent. {notes}}}", r"\end{table*}"]
     return "\n".join(lines) + "\n"
@@ -138,21 +161,39 @@ def _listed(evaluated: Sequence[Evaluated]) -> list[Evaluated]:
     return [line for line in evaluated if not line.first.problems]
 
 
-def _row(line: Evaluated) -> Row:
+def _row(line: Evaluated, kinds: Sequence[str]) -> Row:
     first = line.first
-    # The published table was scored without halting.
-    key = None if first.halting else (first.config.name, first.loops)
+    # The published table was scored without halting, at the end of training.
+    published = not (first.halting or first.on_the_way)
+    key = (first.config.name, first.loops) if published else None
     return Row(
         line.label + seed_note([len(line.results)]),
         first.parameters,
         [line.in_column(column) for column in SEED_COLUMNS],
         PUBLISHED.get(key, [None] * len(SEED_COLUMNS)),
         {n: line.at_length(n) for n in STRICT_LENGTHS},
+        line.tally(),
+        {kind: line.tally(kind) for kind in kinds},
     )
 
 
 def _scored_lengths(rows: Sequence[Row]) -> list[int]:
     return [n for n in STRICT_LENGTHS if any(row.strict[n] for row in rows)]
+
+
+def _kinds_heading(kinds: Iterable[str]) -> list[str]:
+    return ["uniform", *kinds, "lengths"]
+
+
+def _kinds_cells(row: Row) -> list[str]:
+    """Wrong answers of all; a kind scored at other lengths than the plain ones says at which."""
+    cells = []
+    for found in (row.plain, *row.kinds.values()):
+        cell = "-" if found is None else f"{found.wrong:,} / {found.total:,}"
+        if found and found.lengths != row.plain.lengths:
+            cell += f" ({ranges(found.lengths)})"
+        cells.append(cell)
+    return [*cells, ranges(row.plain.lengths)]
 
 
 def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
@@ -162,6 +203,7 @@ def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
     return [
         f"{origin(results)}, {problem_counts(results)}, commit {commits}.",
         f"In parentheses: {interval_kind(lines)}, bounds rounded outwards.",
+        *([NOTE_ON_KINDS] if any(line.kinds for line in lines) else []),
         NOTE_ON_COLUMNS,
         NOTE_ON_PUBLISHED,
     ]

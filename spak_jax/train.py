@@ -6,6 +6,7 @@ was stopped anywhere goes on as if it never had been.
 """
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -83,19 +84,29 @@ def optimizer(train: Train) -> optax.GradientTransformation:
     )
 
 
-def loss(network: model.GPT | model.LoopLM, batch: addition.Batch, key: jax.Array | None):
+def loss(
+    network: model.GPT | model.LoopLM,
+    batch: addition.Batch,
+    key: jax.Array | None,
+    progress: jax.Array | float | None = None,
+):
     """Mean cross-entropy of the answer tokens, over every readout that training supervises.
 
     Args:
       network: the model.
       batch: rows of text.
       key: PRNG key for dropout; None for none.
+      progress: share of the training that is done; None outside it.
 
     Returns:
       A float32 scalar.
     """
     weights = batch.answer / batch.answer.sum()
-    return network.supervised_losses(batch.tokens, batch.targets, weights, key=key).mean()
+    ids = addition.coupled_ids(batch.tokens)
+    losses = network.supervised_losses(
+        batch.tokens, batch.targets, weights, ids=ids, key=key, progress=progress
+    )
+    return losses.mean()
 
 
 def initial_state(config: Config) -> TrainState:
@@ -163,7 +174,8 @@ def make_training(
         dropout_key = jax.random.fold_in(_key(state.seed, "dropout"), state.step)
 
         def objective(weights):
-            return loss(nnx.merge(definition, weights), batch, dropout_key)
+            progress = state.step / config.train.steps
+            return loss(nnx.merge(definition, weights), batch, dropout_key, progress)
 
         value, gradients = jax.value_and_grad(objective)(state.weights)
         updates, optimizer_state = update(gradients, state.optimizer, state.weights)
@@ -208,29 +220,44 @@ def make_validation(config: Config) -> Callable[[TrainState, Supply], jax.Array]
     return jax.vmap(validation_loss, in_axes=(OVER_SEEDS, None))
 
 
-def train(config: Config, run_path: Path) -> list[TrainState]:
+@functools.lru_cache(maxsize=1)
+def compiled(config: Config) -> tuple[Callable, Callable]:
+    """The programs of `make_training`, which takes its state's memory, and `make_validation`."""
+    state = jax.eval_shape(lambda: initial_state(config))
+    supply = jax.eval_shape(lambda: make_supply(config))
+    run_steps = jax.jit(make_training(config), donate_argnums=0)
+    run_steps = run_steps.lower(state, supply, jax.ShapeDtypeStruct((), jnp.int32))
+    validation_loss = jax.jit(make_validation(config)).lower(state, supply)
+    return run_steps.compile(), validation_loss.compile()
+
+
+def train(config: Config, run_path: Path, until: int | None = None) -> list[TrainState]:
     """Trains to the last step, from the newest checkpoint in the run folder if there is one.
 
     Args:
       config: of this run; a checkpoint of another is refused.
       run_path: the run folder; with several seeds, of all of them (`run_folders`).
+      until: a step to stop at, with a checkpoint, on the way to the last; None for the last.
 
     Returns:
       The last state of each seed's training.
 
     Raises:
-      InputError: the run folder is another configuration's, damaged, or cannot be written.
+      InputError: the run folder is another configuration's, damaged, or cannot be written, or has
+        been trained beyond `until`.
       Failure: the loss is no longer finite; the last good checkpoint stays.
     """
+    last = config.train.steps if until is None else until
     runs = _Runs(config, run_path)
     state = runs.state
+    if state.step > last:
+        raise InputError(
+            f"{run_path} has been trained to step {state.step:,}, beyond {last:,}; move it aside to"
+            " train it again"
+        )
     supply = make_supply(config)
-
     started = time.monotonic()
-    count = jnp.int32(0)
-    run_steps = jax.jit(make_training(config), donate_argnums=0)
-    run_steps = run_steps.lower(state, supply, count).compile()
-    validation_loss = jax.jit(make_validation(config)).lower(state, supply).compile()
+    run_steps, validation_loss = compiled(config)
     seeds = config.train.seeds
     console.print(
         f"{config.system}: {model.parameter_count(state.weights) // seeds:,} parameters,"
@@ -242,9 +269,9 @@ def train(config: Config, run_path: Path) -> list[TrainState]:
     learning_rate = schedule(config.train)
     step, printed, pace = int(state.step), time.monotonic(), 1
     with progress_bar(config.name) as progress:
-        task = progress.add_task("", total=config.train.steps, completed=step, status="")
-        while step < config.train.steps:
-            target = _next_stop(step, pace, config.train)
+        task = progress.add_task("", total=last, completed=step, status="")
+        while step < last:
+            target = _next_stop(step, pace, last, config.train)
             started = time.monotonic()
             state, losses = run_steps(state, supply, jnp.int32(target - step))
             losses = jnp.atleast_2d(losses)[:, : target - step]
@@ -258,9 +285,7 @@ def train(config: Config, run_path: Path) -> list[TrainState]:
                 "seconds_per_step": seconds,
             }
             lines = [{"loss": sum(values) / len(values), **common} for values in losses]
-            checkpointing = (
-                target % config.train.checkpoint_every == 0 or target == config.train.steps
-            )
+            checkpointing = target % config.train.checkpoint_every == 0 or target == last
             if checkpointing:
                 validated = jnp.atleast_1d(validation_loss(state, supply)).tolist()
                 runs.require_finite("validation loss", [[value] for value in validated], target)
@@ -277,9 +302,9 @@ def train(config: Config, run_path: Path) -> list[TrainState]:
                 f"  rate {common['learning_rate']:.1e}  {1 / seconds:.1f} steps/s"
             )
             progress.update(task, completed=step, status=status)
-            if progress.disable and (time.monotonic() - printed > 10 or step >= config.train.steps):
+            if progress.disable and (time.monotonic() - printed > 10 or step >= last):
                 printed = time.monotonic()
-                console.print(f"step {step:,} of {config.train.steps:,}  {status}")
+                console.print(f"step {step:,} of {last:,}  {status}")
     runs.close()
     return _apart(state)
 
@@ -321,10 +346,10 @@ def main() -> None:
         console.print(f"results: {path / checkpoint.RESULTS}")
 
 
-def _next_stop(step: int, pace: int, train: Train) -> int:
+def _next_stop(step: int, pace: int, last: int, train: Train) -> int:
     """Where the compiled call that starts after `step` ends, at a checkpoint if one is due."""
     due = (step // train.checkpoint_every + 1) * train.checkpoint_every
-    return min(step + pace, due, train.steps)
+    return min(step + pace, due, last)
 
 
 def _key(seed: jax.Array | int, purpose: str) -> jax.Array:

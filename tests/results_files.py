@@ -31,15 +31,26 @@ def score(correct, total=1000, zero_shot=False):
     }
 
 
-def results(name="loop12", system="LoopLM-12 (Dynamic)", trained=12, loops=12, seed=0, **changes):
-    """The contents of a results file, as the evaluator writes it."""
-    model = {"kind": "loop", "loops": trained} if trained else {"kind": "gpt", "layers": 12}
+def results(
+    name="loop12",
+    system="LoopLM-12 (Dynamic)",
+    trained=12,
+    loops=12,
+    seed=0,
+    model=None,
+    **changes,
+):
+    """The contents of a results file, as the evaluator writes it.
+
+    model: more keys of the configured model, or others instead.
+    """
+    kind = {"kind": "loop", "loops": trained} if trained else {"kind": "gpt", "layers": 12}
     made = {
         "system": system,
         "config": {
             "name": name,
             "system": system,
-            "model": {"width": 256, **model},
+            "model": {"width": 256, **kind, **(model or {})},
             "data": {"max_digits": 4, "seed": 0},
             "train": {"steps": 100, "seed": seed},
             "evaluation": {"examples": 1000},

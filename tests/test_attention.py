@@ -217,6 +217,44 @@ def test_gradient_of_the_reference_by_finite_differences():
     check_grads(f, arguments, order=1, modes=["rev"], atol=5e-3, rtol=5e-3, eps=1e-2)
 
 
+@settings(deadline=None, max_examples=8)
+@given(
+    clip=st.integers(1, 3),
+    windowed=st.booleans(),
+    spread=st.integers(2, 9),
+    seed=st.integers(0, 2**16),
+)
+def test_ids_between_integers_have_biases_between_theirs(clip, windowed, spread, seed):
+    """Whole numbers give what integers give; half way between two is the mean of their biases."""
+    q, k, v = (normal(seed + i, (2, 7, 2, 4)) for i in range(3))
+    ids = jnp.asarray(np.random.default_rng(seed).integers(0, spread, (2, 7)), jnp.int32)
+    table, window = normal(seed, (2, 2 * clip + 2)), clip if windowed else None
+    taken = lambda ids, **more: attention(q, k, v, ids=ids, bias_table=table, window=window, **more)  # noqa: E731
+    assert relative_error(taken(ids.astype(jnp.float32)), taken(ids)) < 1e-6
+
+    between = reference._biases(table, jnp.float32([[[0.5 - clip, 0.25]]]), jnp.array(True), clip)
+    expected = [(table[:, 0] + table[:, 1]) / 2, 0.75 * table[:, clip] + 0.25 * table[:, clip + 1]]
+    np.testing.assert_allclose(between[0, :, 0], jnp.stack(expected, 1), rtol=1e-5)
+    # Half way to the first difference outside, a window ends.
+    q, k = q * 0, k * 0
+    for difference, seen in ((clip + 0.4, True), (clip + 0.6, False)):
+        ids = jnp.float32([[1, 1 + difference]])
+        few = attention(q[:1, :2], k[:1, :2], v[:1, :2], ids=ids, window=clip)
+        assert (jnp.abs(few[0, 1] - v[0, 1]).max() > 1e-3) == seen
+
+
+def test_ids_have_a_gradient_on_the_plain_path():
+    q, k, v = (normal(i, (1, 5, 2, 4)) for i in range(3))
+
+    def f(ids, table):
+        return jnp.sin(attention(q, k, v, ids=ids, bias_table=table, window=2)).sum()
+
+    arguments = (jnp.float32([[1.2, 2.33, 1.71, 0.85, 2.64]]), normal(3, (2, 6)))
+    check_grads(f, arguments, order=1, modes=["rev"], atol=5e-3, rtol=5e-3, eps=1e-3)
+    with pytest.raises(ValueError, match="implementation = 'pallas': takes integer ids only"):
+        attention(q, k, v, ids=arguments[0], window=1, implementation="pallas")
+
+
 def test_dropout_keeps_the_asked_share_and_its_bits_are_uniform():
     rows, counters = jnp.arange(64)[:, None], jnp.arange(4096)[None]
     seed = reference.dropout_seed(jax.random.key(0))

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spak_jax import addition, evaluate, model
+from spak_jax import train as training
 from spak_jax.command_line import InputError
+from spak_jax.solve import solve
 
 LENGTH = 40
 
@@ -158,7 +160,9 @@ def test_parse_digits(text, expected):
     assert evaluate.parse_digits(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "a", "0", "3-1", "1-", "-3", "1,,2", "101", "1-1000", "1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "0", "3-1", "1-", "-3", "1,,2", "10001", "1-20000", "1.5"]
+)
 def test_parse_digits_refuses(text):
     with pytest.raises(InputError, match="--digits"):
         evaluate.parse_digits(text)
@@ -168,11 +172,11 @@ BAD_PROBLEMS = {
     "letters": (b"1+2\nfoo+1\n", "line 2"),
     "negative": (b"1+-2\n", "line 1"),
     "empty line": (b"1+2\n\n3+4\n", "line 2: empty"),
-    "wrong answer": (b"1+2=4\n", "the sum is 3"),
+    "wrong answer": (b"1+2=4\n", "is wrong: it is 3"),
     "no last newline": (b"1+2\n3+4", "line 2: no newline"),
     "windows": (b"1+2\r\n", "line 1: ends as on Windows"),
     "10 MB of digits": (b"7" * 10_000_000, "line 1: longer than any problem"),
-    "101 digits": (b"1" * 101 + b"+1\n", "at most 100"),
+    "10,001 digits": (b"1" * 10_001 + b"+1\n", "at most 10000"),
     "nothing": (b"", "holds no problem"),
     "binary": (b"\xff\xfe\x00\n", "line 1"),
 }
@@ -239,6 +243,54 @@ def test_the_command_line(half_trained, tmp_path):
     assert "wrong: 99+1=100" in result.stdout
 
 
+def test_kinds_and_long_numbers_are_scored(half_trained):
+    trained = evaluate.load(half_trained)
+    settings = evaluate.Settings((1, 150), 30, 0, kinds=addition.KINDS)
+    results = evaluate.score(trained, settings)
+    # Beyond 100 digits fewer problems: as many digits.
+    assert {n: line["total"] for n, line in results["lengths"].items()} == {"1": 30, "150": 20}
+    totals = {
+        kind: [line["total"] for line in lines.values()] for kind, lines in results["kinds"].items()
+    }
+    # Of each kind a tenth.
+    assert totals == {"nines": [2, 2]} | {kind: [3, 2] for kind in addition.KINDS[1:]}
+    scorer = evaluate.Scorer(trained, settings)
+    random = np.random.default_rng((0, 1, 1))
+    outcome = scorer(addition.sample_kind(random, addition.KINDS[1], 1, 3))
+    assert results["kinds"]["all-carry"]["1"]["correct"] == outcome.correct.sum()
+    assert results["kinds"]["all-carry"]["150"]["zero_shot"]
+
+
+def test_long_rows_are_scored_a_few_at_a_time():
+    assert evaluate.rows_per_call(32) == evaluate.ROWS_PER_CALL
+    lengths = [evaluate.padded_length(digits, "addition") for digits in (1, 9, 100, 1_000, 10_000)]
+    assert lengths == [16, 32, 304, 3_072, 30_720]
+    for length in lengths:
+        rows = evaluate.rows_per_call(length)
+        assert rows >= 1 and rows & (rows - 1) == 0
+        assert rows == 1 or rows * length**2 <= evaluate.SCORES_PER_CALL
+
+
+@pytest.mark.parametrize("task", ["subtraction", "three-operands"])
+def test_other_tasks_are_scored_and_solved(task, tmp_path):
+    config = tiny_config(data={"task": task, "row_length": 40}, train={"steps": 3})
+    (state,) = training.train(config, tmp_path)
+    trained = evaluate.load(tmp_path)
+    asked = {"subtraction": (31, 9), "three-operands": (3, 40, 5)}[task]
+    (answer,) = solve(trained, [asked])
+    outcome = evaluate.Scorer(trained, evaluate.Settings((2,), 1, 0))(
+        addition.problems_from_integers([asked])
+    )
+    assert (answer.text == addition.answer_of(asked, task)) == outcome.correct[0]
+    results = evaluate.score(trained, evaluate.Settings((1, 2), 20, 0))
+    assert results["config"]["data"]["task"] == task and results["lengths"]["2"]["total"] == 20
+    problem = addition.shown(asked, task)
+    result = run_program("spak_jax.solve", tmp_path, problem)
+    assert result.returncode == 0 and problem in result.stdout
+    assert_refused(run_program("spak_jax.evaluate", tmp_path, "--kinds"), "--kinds", task)
+    assert_refused(run_program("spak_jax.solve", tmp_path, "1+2"), "1+2")
+
+
 def test_the_command_line_refuses(half_trained, tmp_path):
     assert_refused(run_program("spak_jax.evaluate", tmp_path / "none"), "none")
     before = sorted(half_trained.rglob("*"))
@@ -261,8 +313,6 @@ def test_solve(half_trained):
 
 
 def test_solve_writes_what_scoring_finds_right(half_trained):
-    from spak_jax.solve import solve
-
     trained = evaluate.load(half_trained)
     pairs = [(a, b) for a in range(10) for b in range(10)]
     answers = solve(trained, pairs)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from spak_jax import addition, checkpoint, model, train
 from spak_jax.addition import Batch
 from spak_jax.config import Config, parse_config, read_config
+from spak_jax.positions import EMBEDDED_IDS, WIDEST_GAP, Places, learned_places, offset_ids, places
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WIDTH, HEADS, LENGTH = 32, 2, 14
@@ -91,9 +92,9 @@ def random_batch(seed: int = 0, rows: int = 3, length: int = LENGTH) -> Batch:
 
 
 @nnx.jit(static_argnames="loops")
-def logits_of(network, tokens, positions=None, key=None, loops=None):
+def logits_of(network, tokens, positions=None, key=None, loops=None, ids=None):
     more = {} if loops is None else {"loops": loops}
-    return network(jnp.asarray(tokens), positions=positions, key=key, **more)
+    return network(jnp.asarray(tokens), positions=positions, ids=ids, key=key, **more)
 
 
 @nnx.jit(static_argnames="loops")
@@ -117,7 +118,7 @@ def loss_of_logits(logits, batch):
 def block_of(block, x, key=None):
     """The stream after a block and what it leaves to be added."""
     keys = (None, None) if key is None else (jax.random.split(key, 3), jax.random.fold_in(key, 3))
-    x, update = block(x, None, jnp.arange(LENGTH), keys[0])
+    x, update = block(x, None, Places(turned_by=jnp.arange(LENGTH)), keys[0])
     return x + model.dropout(update, block.dropout, keys[1])
 
 
@@ -331,6 +332,244 @@ def test_only_relative_positions_count(kind):
     rows = jnp.stack([positions, positions + 9, positions * 2])
     assert error(logits_of(network, tokens, rows)[1], counted[1]) < 2e-5
     assert error(logits_of(network, tokens, rows)[2], counted[2]) > 0.01
+
+
+# Position schemes.
+
+ONE_LOOP = LOOP | {"loops": 1}
+
+
+def seen_by_the_last(network, tokens, **more) -> list[bool]:
+    """Which tokens change the logits of the last one."""
+    before, seen = logits_of(network, tokens, **more)[:, -1], []
+    for place in range(LENGTH):
+        changed = tokens.copy()
+        changed[:, place] = (changed[:, place] + 1) % addition.VOCABULARY_SIZE
+        after = logits_of(network, changed, **more)[:, -1]
+        seen.append(bool((np.abs(after - before) > 1e-6).any()))
+    return seen
+
+
+def test_no_scheme_knows_only_which_tokens_came_before():
+    network, tokens = random_model(**ONE_LOOP | {"positions": "none"}), random_batch().tokens
+    moved = np.concatenate([tokens[:, -2::-1], tokens[:, -1:]], axis=1)
+    assert error(logits_of(network, moved)[:, -1], logits_of(network, tokens)[:, -1]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [GPT | {"layers": 1}, ONE_LOOP], ids=["gpt", "loop"])
+def test_a_window_over_tokens_ends_there(kind):
+    more = {"positions": "token-bias", "clip": 3, "window": True}
+    tokens = random_batch().tokens
+    assert seen_by_the_last(random_model(**kind | more), tokens) == [False] * 10 + [True] * 4
+    assert all(seen_by_the_last(random_model(**kind | more | {"window": False}), tokens))
+    further = random_model(**kind | more | ({"layers": 2} if kind["kind"] == "gpt" else {}))
+    if kind["kind"] == "gpt":
+        assert seen_by_the_last(further, tokens) == [False] * 7 + [True] * 7
+
+
+def test_a_window_over_coupled_ids_leaves_what_has_none():
+    network = random_model(**ONE_LOOP | {"positions": "coupled-bias", "window": True})
+    tokens = random_batch(rows=1).tokens
+    ids = jnp.array([[2, 3, 4, 0, 2, 3, 4, 1, 2, 3, 4, 5, 0, 3]])
+    expected = [bool(i == 0 or abs(int(i) - 3) <= 1) for i in ids[0]]
+    assert seen_by_the_last(network, tokens, ids=ids) == expected
+    # Only differences count, and what has no id keeps none.
+    moved = jnp.where(ids > 0, ids + 40, 0)
+    plain = logits_of(network, tokens, ids=ids)
+    assert error(logits_of(network, tokens, ids=moved), plain) < 1e-6
+    assert error(logits_of(network, tokens, ids=ids + 1), plain) > 0.001
+
+
+def test_coupled_rope_turns_by_ids():
+    tokens, ids = random_batch().tokens, jnp.asarray(random_batch(1).tokens)
+    coupled = random_model(**LOOP | {"positions": "coupled-rope"})
+    by_place = random_model(**LOOP)
+    found = logits_of(coupled, tokens, ids=ids)
+    assert error(found, logits_of(by_place, tokens, positions=ids)) < 1e-6
+    with pytest.raises(ValueError, match="'coupled-rope' needs ids"):
+        coupled(tokens)
+
+
+def test_random_gaps_are_turned_by_in_training_too():
+    network, tokens = random_model(**LOOP | {"positions": "random-rope"}), random_batch().tokens
+    plain = logits_of(network, tokens)
+    assert error(logits_of(network, tokens), plain) == 0
+    assert error(logits_of(random_model(**LOOP), tokens), plain) > 0.01
+    for seed in (1, 2):
+        turned_by = places(network.config, tokens, None, None, jax.random.key(seed)).turned_by
+        gaps = np.diff(turned_by)
+        assert gaps.min() >= 1 and gaps.max() <= WIDEST_GAP and len(set(gaps.ravel())) > 8
+    expected = logits_of(random_model(**LOOP), tokens, positions=turned_by)
+    assert error(plain, expected) > 0.01
+
+
+def test_embedded_ids_are_moved_in_training_only():
+    ids = jnp.array([[0, 2, 3, 4], [1, 5, 6, 0]])
+    assert (offset_ids(ids, None) == ids).all()
+    assert (offset_ids(ids * 100, None).max(-1) == EMBEDDED_IDS - 1).all()
+    offsets = []
+    for key in jax.random.split(jax.random.key(0), 200):
+        moved = offset_ids(ids, key)
+        assert ((moved == 0) == (ids == 0)).all() and (moved < EMBEDDED_IDS).all()
+        # One offset a row.
+        offset = jnp.where(ids > 0, moved - ids, -1)
+        assert ((offset == offset.max(-1, keepdims=True)) | (offset == -1)).all()
+        offsets.append(offset.max(-1))
+    assert (np.min(offsets, 0) < 5).all() and (np.max(offsets, 0) > EMBEDDED_IDS - 15).all()
+    network = random_model(**LOOP | {"positions": "coupled-embedding"})
+    tokens = random_batch(rows=2, length=4).tokens
+    plain = logits_of(network, tokens, ids=ids)
+    assert error(logits_of(network, tokens, ids=ids, key=jax.random.key(1)), plain) > 0.01
+
+
+def learned_model(**architecture):
+    """Whose gates say what coupled ids say: digits advance, all else starts anew."""
+    config = make_config(
+        **LOOP | {"positions": "learned", "clip": 2, "window": True}, **architecture
+    )
+    weights = random_weights(config)
+    logits = np.full((addition.VOCABULARY_SIZE, 2), 1.0, np.float32)
+    logits[addition.ZERO : addition.EQUALS, 1] = -1
+    weights["pointer.gate_logits"] = logits
+    weights["pointer.gate_bias"] *= 0
+    return build(config, weights)
+
+
+def test_a_pointer_counts_and_starts_anew():
+    pointer = learned_model().pointer
+    tokens = jnp.array([addition.encode("12+345=6789\n1+")])
+    ids = pointer(tokens)
+    assert ids.dtype == jnp.int32
+    assert ids[0].tolist() == [2, 3, 1, 2, 3, 4, 1, 2, 3, 4, 5, 1, 2, 1]
+    # In the first part of training gates are soft, after it they count as what they are closer to.
+    early, late = (pointer(tokens, progress) for progress in (0.1, 0.9))
+    assert 0 < float(jnp.abs(early - ids).max()) < 0.2
+    assert late.dtype == jnp.float32 and (late == ids).all()
+    pointer.gate_logits[...] *= 0.1
+    early, late = (pointer(tokens, progress) for progress in (0.1, 0.9))
+    assert float(jnp.abs(early - ids).max()) > 0.5 and (late == ids).all()
+
+
+def test_learned_ids_reach_attention_and_gradients_reach_them():
+    network, tokens = learned_model(), random_batch().tokens
+    as_bias = random_model(**LOOP | {"positions": "coupled-bias", "clip": 2, "window": True})
+    ids = network.pointer(jnp.asarray(tokens))
+    definition, state = nnx.split(network)
+    shared = {k: v for k, v in nnx.to_pure_dict(state).items() if k != "pointer"}
+    target, other = nnx.split(as_bias)
+    nnx.replace_by_pure_dict(other, shared)
+    same = nnx.merge(target, other)
+    assert error(logits_of(network, tokens), logits_of(same, tokens, ids=ids)) < 1e-6
+
+    batch = random_batch()
+    weights = batch.answer.astype(jnp.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(state, progress):
+        network = nnx.merge(definition, state)
+        tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
+        losses = network.supervised_losses(tokens, targets, weights, progress=progress)
+        return losses.mean()
+
+    # While gates are soft the window reaches one difference further, and not after.
+    seen = {}
+    for progress in (0.1, 0.9):
+        where = learned_places(network.pointer, jnp.asarray(tokens), progress)
+        x = network.embedding(jnp.asarray(tokens))
+        looked = network.block.attention_weights(x, None, where).max(1)
+        difference = jnp.abs(where.ids[:, :, None] - where.ids[:, None, :])
+        seen[progress] = float(jnp.where(looked > 0, difference, 0).max())
+        past = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
+        within = difference <= 2.5 + where.further
+        assert ((looked > 0) == (within & past)).all()
+    assert seen[0.1] > 2.5 and seen[0.9] == 2
+
+    of_gates = lambda progress: gradient(state, progress)["pointer"]["gate_logits"][...]  # noqa: E731
+    assert (jnp.abs(of_gates(0.1)).max(0) > 1e-5).all()
+    assert (of_gates(0.9) == 0).all()
+
+
+# Loops that start alike: normalised states, one step embedding, free loops; and a look inside.
+
+STABLE = LOOP | {"inject_input": True, "normalize_state": True, "shared_step": True}
+
+
+def test_states_keep_their_size_however_many_loops():
+    tokens = random_batch().tokens
+    few = logits_of(random_model(**STABLE), tokens, loops=2)
+    many = logits_of(random_model(**STABLE), tokens, loops=300)
+    assert error(many, few) < 2
+    config = make_config(**STABLE)
+    assert random_weights(config)["step_embedding.embedding"].shape == (1, WIDTH)
+
+
+def test_free_loops_come_before_those_that_count(monkeypatch):
+    """As many as the key draws, then the supervised ones: by the losses of longer models."""
+    batch, network = random_batch(), random_model(**STABLE | {"loops": 2, "free_loops": 3})
+    weights = jnp.asarray(batch.answer, jnp.float32)
+
+    @jax.jit
+    def losses(key):
+        tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
+        return network.supervised_losses(tokens, targets, weights, key=key)
+
+    after = [loss_of_logits(logits_of(network, batch.tokens, loops=n + 2), batch) for n in range(4)]
+    met = set()
+    for key in jax.random.split(jax.random.key(0), 20):
+        (found,) = losses(key)
+        met.add(min(range(4), key=lambda n: abs(float(after[n] - found))))
+        assert min(abs(float(x - found) / float(x)) for x in after) < 1e-5
+    assert met == {0, 1, 2, 3}
+    # Without a key nothing is drawn.
+    np.testing.assert_allclose(supervised_of(network, batch), [after[0]], rtol=1e-5)
+
+
+def test_no_gradient_goes_back_through_free_loops():
+    """The gradient is that of the loops that count, from the state that the free ones left."""
+    batch = random_batch()
+    weights = jnp.asarray(batch.answer, jnp.float32)
+    network = random_model(**STABLE | {"loops": 1, "free_loops": 1, "inject_input": False})
+    definition, state = nnx.split(network)
+
+    @jax.jit
+    def gradient(key):
+        def loss(state):
+            tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
+            network = nnx.merge(definition, state)
+            return network.supervised_losses(tokens, targets, weights, key=key).sum()
+
+        return jax.grad(loss)(state)["step_embedding"]["embedding"][...]
+
+    def expected(free):
+        def loss(shift):
+            tokens = jnp.asarray(batch.tokens)
+            x = network.embedding(tokens)
+            where = Places(turned_by=jnp.arange(LENGTH))
+            for fixed in [True] * free + [False]:
+                entered = network._enter((x, None), x, None)
+                own = jax.lax.stop_gradient(shift) if fixed else shift
+                x = network._whole(network.block(*entered, where, None, own), None)
+            return loss_of_logits(network.readout(x), batch)
+
+        return jax.grad(loss)(network.step_embedding.embedding[0])
+
+    found = [gradient(key)[0] for key in jax.random.split(jax.random.key(0), 12)]
+    wanted = [expected(0), expected(1)]
+    chosen = [min((0, 1), key=lambda n: error(g, wanted[n])) for g in found]
+    assert set(chosen) == {0, 1}
+    assert max(error(g, wanted[n]) for g, n in zip(found, chosen, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", [LOOP, STABLE], ids=["plain", "stable"])
+def test_a_trace_shows_what_each_loop_does(architecture):
+    network, tokens = random_model(**architecture), random_batch().tokens
+    logits, looked = nnx.jit(lambda network: network.traced(jnp.asarray(tokens), loops=3))(network)
+    for loop in range(3):
+        assert error(logits[loop], logits_of(network, tokens, loops=loop + 1)) < 1e-6
+    assert looked.shape == (3, *tokens.shape[:1], HEADS, LENGTH, LENGTH)
+    np.testing.assert_allclose(looked.sum(-1), 1, rtol=1e-5)
+    assert float(jnp.triu(looked, 1).max()) == 0
 
 
 # Dropout.

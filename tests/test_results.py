@@ -11,7 +11,15 @@ from scipy.stats import t as student_t
 
 from spak_jax import results as module
 from spak_jax.command_line import InputError
-from spak_jax.results import Score, estimate, loop_families, read_results, training_families
+from spak_jax.results import (
+    Score,
+    Tally,
+    estimate,
+    loop_families,
+    read_results,
+    scheme_families,
+    training_families,
+)
 
 
 def seeds(*correct, total=1000):
@@ -86,10 +94,30 @@ def test_other_lengths_of_the_same_run_extend_its_line():
     assert not repeats
 
 
+def test_kinds_of_another_file_of_the_same_run_are_added():
+    plain = results()
+    nines = results(kinds={"nines": {"1": score(1, 2), "2": score(2, 2)}})
+    more = results(kinds={"nines": {"2": score(0, 2), "3": score(2, 2)}, "no-carry": {}})
+    [line], repeats = gathered(plain, nines, more)
+    assert line.kinds == ["nines"] and not repeats
+    # Of the second length the first file's score.
+    assert line.tally("nines") == Tally(1, 6, [1, 2, 3])
+
+
+def test_wrong_answers_are_counted_over_all_lengths_and_seeds():
+    lengths = {"1": score(1000), "30": score(10, 50)}
+    first = results(lengths=lengths, kinds={"all-carry": {"2": score(999)}})
+    second = results(seed=1, lengths={"1": score(997), "100": score(1)})
+    [line], _ = gathered(first, second)
+    assert line.tally() == Tally(3 + 40 + 999, 3050, [1, 30, 100])
+    assert line.tally("all-carry") == Tally(1, 1000, [2])
+    assert line.tally("no-carry") is None
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"step": 50}, "step 50"),
+        ({"step": 50}, "after 50 of 100 steps"),
         ({"method": "decoding"}, "method decoding"),
         ({"dtype": "bfloat16"}, "dtype bfloat16"),
         ({"halting": [0.9, 0.999]}, "halting"),
@@ -113,6 +141,48 @@ def test_loop_families_hold_what_differs_in_loops_alone():
     assert [line.first.loops for line in lines] == [8, 24]
 
 
+def test_scheme_families_hold_the_same_models_by_scheme_and_window():
+    bias, window = {"positions": "coupled-bias"}, {"positions": "coupled-bias", "window": True}
+    evaluated, _ = gathered(
+        results("a", "A", None, None, model={"layers": 2}),
+        results("b", "B", 4, 4, model=bias),
+        results("c", "C", 4, 4, model=window),
+        results("c", "C", 4, 8, model=window),
+        results("d", "D", 1, 1, model={"positions": "rope"}, step=50),
+        results("b", "B", 4, 4, seed=1, model=bias),
+        results("e", "E", None, None, model=bias | {"layers": 1}, halting=[0.9]),
+    )
+    families = scheme_families(evaluated)
+    assert [(title, [line.label for line in lines]) for title, lines in families] == [
+        ("rope", ["GPT, 2 layers", "LoopLM, 1 loop after 50 of 100 steps"]),
+        ("coupled-bias", ["LoopLM, 4 loops", "GPT, 1 layer, halting"]),
+        ("coupled-bias, window", ["LoopLM, 4 loops", "LoopLM, 4 loops, at 8"]),
+    ]
+    both_seeds = families[1][1][0]
+    assert [r.config.train.seed for r in both_seeds.results] == [0, 1]
+
+
+def test_models_of_one_scheme_that_are_as_deep_are_told_apart_by_settings_before_names():
+    evaluated, _ = gathered(
+        results("rope", "With RoPE"),
+        *(results(f"n{w}", f"None, {w}", model={"positions": "none", "width": w}) for w in (8, 16)),
+        *(results(f"b{i}", f"Bias {i}", model={"positions": "bias"}) for i in (1, 2)),
+    )
+    labels = [[line.label for line in lines] for _, lines in scheme_families(evaluated)]
+    assert labels == [
+        ["LoopLM, 12 loops"],
+        ["LoopLM, 12 loops, model.width 8", "LoopLM, 12 loops, model.width 16"],
+        ["LoopLM, 12 loops, name b1", "LoopLM, 12 loops, name b2"],
+    ]
+
+
+def test_a_window_alone_makes_no_second_scheme():
+    evaluated, _ = gathered(
+        *(results(model={"positions": "learned", "window": window}) for window in (True, False))
+    )
+    assert scheme_families(evaluated) == []
+
+
 def test_training_families_hold_each_run_once_with_its_longest_curve():
     longer = CURVE | {"step": [10, 20, 40]}
     evaluated, _ = gathered(
@@ -133,6 +203,9 @@ def test_words_on_where_results_come_from():
     told = "NVIDIA H100 80GB HBM3, 2026-11-22 to 2026-12-01, training seeds 0-2, 4"
     assert module.origin(every) == told
     assert module.problem_counts(every) == "1,000 problems a length, 7 problems in mine.txt"
+    fewer = [*every, *gathered(results(lengths={"1000": score(50, 100)}))[0][0].results]
+    told = "at most 1,000 problems a length, 7 problems in mine.txt"
+    assert module.problem_counts(fewer) == told
     assert module.interval_kind(evaluated[1:]) == module.WILSON
     assert module.interval_kind(evaluated[:1]) == module.OVER_SEEDS
     notes = [module.seed_note(counts) for counts in ([1, 1], [5], [1, 3])]
@@ -190,6 +263,15 @@ BAD = {
     "no loops": (changed("loops", None), "loops = None"),
     "loops 0": (changed("loops", 0), "loops = 0"),
     "NaN loss": (changed("training.loss", [1.0, math.nan, 1.0]), "training.loss.1 = nan"),
+    "kinds as a list": (changed("kinds", ["nines"]), "kinds = ['nines']"),
+    "kind as a score": (changed("kinds", {"nines": score(1)}), "kinds.nines.correct"),
+    "length 0 of a kind": (changed("kinds", {"nines": {"0": score(1)}}), "kinds.nines.0"),
+    "other accuracy of a kind": (
+        changed("kinds", {"nines": {"1": score(1, 2) | {"accuracy": 0.6, "high": 0.7}}}),
+        "kinds.nines.1: accuracy = 0.6",
+    ),
+    "no scheme": (changed("config.model.positions", None), "config.model.positions = None"),
+    "window 1": (changed("config.model.window", 1), "config.model.window = 1"),
     "lost loss": (changed("training.loss", [1.0]), "training: 3 values in step, 1 in loss"),
 }
 

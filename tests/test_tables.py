@@ -93,6 +93,69 @@ def test_only_strict_lengths_that_were_scored_have_a_column():
     assert r"both operands exactly & 8 digits \\" in latex_table(evaluated)
 
 
+def test_long_lengths_have_a_column_where_any_system_was_scored_there():
+    far = results(lengths={"100": score(990), "1000": score(90, 100), "10000": score(5, 10)})
+    evaluated, _ = gathered(far, results("near", "Near"))
+    rows = rows_of(markdown_table(evaluated))
+    expected = ["7", "8", "10", "12", "100", "1,000", "10,000"]
+    assert rows["System"][1] == [f"{length} digits" for length in expected]
+    assert rows["LoopLM-12 (Dynamic)"][1][3:] == [
+        "-",
+        "99.0 (96.0-100.0)",
+        "90.0 (87.0-93.0)",
+        "50.0 (47.0-53.0)",
+    ]
+    assert rows["Near"][1][3:] == ["4.0 (1.0-7.0)", "-", "-", "-"]
+    assert r"& 1,000 digits & 10,000 digits \\" in latex_table(evaluated)
+
+
+def of_kinds(seed=0, **kinds):
+    """A run scored at 1, 2, 3 and 10,000 digits, and there on kinds with so many wrong of all."""
+
+    def lengths(wrong, total):
+        at_each = {str(n): score(total, total) for n in (1, 2, 3)}
+        return at_each | {"10000": score(total - wrong, total)}
+
+    return results(
+        seed=seed,
+        lengths=lengths(1, 250_000),
+        kinds={kind.replace("_", "-"): lengths(*counts) for kind, counts in kinds.items()},
+    )
+
+
+def test_wrong_answers_by_kind_are_pooled_over_lengths_and_seeds():
+    evaluated, _ = gathered(
+        of_kinds(seed=0, nines=(2, 2), all_carry=(1234, 250_000)),
+        of_kinds(seed=1, nines=(0, 2), all_carry=(0, 250_000)),
+        results("other", "Other", kinds={"no-carry": {str(n): score(1000) for n in range(1, 13)}}),
+    )
+    table = markdown_table(evaluated)
+    rows = rows_of(table)
+    assert "Wrong answers of all, over all lengths scored." in table
+    assert "nines: 99...9 + 1; all-carry: every place carries;" in table
+    assert rows["System"][2] == ["uniform", "nines", "all-carry", "no-carry", "lengths"]
+    uniform = f"{80 * sum(range(1, 13)):,} / 12,000"
+    assert rows["Other"][2] == [uniform, "-", "-", "0 / 12,000", "1-12"]
+    counts = ["2 / 2,000,000", "2 / 16", "1,234 / 2,000,000"]
+    assert rows["LoopLM-12 (Dynamic), 2 seeds"][2] == [*counts, "-", "1-3, 10000"]
+    latex = latex_table(evaluated)
+    assert r"wrong answers of all & uniform & nines & all-carry & no-carry & lengths \\" in latex
+    told = " & ".join(["LoopLM-12 (Dynamic), 2 seeds", *counts, "--", "1--3, 10000"])
+    assert rf"{told} \\" in latex
+
+
+def test_kinds_scored_at_other_lengths_than_the_plain_additions_say_at_which():
+    evaluated, _ = gathered(results(kinds={"nines": {"1": score(2, 2), "2": score(1, 2)}}))
+    cells = rows_of(markdown_table(evaluated))["LoopLM-12 (Dynamic)"][2]
+    assert cells[1:] == ["1 / 4 (1-2)", "1-12"]
+
+
+def test_no_table_by_kind_where_none_was_scored():
+    evaluated, _ = gathered(results(kinds={}))
+    for table in (markdown_table(evaluated), latex_table(evaluated)):
+        assert "rong answers" not in table and "nines" not in table
+
+
 def test_own_problems_have_no_row():
     own = results(lengths={"3": score(9, 10)}, seed_columns={}, problems="mine.txt", examples=10)
     evaluated, _ = gathered(own, results())
@@ -132,7 +195,9 @@ def scores(draw):
 @st.composite
 def valid_results(draw):
     trained = draw(st.none() | st.integers(1, 100))
-    lengths = draw(st.dictionaries(st.integers(1, 1000).map(str), scores(), min_size=1, max_size=4))
+    by_length = st.dictionaries(st.integers(1, 1000).map(str), scores(), max_size=4)
+    lengths = draw(by_length.filter(bool))
+    kinds = st.dictionaries(st.sampled_from(["nines", "all-carry", "a & b"]), by_length)
     columns = st.dictionaries(st.sampled_from([*COLUMNS, "another"]), scores(), max_size=3)
     return results(
         draw(st.sampled_from(["gpt12", "loop12", "x"])),
@@ -142,6 +207,7 @@ def valid_results(draw):
         draw(st.integers(0, 2)),
         lengths=lengths,
         seed_columns=draw(columns),
+        kinds=draw(kinds),
         halting=draw(st.none() | st.just([0.9, 0.999])),
         commit=draw(st.none() | st.text(min_size=1, max_size=8)),
         problems=draw(st.sampled_from([None, None, None, "mine.txt"])),
@@ -162,3 +228,10 @@ def test_any_valid_results_give_tables_with_a_row_for_each_system(several):
         latex = latex_table(evaluated)
         body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().split("\n")
         assert len(body) == 2 * len(shown)
+        if shown[0].kinds:
+            by_kind = table.split("\n\n")[-6].split("\n")
+            assert len(by_kind) == 2 + len(shown)
+            assert len({len(line) for line in by_kind}) == 1
+            body = latex.split(r"\midrule")[-1].split(r"\bottomrule")[0].strip().split("\n")
+            cells = 3 + len(shown[0].kinds)
+            assert [line.replace(r"\&", "").count("&") for line in body] == [cells - 1] * len(shown)

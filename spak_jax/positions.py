@@ -1,0 +1,172 @@
+"""Where tokens are, as the models know it: the position schemes by name.
+
+Attention is told of places in two ways: RoPE turns queries and keys by an integer each, and a
+learned bias is looked up by the difference of two tokens' ids, beyond which a window may end.
+
+| scheme | turned by | bias and window over |
+| --- | --- | --- |
+| rope | the token's place in the row | |
+| random-rope | places with random gaps between them | |
+| none | | |
+| token-bias | | the token's place in the row |
+| coupled-rope | coupled ids | |
+| coupled-embedding | | ; a learned embedding of coupled ids is added to the tokens |
+| coupled-bias | | coupled ids |
+| learned | | ids that the model finds itself, by `Pointer` |
+
+Coupled ids are given to a model, by what knows the task (`addition.coupled_ids`): they say which
+digits belong together. All others know of tokens and their order only.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spak_jax.config import BIASED, Architecture
+
+# The widest of random gaps.
+WIDEST_GAP = 16
+# Ids that a learned embedding has; training moves each row's ids by a random offset within them.
+EMBEDDED_IDS = 128
+# How steeply a gate answers to its logit, and how far apart tokens' logits are at first.
+GATE_SLOPE, GATE_STD = 4.0, 0.1
+# The share of training after which gates are rounded, and how much further a window reaches before:
+# to tokens whose ids are to come closer.
+SOFT_UNTIL, SOFT_FURTHER = 0.4, 1.0
+# The first biases of learned ids favour differences spread over this much to either side.
+FIRST_CENTRES = 1.5
+
+
+class Places(NamedTuple):
+    """What attention is told: integers to turn by, and ids (0 for none); None for nothing.
+
+    turned_by: int32 `[length]` or `[batch, length]`. ids: int32 `[batch, length]`, or float32 for
+    learned ids in training. further: by how much the window is wider then than `config.clip`.
+    """
+
+    turned_by: jax.Array | None = None
+    ids: jax.Array | None = None
+    further: jax.Array | None = None
+
+
+class Pointer(nnx.Module):
+    """Ids that a model finds itself: a counter over the row that each token moves or starts anew.
+
+    `id_t = (1 - reset_t) (id_{t-1} + advance_t)`, both gates a sigmoid of what is learned for each
+    token of the vocabulary: nothing here knows what a digit is, or where numbers start. (Contextual
+    position encoding, Golovneva et al. 2024, counts by gates too, of query and key, without
+    starting anew.)
+
+    Gates are rounded to 0 or 1 and ids are whole, however long the row. In the first part of
+    training (`SOFT_UNTIL`) they are soft, so that a gradient can move them; after it they are
+    rounded, too, and stay as they are, or the model would come to rely on what lies between.
+    """
+
+    def __init__(self, vocabulary: int, *, rngs: nnx.Rngs):
+        self.gate_logits = nnx.Param(GATE_STD * jax.random.normal(rngs.params(), (vocabulary, 2)))
+        # What all tokens share: most are digits, and learn from one another what to do.
+        self.gate_bias = nnx.Param(jnp.zeros(2))
+
+    def gates(self) -> jax.Array:
+        """Advance and reset of each token, float32 `[vocabulary, 2]`."""
+        return jax.nn.sigmoid(GATE_SLOPE * (self.gate_logits[...] + self.gate_bias[...]))
+
+    def __call__(self, tokens: jax.Array, progress: jax.Array | float | None = None) -> jax.Array:
+        """Ids, from 1.
+
+        Args:
+          tokens: int `[batch, length]`.
+          progress: share of the training that is done; None outside training.
+
+        Returns:
+          int32 `[batch, length]`; in training float32.
+        """
+        gates = self.gates()
+        if progress is None:
+            gates = jnp.round(gates).astype(jnp.int32)
+        else:
+            gates = jnp.where(progress < SOFT_UNTIL, gates, jnp.round(gates))
+        gates = gates[tokens]
+
+        def join(earlier, later):
+            return earlier[0] * later[0], earlier[1] * later[0] + later[1]
+
+        kept = 1 - gates[..., 1]
+        steps = kept, kept * gates[..., 0]
+        return 1 + jax.lax.associative_scan(join, steps, axis=1)[1]
+
+
+def learned_places(
+    pointer: Pointer, tokens: jax.Array, progress: jax.Array | float | None
+) -> Places:
+    """What attention is told by the scheme "learned"; as `Pointer` takes its arguments."""
+    ids = pointer(tokens, progress)
+    if progress is None:
+        return Places(ids=ids)
+    return Places(ids=ids, further=jnp.where(progress < SOFT_UNTIL, SOFT_FURTHER, 0.0))
+
+
+def places(
+    config: Architecture,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    ids: jax.Array | None,
+    key: jax.Array | None,
+) -> Places:
+    """What attention is told by every scheme but "learned".
+
+    Args:
+      config: names the scheme.
+      tokens: int `[batch, length]`.
+      positions: int `[length]` or `[batch, length]`, the tokens' places; None counts from 0.
+      ids: int32 `[batch, length]`, coupled ids.
+      key: PRNG key of random gaps; None for always the same.
+
+    Raises:
+      ValueError: the scheme needs ids and there are none.
+    """
+    if positions is None:
+        positions = jnp.arange(tokens.shape[-1])
+    scheme = config.positions
+    if scheme.startswith("coupled") and ids is None:
+        raise ValueError(f"model.positions = {scheme!r} needs ids")
+    if scheme == "rope":
+        return Places(turned_by=positions)
+    if scheme == "random-rope":
+        # Longer rows meet distances then that shorter ones have met in training (Ruoss et al. 2023,
+        # Randomized Positional Encodings Boost Length Generalization of Transformers).
+        key = jax.random.key(0) if key is None else key
+        gaps = jax.random.randint(key, tokens.shape, 1, WIDEST_GAP + 1)
+        return Places(turned_by=jnp.cumsum(gaps, axis=-1))
+    if scheme == "coupled-rope":
+        return Places(turned_by=ids)
+    if scheme == "token-bias":
+        return Places(ids=jnp.broadcast_to(positions + 1, tokens.shape).astype(jnp.int32))
+    return Places(ids=ids if scheme == "coupled-bias" else None)
+
+
+def offset_ids(ids: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Ids for a learned embedding: each row's moved by a random offset where a key is given."""
+    if key is not None:
+        room = EMBEDDED_IDS - ids.max(-1, keepdims=True)
+        offset = jax.random.randint(key, room.shape, 0, jnp.maximum(room, 1))
+        ids = jnp.where(ids > 0, ids + offset, 0)
+    return jnp.minimum(ids, EMBEDDED_IDS - 1)
+
+
+def first_bias(config: Architecture) -> jax.Array | None:
+    """The bias table `[heads, 2 * clip + 2]` before training; None for a scheme without one.
+
+    Zeros; for learned ids, which have nothing to go by at first, each head prefers another
+    difference.
+    """
+    if config.positions not in BIASED:
+        return None
+    table = jnp.zeros((config.heads, 2 * config.clip + 2))
+    if config.positions == "learned":
+        centres = jnp.linspace(-FIRST_CENTRES, FIRST_CENTRES, config.heads)
+        difference = jnp.arange(-config.clip, config.clip + 1)
+        table = table.at[:, :-1].set(-((difference - centres[:, None]) ** 2))
+    return table

@@ -1,0 +1,115 @@
+"""Time to a hundred digits: `python -m spak_jax.race [CONFIG] [key.path=value ...] [--json FILE]`.
+
+Trains a configuration from nothing, stops every so many steps to score additions of 100 digits, and
+ends as soon as 99.9% of them are right. The time counts from the start of the process, compiling
+included; beside it stands what the training steps alone took. No run folder is written.
+"""
+
+import argparse
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from spak_jax import addition, evaluate
+from spak_jax.command_line import Failure, InputError, console, run_program, write_file
+from spak_jax.config import Config, read_config
+from spak_jax.train import TrainState, compiled, initial_state, make_supply
+
+DIGITS, ACCURACY = 100, 0.999
+EXAMPLES = 10_000
+# Scored first, and the others only where these look good.
+FIRST_EXAMPLES = 256
+
+
+def race(config: Config, digits: int, every: int) -> dict[str, Any]:
+    """Trains until `ACCURACY` of additions of `digits` digits are right.
+
+    Args:
+      config: of one seed.
+      digits: of both operands.
+      every: training steps between two scorings.
+
+    Returns:
+      Steps and seconds to there, the score, and where and when.
+
+    Raises:
+      Failure: the training ended before that.
+    """
+    state, supply = jax.jit(lambda: initial_state(config))(), make_supply(config)
+    run_steps, _ = compiled(config)
+    settings = evaluate.Settings((digits,), EXAMPLES, config.evaluation.seed)
+    problems = addition.sample_exact(jax.random.key(1), digits, EXAMPLES, config.data.task)
+    few = jax.tree.map(lambda array: array[:FIRST_EXAMPLES], problems)
+    training = scoring = 0.0
+    while int(state.step) < config.train.steps:
+        started = time.perf_counter()
+        state = _advance(run_steps, state, supply, every, config)
+        training += time.perf_counter() - started
+        started = time.perf_counter()
+        scorer = evaluate.Scorer(evaluate.Trained(config, state.weights, 0), settings)
+        right = scorer(few).correct.mean()
+        if right >= ACCURACY:
+            outcome = scorer(problems)
+            right = outcome.correct.mean()
+        scoring += time.perf_counter() - started
+        console.print(f"step {int(state.step):,}: {right:.2%} of {digits} digits right")
+        if right >= ACCURACY:
+            trained = evaluate.Trained(config, state.weights, int(state.step))
+            return evaluate.origin(trained) | {
+                "digits": digits,
+                **evaluate.summary(outcome),
+                "seconds": time.time() - psutil.Process().create_time(),
+                "training_seconds": training,
+                "scoring_seconds": scoring,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }
+    raise Failure(f"{ACCURACY:.1%} of {digits} digits not reached in {config.train.steps:,} steps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m spak_jax.race", description="Train until 100-digit additions are right."
+    )
+    parser.add_argument(
+        "config", nargs="?", default="configs/quickstart.toml", help="(%(default)s)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
+    parser.add_argument("--digits", type=int, default=DIGITS, help="(%(default)s)")
+    parser.add_argument(
+        "--every", type=int, default=100, help="steps between scorings (%(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    arguments = parser.parse_intermixed_args()
+    evaluate.check_range("--digits", arguments.digits, 1, evaluate.MAX_DIGITS)
+    evaluate.check_range("--every", arguments.every, 1, 1_000_000)
+    config = read_config(Path(arguments.config), arguments.overrides)
+    if config.train.seeds > 1:
+        raise InputError(f"train.seeds = {config.train.seeds}: a race is run by one seed")
+    result = race(config, arguments.digits, arguments.every)
+    console.print(
+        f"{config.system}, {result['parameters']:,} parameters, on {result['device']}:"
+        f" {result['accuracy']:.2%} of {arguments.digits} digits right after {result['step']:,}"
+        f" steps, {result['seconds']:.1f} s from the start of the process,"
+        f" {result['training_seconds']:.1f} s of them training"
+    )
+    if arguments.json:
+        write_file(arguments.json, json.dumps(result, indent=1) + "\n")
+
+
+def _advance(run_steps, state: TrainState, supply, count: int, config: Config) -> TrainState:
+    """The state `count` steps on, or at the last step."""
+    last = min(int(state.step) + count, config.train.steps)
+    while int(state.step) < last:
+        steps = min(last - int(state.step), config.train.steps_per_call)
+        state, _ = run_steps(state, supply, jnp.int32(steps))
+    return jax.block_until_ready(state)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,75 @@
+"""The look inside a looped model, and the race to a hundred digits: programs for people."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY, assert_refused, run_program, tiny_config
+
+from spak_jax import addition, evaluate, race, trace
+from spak_jax.command_line import Failure, InputError
+from spak_jax.config import parse_config
+
+
+def test_a_trace_is_of_the_answer(half_trained):
+    trained = evaluate.load(half_trained)
+    traced = trace.trace(trained, (57, 8), None)
+    assert traced["text"] == "75+8=56\n" and traced["first"] == 4
+    confidence, looked = np.array(traced["confidence"]), np.array(traced["looked"])
+    # Of each loop: the tokens that choose 5, 6 and the newline; they look at the text before.
+    assert confidence.shape == (3, 3) and looked.shape == (3, 3, 7)
+    np.testing.assert_allclose(looked.sum(-1), 1, atol=1e-2)
+    assert (looked[:, 0, 5:] == 0).all()
+    batch = addition.problem_rows(addition.problems_from_integers([(57, 8)]), 7)
+    logits, _ = evaluate.forward(trained.config)(trained.weights, batch.tokens)
+    chances = np.exp(logits[0] - np.logaddexp.reduce(logits[0], axis=-1, keepdims=True))
+    expected = [chances[4 + i, batch.targets[0, 4 + i]] for i in range(3)]
+    np.testing.assert_allclose(confidence[-1], expected, atol=1e-3)
+    json.dumps(traced)
+
+
+def test_what_cannot_be_traced_is_refused(half_trained):
+    trained = evaluate.load(half_trained)
+    with pytest.raises(InputError, match="at most 400"):
+        trace.trace(trained, (10**300, 1), None)
+    values = tiny_config().model_dump(mode="json")
+    values["model"] = {"kind": "gpt", "layers": 2, "width": 16, "heads": 2}
+    stacked = trained._replace(config=parse_config(values, "test"))
+    with pytest.raises(InputError, match="tiny is a stack of blocks"):
+        trace.trace(stacked, (1, 2), None)
+
+
+def test_the_trace_command(half_trained, tmp_path):
+    out = tmp_path / "out"
+    result = run_program("spak_jax.trace", half_trained, "999+1", "--loops", "5", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["trace.json", "trace.pdf", "trace.png"]
+    traced = json.loads((out / "trace.json").read_text())
+    assert traced["loops"] == 5 and traced["problem"] == "999+1" and traced["step"] == 220
+    assert_refused(run_program("spak_jax.trace", half_trained, "999-1"), "999-1")
+    assert_refused(run_program("spak_jax.trace", half_trained, "1+1", "--loops", "0"), "--loops 0")
+
+
+def test_a_race_ends_where_the_digits_are_right(monkeypatch):
+    config = tiny_config(
+        model={"width": 32}, data={"max_digits": 1, "bridge_fraction": 0.0, "row_length": 8},
+        train={"steps": 400, "learning_rate": 1e-2, "batch": 64, "steps_per_call": 50},
+    )  # fmt: skip
+    monkeypatch.setattr(race, "ACCURACY", 0.01)
+    monkeypatch.setattr(race, "EXAMPLES", 300)
+    result = race.race(config, 1, 50)
+    assert result["accuracy"] >= 0.01 and result["total"] == 300
+    assert result["step"] % 50 == 0 and 0 < result["step"] <= 400
+    assert 0 < result["training_seconds"] < result["seconds"]
+    short = config.model_copy(update={"train": config.train.model_copy(update={"steps": 10})})
+    monkeypatch.setattr(race, "ACCURACY", 0.999)
+    with pytest.raises(Failure, match="99.9% of 1 digits not reached in 10 steps"):
+        race.race(short, 1, 5)
+
+
+def test_the_race_command_refuses(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    words = ("spak_jax.race", tmp_path / "tiny.toml")
+    assert_refused(run_program(*words, "train.seeds=2"), "train.seeds = 2")
+    assert_refused(run_program(*words, "--every", "0"), "--every 0")
+    assert_refused(run_program(*words, "--digits", "0"), "--digits 0")
