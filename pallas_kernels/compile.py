@@ -320,7 +320,7 @@ def _reports(target: str, case: Case | StreamCase, assembler: str) -> list[Repor
         # The message does not say which kernel failed: each one alone does.
         alone = [
             report
-            for kernel in _kernels(target, case)
+            for kernel in kernels_of(target, case)
             for report in _reports(target, _alone(target, case, kernel), assembler)
         ]
         if any(report.problem for report in alone):
@@ -328,11 +328,11 @@ def _reports(target: str, case: Case | StreamCase, assembler: str) -> list[Repor
     asked = _TOO_MUCH.search(message)
     return [
         Report(target, kernel, case, shared_memory=asked and int(asked[1]), problem=problem)
-        for kernel in _kernels(target, case)
+        for kernel in kernels_of(target, case)
     ]
 
 
-def _kernels(target: str, case: Case | StreamCase) -> tuple[str, ...]:
+def kernels_of(target: str, case: Case | StreamCase) -> tuple[str, ...]:
     """Names of the kernels of a case; the first is the forward pass."""
     if isinstance(case, StreamCase):
         return case.kernels
@@ -352,14 +352,20 @@ def _kernels(target: str, case: Case | StreamCase) -> tuple[str, ...]:
 
 def _alone(target: str, case: Case, kernel: str) -> Case:
     """One kernel of attention, with the settings that it has there."""
+    return dataclasses.replace(case, kernel=kernel, settings=settings_of(target, case, kernel))
+
+
+def settings_of(target: str, case: Case, kernel: str) -> dict[str, Any]:
+    """Arguments that launch one kernel of attention on a target; empty where there are none."""
+    return tiles.settings(target, kernel, tile_key(target, case, kernel)) or {}
+
+
+def tile_key(target: str, case: Case, kernel: str) -> str:
+    """Key of the table's line for one kernel of attention."""
     sizes = case.shape.head_dim, case.item_size
     if kernel in tiles.LONG_KERNELS:
-        settings = tiles.streamed(target, kernel, *sizes, with_ids=case.clip is not None)
-    else:
-        settings = (
-            tiles.settings(target, kernel, tiles.key(kernel, case.shape.length, *sizes)) or {}
-        )
-    return dataclasses.replace(case, kernel=kernel, settings=settings)
+        return tiles.streamed_key(target, kernel, *sizes, with_ids=case.clip is not None)
+    return tiles.key(kernel, case.shape.length, *sizes)
 
 
 def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
@@ -372,7 +378,7 @@ def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Repo
         shared_memory = dict(_launches(Path(folder)))
         code = dict(_entries(Path(folder)))
         reports = []
-        for kernel in _kernels(target, case):
+        for kernel in kernels_of(target, case):
             if kernel not in code or kernel not in shared_memory:
                 raise RuntimeError(f"XLA did not write out the code and the launch of {kernel}")
             registers, spilled = _assembled(code[kernel], assembler)

@@ -11,6 +11,7 @@ from pallas_kernels import activation, readout, residual, rows
 
 DROPOUT = 0.1
 VOCABULARY = 13
+OPERATIONS = ("add_and_norm", "add_and_score", "gelu")
 
 
 class StreamShape(NamedTuple):
@@ -31,7 +32,7 @@ SHAPES = tuple(StreamShape(8192, width) for width in (128, 256, 768)) + (StreamS
 class StreamCase:
     """One operation forward and backward, with all that it can be asked for.
 
-    operation: "add_and_norm", "add_and_score" or "gelu", whose numbers are four times the shape's.
+    operation: of `OPERATIONS`; the numbers of "gelu" are four times the shape's.
     shape: of the stream. dtype: of the products around it.
     """
 
@@ -101,7 +102,7 @@ def _with_gradients(function: Callable) -> Callable:
 # `add_and_score` leaves wide streams to plain `jnp`.
 STREAM_CASES = [
     StreamCase(operation, shape)
-    for operation in ("add_and_norm", "add_and_score", "gelu")
+    for operation in OPERATIONS
     for shape in SHAPES
     if operation != "add_and_score" or shape.width <= readout.LARGEST_WIDTH
 ]

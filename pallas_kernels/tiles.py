@@ -47,13 +47,19 @@ def evidence(target: str, kernel: str, key: str) -> str:
 def streamed(
     target: str, kernel: str, head_dim: int, item_size: int, *, with_ids: bool
 ) -> dict[str, Any]:
-    """Arguments that launch a streaming kernel.
+    """Arguments that launch a streaming kernel."""
+    key = streamed_key(target, kernel, head_dim, item_size, with_ids=with_ids)
+    return settings(target, kernel, key)
+
+
+def streamed_key(target: str, kernel: str, head_dim: int, item_size: int, *, with_ids: bool) -> str:
+    """Key of a streaming kernel's line.
 
     Ids, biases and windows want registers: some tiles that suit plain calls are not for them.
     """
     plain = head_key(head_dim, item_size)
-    own = settings(target, kernel, f"{plain}, with ids") if with_ids else None
-    return own or settings(target, kernel, plain)
+    own = f"{plain}, with ids"
+    return own if with_ids and settings(target, kernel, own) else plain
 
 
 def whole_row(

@@ -1,5 +1,5 @@
 """Finds tiles and writes them into the table that the kernels read:
-`python -m pallas_kernels.tune [--target NAME,...] [--kernel NAME ...] [--table FILE]`.
+`python -m pallas_kernels.tune [--target NAME,...] [--kernel NAME ... | --spec SPEC] [--table FILE]`
 
 Without `--target`, the candidates are timed on the GPU at hand: bfloat16, causal, with RoPE,
 without dropout, one shape for each key of the table; `--kernel cudnn_from` compares whole calls
@@ -7,6 +7,10 @@ with cuDNN, for the length from which on that is faster. With `--target`, for ch
 there, the compiler is asked instead: of the candidates that spill least, the one with the largest
 tile. Whole rows whose kernels all spill heavily are left to the streaming ones. Lines for other
 targets stay as they are.
+
+With `--spec`, the candidates are those that a specification declares (`design_space`), at its own
+shape; what breaks one of its laws is left out, and what was found is added to it as a fact, with a
+file of evidence beside.
 """
 
 import argparse
@@ -15,6 +19,8 @@ import dataclasses
 import datetime
 import functools
 import itertools
+import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,12 +30,14 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from pallas_kernels import attention, compile, long, short, tiles, timing
+from pallas_kernels import attention, compile, design_space, long, short, tiles, timing
+from pallas_kernels.design_space import Declared
+from pallas_kernels.laws import LawError
 from pallas_kernels.shapes import Shape
 from pallas_kernels.targets import TARGETS, target_at_hand
 from pallas_kernels.tile import Extras
 
-DTYPE = jnp.bfloat16
+DTYPE = "bfloat16"
 ITEM_SIZE = 2
 SHORT_SHAPES = tuple(
     Shape(batch, length, 4, head_dim)
@@ -45,19 +53,27 @@ ROUNDS = 5
 # it costs seconds of compiling.
 CALLS = 2
 WORKERS = 14
+# Where the files lie that facts rest on.
+EVIDENCE = Path("figures") / "results"
 
 
 class Candidate(NamedTuple):
-    """One way to launch a kernel, and the shape that it is judged at."""
+    """One way to launch a kernel, and the shape and type that it is judged at."""
 
     kernel: str
     shape: Shape
     settings: dict[str, Any]
+    dtype: str = DTYPE
 
     @property
     def key(self) -> str:
         """Of the table's line that it would fill."""
-        return tiles.key(self.kernel, self.shape.length, self.shape.head_dim, ITEM_SIZE)
+        item_size = jnp.dtype(self.dtype).itemsize
+        return tiles.key(self.kernel, self.shape.length, self.shape.head_dim, item_size)
+
+    def case(self) -> compile.Case:
+        """What the compiler is given: a plain call."""
+        return compile.Case(self.shape, self.dtype, kernel=self.kernel, settings=self.settings)
 
     def __str__(self) -> str:
         settings = " ".join(f"{name}={value}" for name, value in self.settings.items())
@@ -92,11 +108,12 @@ def _settings(kernel: str, shape: Shape) -> Iterable[dict[str, Any]]:
 
 def time_all(tried: Sequence[Candidate], say: Callable[[str], None]) -> dict[int, float]:
     """Seconds a call on the GPU at hand, by the candidate's place; what fails is left out."""
-    given = {c.shape: timing.inputs(c.shape, DTYPE, CALLS) for c in tried}
+    given = {(c.shape, c.dtype): timing.inputs(c.shape, c.dtype, CALLS) for c in tried}
 
     def ready(candidate: Candidate) -> timing.Program | str:
-        inputs = given[candidate.shape]
-        guess = timing.bytes_moved(candidate.shape, ITEM_SIZE, backward=False) / 1e12
+        inputs = given[candidate.shape, candidate.dtype]
+        item_size = jnp.dtype(candidate.dtype).itemsize
+        guess = timing.bytes_moved(candidate.shape, item_size, backward=False) / 1e12
         step, first = _step(candidate, inputs)
         try:
             return timing.program(step, first, inputs, seconds_a_call=guess)
@@ -121,8 +138,7 @@ def time_all(tried: Sequence[Candidate], say: Callable[[str], None]) -> dict[int
 
 def _step(candidate: Candidate, given: timing.Inputs) -> tuple[Callable, jax.Array]:
     """A call of one kernel alone and its first input, for `timing.program`."""
-    case = compile.Case(candidate.shape, kernel=candidate.kernel, settings=candidate.settings)
-    function, (_, _, _, extras, scalars, *_) = compile.program(case, "h100")
+    function, (_, _, _, extras, scalars, *_) = compile.program(candidate.case(), "h100")
     # The time does not depend on these.
     extras = Extras(*(x if x is None else jnp.ones(x.shape, x.dtype) for x in extras))
     lse = delta = jnp.full(scalars.shape, 6.0, scalars.dtype)
@@ -189,7 +205,7 @@ def best_compiled(tried: Sequence[Candidate], target: str, say: Callable[[str], 
 
     A tile must do for everything that is asked of it, and is chosen by a plain call.
     """
-    plain = [compile.Case(c.shape, kernel=c.kernel, settings=c.settings) for c in tried]
+    plain = [candidate.case() for candidate in tried]
     everything = [
         dataclasses.replace(case, rate=compile.DROPOUT, clip=compile.CLIP) for case in plain
     ]
@@ -210,10 +226,15 @@ def best_compiled(tried: Sequence[Candidate], target: str, say: Callable[[str], 
         )
         if problem is None:
             usable.append(report)
+    return _preferred(usable)
+
+
+def _preferred(usable: Iterable[compile.Report]) -> dict:
+    """The table's lines by what the compiler says: kernel, key, settings and evidence."""
     lines = {}
     for report in sorted(usable, key=_preference):
         case = report.case
-        key = Candidate(case.kernel, case.shape, {}).key
+        key = Candidate(case.kernel, case.shape, {}, case.dtype).key
         evidence = (
             f"compiled: {report.registers} registers, {report.spilled} B spilled,"
             f" {report.shared_memory} B shared, {_today()}"
@@ -221,6 +242,127 @@ def best_compiled(tried: Sequence[Candidate], target: str, say: Callable[[str], 
         entry = {**case.settings, "evidence": evidence}
         lines.setdefault(case.kernel, {}).setdefault(key, entry)
     return lines
+
+
+class Found(NamedTuple):
+    """What came of tuning by a specification on one target.
+
+    lines: of the table, by kernel and key. tried: for the file of evidence, every candidate.
+    chosen: by kernel, the candidate taken.
+    """
+
+    lines: dict[str, dict[str, dict[str, Any]]]
+    tried: list[dict[str, Any]]
+    chosen: dict[str, dict[str, Any]]
+
+
+def within_laws(
+    declared: Declared, target: str, say: Callable[[str], None], *, timed: bool
+) -> Found:
+    """The best of the tiles that a specification declares for a target and its laws allow.
+
+    Args:
+      declared: what it declares.
+      target: a name in `TARGETS`.
+      say: is told of every candidate.
+      timed: whether the target's GPU is at hand, so that times decide; else the compiler does.
+
+    Raises:
+      LawError: it declares nothing for the target, or no tile of a kernel obeys the laws.
+    """
+    spaces = {
+        k: by_target[target] for k, by_target in declared.spaces.items() if target in by_target
+    }
+    if not spaces:
+        raise LawError(f"declares no design space for {target}: [kernels.KERNEL.{target}]")
+    tried = [
+        Candidate(kernel, declared.case.shape, settings, declared.case.dtype)
+        for kernel, space in spaces.items()
+        for settings in design_space.tiles_in(kernel, space)
+    ]
+    cases = [
+        dataclasses.replace(declared.case, kernel=c.kernel, settings=c.settings) for c in tried
+    ]
+    reports = compile.measure([target], cases)
+    broken = [design_space.broken_laws(declared, target, [report]) for report in reports]
+    lawful = [i for i in range(len(tried)) if not broken[i] and not reports[i].problem]
+    for kernel in spaces:
+        if not any(tried[i].kernel == kernel for i in lawful):
+            names = sorted(
+                {name for i, c in enumerate(tried) if c.kernel == kernel for name in broken[i]}
+            )
+            raise LawError(f"no tile of kernels.{kernel}.{target} obeys {', '.join(names) or 'it'}")
+    seconds = {}
+    if timed:
+        allowed = [tried[i] for i in lawful]
+        seconds = {lawful[i]: s for i, s in time_all(allowed, say).items()}
+        lines = fastest(tried, seconds, jax.devices()[0].device_kind)
+    else:
+        lines = _preferred(reports[i] for i in lawful)
+    told = []
+    for i, (candidate, report) in enumerate(zip(tried, reports, strict=True)):
+        breaks = f", breaks {', '.join(broken[i])}" if broken[i] else ""
+        say(
+            f"{target}: {candidate}: {report.registers} registers, {report.spilled} B spilled,"
+            f" {report.shared_memory} B shared{breaks}"
+        )
+        told.append(
+            {
+                "kernel": candidate.kernel,
+                "settings": candidate.settings,
+                "registers": report.registers,
+                "spilled": report.spilled,
+                "shared_memory": report.shared_memory,
+                "problem": report.problem,
+                "broken": broken[i],
+                "microseconds": 1e6 * seconds[i] if i in seconds else None,
+            }
+        )
+    taken = {k: _settings_alone(entry) for k, by_key in lines.items() for entry in by_key.values()}
+    chosen = {one["kernel"]: one for one in told if one["settings"] == taken.get(one["kernel"])}
+    return Found(lines, told, chosen)
+
+
+def _settings_alone(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "evidence"}
+
+
+def record(path: Path, declared: Declared, target: str, found: Found, evidence: Path) -> None:
+    """Writes a file of evidence, and the fact that rests on it into the specification."""
+    limit = TARGETS[target].shared_memory
+    content = {
+        "specification": declared.name,
+        "target": target,
+        "shape": str(declared.case.shape),
+        "dtype": declared.case.dtype,
+        "date": _today(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "shared_memory_per_block": limit,
+        "laws": {name: law.text for name, law in declared.laws.items()},
+        "chosen": found.chosen,
+        "tried": found.tried,
+    }
+    evidence.parent.mkdir(parents=True, exist_ok=True)
+    evidence.write_text(json.dumps(content, indent=1) + "\n")
+    lawful = sum(not one["broken"] and not one["problem"] for one in found.tried)
+    tiles_taken = "; ".join(
+        f"{kernel} {' '.join(f'{k}={v}' for k, v in one['settings'].items())}"
+        for kernel, one in found.chosen.items()
+    )
+    how = "by time" if any(one["microseconds"] for one in found.tried) else "by the compiler"
+    claim = (
+        f"Of {len(found.tried)} tiles declared for {target}, {lawful} obey the laws; chosen {how}:"
+        f" {tiles_taken}."
+    )
+    holds = " and ".join(
+        f"tuned.chosen.{kernel}.shared_memory <= tuned.shared_memory_per_block and"
+        f" tuned.chosen.{kernel}.spilled <= {one['spilled']}"
+        for kernel, one in found.chosen.items()
+    )
+    files = {"tuned": os.path.relpath(evidence, path.parent)}
+    text = path.read_text(encoding="utf-8")
+    path.write_text(design_space.with_fact(text, f"tuned-{target}", claim, files, holds))
 
 
 def _whole_rows(kernels: dict) -> dict:
@@ -259,12 +401,20 @@ def main() -> None:
         action="append",
         help=f"repeatable (default: all; {CUDNN} compares calls that use the table as it is)",
     )
+    parser.add_argument(
+        "--spec", type=Path, help="choose from what this specification declares, within its laws"
+    )
     parser.add_argument("--table", type=Path, default=tiles.FILE, help="file to write")
     arguments = parser.parse_args()
+    if arguments.spec and arguments.kernel:
+        parser.error("--kernel: the specification says which kernels")
     names = arguments.target
     if not names and jax.default_backend() != "gpu":
         parser.error(f"needs a GPU or --target; JAX's backend here is {jax.default_backend()}")
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    if arguments.spec:
+        _tune_by(arguments.spec, names, arguments.table, parser, console.print)
+        return
     kernels = arguments.kernel or tiles.KERNELS
     tried = candidates(kernel for kernel in kernels if kernel != CUDNN)
     found = {}
@@ -287,10 +437,36 @@ def main() -> None:
         kept = {kernel: _kept(table[target], kernel, tried) for kernel in lines}
         new = {kernel: kept[kernel] | entries for kernel, entries in lines.items()}
         table[target] = _whole_rows(table[target] | new)
+    _write_table(table, arguments.table, parser)
+
+
+def _write_table(table: dict, path: Path, parser: argparse.ArgumentParser) -> None:
     try:
-        arguments.table.write_text(tiles.as_text(table))
+        path.write_text(tiles.as_text(table))
     except OSError as error:
-        parser.error(f"--table {arguments.table}: cannot be written ({error.strerror})")
+        parser.error(f"--table {path}: cannot be written ({error.strerror})")
+
+
+def _tune_by(
+    path: Path,
+    targets: Sequence[str],
+    table_path: Path,
+    parser: argparse.ArgumentParser,
+    say: Callable[[str], None],
+) -> None:
+    """Tunes what a specification declares, on each target or on the GPU at hand."""
+    table = dict(tiles.table())
+    try:
+        declared = design_space.read(path)
+        for target in targets or (target_at_hand(),):
+            found = within_laws(declared, target, say, timed=not targets)
+            for kernel, lines in found.lines.items():
+                old = table[target].get(kernel, {})
+                table[target] = table[target] | {kernel: old | lines}
+            _write_table(table, table_path, parser)
+            record(path, declared, target, found, EVIDENCE / f"tuned_{declared.name}_{target}.json")
+    except (LawError, OSError, compile.Unavailable) as error:
+        parser.error(f"--spec {path}: {error}")
 
 
 def _kept(kernels: dict, kernel: str, tried: Sequence[Candidate]) -> dict:

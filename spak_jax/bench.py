@@ -26,7 +26,7 @@ from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
 from pallas_kernels.targets import TARGETS
 from spak_jax import addition, evaluate, model, profiling, roofline
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
-from spak_jax.config import Config, StaticModel, read_config
+from spak_jax.config import Config, read_config
 from spak_jax.train import initial_state, make_supply, make_training, one_by_one
 
 ROUNDS = 7
@@ -63,7 +63,7 @@ def main() -> None:
     if arguments.target:
         compile.touch_no_gpu()
         try:
-            results |= roofline.estimate(config, arguments.target, operations_a_step(config))
+            results |= roofline.estimate(config, arguments.target)
         except compile.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
         show_estimate(results)
@@ -99,7 +99,7 @@ def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
     milliseconds = _milliseconds(steps)
     passes = _milliseconds(scoring)
     tokens = config.train.batch * config.data.row_length
-    operations = operations_a_step(config)
+    operations = roofline.operations_a_step(config)
     results = {
         "device": evaluate.device_name(),
         "date": datetime.date.today().isoformat(),
@@ -130,24 +130,6 @@ def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
         run = functools.partial(steps[attentions[0]], PROFILED_STEPS)
         results["kernels"] = profiling.kernels(run, PROFILED_STEPS)
     return results
-
-
-def operations_a_step(config: Config) -> int:
-    """Floating-point operations of the products of one seed's training step.
-
-    Two for each weight and token, twice that backward, as often as the weight is applied; scores
-    and values of attention without what the mask cuts; the readouts that training supervises.
-    """
-    architecture = config.model
-    static = isinstance(architecture, StaticModel)
-    depth = architecture.layers if static else architecture.loops
-    readouts = 1 if static else depth - depth // 2
-    width, length = architecture.width, config.data.row_length
-    matrices = 3 if architecture.mlp == "swiglu" else 2
-    hidden = matrices * model.hidden_width(architecture)
-    weights = depth * width * (4 * width + hidden) + readouts * width * addition.VOCABULARY_SIZE
-    pairs = depth * width * length
-    return 3 * config.train.batch * length * (2 * weights + 2 * pairs)
 
 
 def show(results: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
-"""The configuration of a run: read from TOML, overridden from the command line, checked.
+"""Specifications and the configurations they hold: read from TOML, overridden, checked.
 
-A configuration is a frozen value. It knows nothing of arrays; `addition`, `model` and `train`
-build what it describes, and every checkpoint carries it whole.
+A specification says what a system is for and which laws it obeys, and builds a run: prose where a
+person decides, formal where a machine can verify. The part that builds the run is its
+configuration, a frozen value that every checkpoint carries whole. Both know nothing of arrays;
+`addition`, `model` and `train` build what a configuration describes, `check` holds a specification
+to its laws.
 """
 
 import difflib
@@ -9,7 +12,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -188,19 +191,109 @@ class Evaluation(Section):
     seed: Seed = 0
 
 
-class Config(Section):
-    # Names the run folder, so it must be a plain file name.
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    # The name in tables and figures.
-    system: Annotated[str, Field(min_length=1, max_length=100)]
+# Names files and folders, so it must be a plain file name.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+# The name in tables and figures.
+SystemName = Annotated[str, Field(min_length=1, max_length=100)]
+Prose = Annotated[str, Field(min_length=1, max_length=2_000)]
+
+
+class RunSections(Section):
+    """What builds a run, but for the system's name."""
+
+    name: Name
     model: Annotated[StaticModel | LoopedModel, Field(discriminator="kind")]
     data: Data = Data()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
 
 
+class Config(RunSections):
+    system: SystemName
+
+
+class System(Section):
+    """What the system is, in the architect's words."""
+
+    name: SystemName
+    objective: Prose | None = None
+    hypothesis: Prose | None = None
+    rationale: Prose | None = None
+    # The name that the seed's table has for it.
+    seed_name: SystemName | None = None
+    # Specifications beside this one, by name.
+    compared_with: tuple[Name, ...] = ()
+    # Lengths that it is to add without having seen them.
+    zero_shot: tuple[Digits, ...] = ()
+
+
+class Invariant(Section):
+    """A law: its name, what it says in prose, and the expression that checks it (`laws`)."""
+
+    name: Name
+    law: Prose
+    check: Annotated[str, Field(min_length=1)]
+
+
+class Fact(Section):
+    """Something learned: the claim, and the expression over results files that must still hold.
+
+    evidence: files by the name that the expression has for them, relative to the specification's
+    folder; a pattern such as `results/loop12-seed?.json` stands for several seeds. Without
+    evidence a claim is marked as not yet reproduced.
+    """
+
+    name: Name
+    claim: Prose
+    evidence: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], str] = {}
+    holds: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _evidence_is_judged(self) -> Self:
+        if bool(self.evidence) != (self.holds is not None):
+            raise ValueError(
+                f"fact {self.name}: evidence and holds belong together; a claim that is not yet"
+                " reproduced has neither"
+            )
+        return self
+
+
+# Tiles that tuning may choose from, by setting: `num_warps = [4, 8]`.
+DesignSpace = dict[str, Annotated[tuple[Positive, ...], Field(min_length=1)]]
+
+
+class Specification(RunSections):
+    """A whole TOML file. kernels: design spaces, by kernel and target."""
+
+    system: System
+    invariant: tuple[Invariant, ...] = ()
+    fact: tuple[Fact, ...] = ()
+    kernels: dict[str, dict[str, DesignSpace]] = {}
+
+    @property
+    def config(self) -> Config:
+        run = {name: getattr(self, name) for name in RunSections.model_fields}
+        return Config(**run, system=self.system.name)
+
+    @model_validator(mode="after")
+    def _laws_and_facts_have_names_of_their_own(self) -> Self:
+        names = [each.name for each in (*self.invariant, *self.fact)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} names more than one invariant or fact")
+        return self
+
+
+Whole = TypeVar("Whole", bound=RunSections)
+
+
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a TOML file, changed by overrides such as `model.loops=24`.
+    """The configuration of the specification in a file; as `read_specification`."""
+    return read_specification(path, overrides).config
+
+
+def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specification:
+    """The specification in a TOML file, changed by overrides such as `model.loops=24`.
 
     Args:
       path: the file.
@@ -212,16 +305,16 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise InputError(f"cannot read the specification {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
     for override in overrides:
         _merge(values, _parse_override(override), override)
-    return parse_config(values, str(path))
+    return _validated(Specification, values, str(path))
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> Config:
-    """The configuration that nested plain values describe.
+    """The configuration that nested plain values describe, as checkpoints and results store it.
 
     Args:
       values: as TOML or JSON gives them.
@@ -230,11 +323,15 @@ def parse_config(values: Mapping[str, Any], source: str) -> Config:
     Raises:
       InputError: naming the first key or value that is not allowed, and what is.
     """
+    return _validated(Config, values, source)
+
+
+def _validated(kind: type[Whole], values: Mapping[str, Any], source: str) -> Whole:
     try:
         # JSON, whose lists pydantic takes for tuples where its strict mode takes no others.
-        return Config.model_validate_json(json.dumps(values, default=str))
+        return kind.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        first, *others = (_explain(problem) for problem in error.errors())
+        first, *others = (_explain(problem, kind) for problem in error.errors())
         more = f" (and {len(others)} more)" if others else ""
         raise InputError(f"{source}: {first}{more}") from None
 
@@ -284,14 +381,14 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any], override: str) ->
             values[key] = change
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, kind: type[Section]) -> str:
     """One of pydantic's findings in the words of a configuration file."""
     # A tagged union puts its tag ("gpt", "loop") behind "model"; the file has no such level.
     path = [part for i, part in enumerate(problem["loc"]) if not (i == 1 and part in MODEL_KINDS)]
     key = ".".join(str(part) for part in path)
     match problem["type"]:
         case "extra_forbidden":
-            allowed = _allowed_keys(problem["loc"][:-1])
+            allowed = _allowed_keys(kind, problem["loc"][:-1])
             close = difflib.get_close_matches(str(path[-1]), allowed, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             return f"unknown key {key}: {hint}allowed here: {', '.join(allowed)}"
@@ -312,8 +409,12 @@ def _explain(problem: Any) -> str:
 MODEL_KINDS = {"gpt": StaticModel, "loop": LoopedModel}
 
 
-def _allowed_keys(location: Sequence[Any]) -> list[str]:
-    section: Any = Config
+def _allowed_keys(kind: type[Section], location: Sequence[Any]) -> list[str]:
+    section: Any = kind
     for part in location:
-        section = MODEL_KINDS.get(part) or section.model_fields[part].annotation
+        if isinstance(part, int):
+            # In an array of tables: `tuple[Invariant, ...]`.
+            section = get_args(section)[0]
+        else:
+            section = MODEL_KINDS.get(part) or section.model_fields[part].annotation
     return list(section.model_fields)

@@ -12,18 +12,35 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compile, targets
-from spak_jax import evaluate
-from spak_jax.config import Config
+from spak_jax import addition, evaluate, model
+from spak_jax.config import Config, StaticModel
 from spak_jax.train import initial_state, make_supply, make_training
 
 
-def estimate(config: Config, target: str, operations: int) -> dict[str, Any]:
+def operations_a_step(config: Config) -> int:
+    """Floating-point operations of the products of one seed's training step.
+
+    Two for each weight and token, twice that backward, as often as the weight is applied; scores
+    and values of attention without what the mask cuts; the readouts that training supervises.
+    """
+    architecture = config.model
+    static = isinstance(architecture, StaticModel)
+    depth = architecture.layers if static else architecture.loops
+    readouts = 1 if static else depth - depth // 2
+    width, length = architecture.width, config.data.row_length
+    matrices = 3 if architecture.mlp == "swiglu" else 2
+    hidden = matrices * model.hidden_width(architecture)
+    weights = depth * width * (4 * width + hidden) + readouts * width * addition.VOCABULARY_SIZE
+    pairs = depth * width * length
+    return 3 * config.train.batch * length * (2 * weights + 2 * pairs)
+
+
+def estimate(config: Config, target: str) -> dict[str, Any]:
     """Memory and least time of a training step on a target.
 
     Args:
       config: of the training.
       target: a name in `targets.TARGETS`.
-      operations: floating-point operations of one seed's step.
 
     Raises:
       compile.Unavailable: what compiling for another GPU needs is not installed.
@@ -41,7 +58,7 @@ def estimate(config: Config, target: str, operations: int) -> dict[str, Any]:
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     # Memory is used again within a step, so more than this is moved.
     moved = 2 * memory.temp_size_in_bytes
-    operations *= config.train.seeds
+    operations = config.train.seeds * operations_a_step(config)
     return {
         "estimate": True,
         "target": target,

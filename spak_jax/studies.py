@@ -102,7 +102,7 @@ def tasks(overrides: Sequence[str]) -> Study:
                 base,
                 [
                     f'name="{base}-{task}"',
-                    f'system="{_config(base, []).system}, {task}"',
+                    f'system.name="{_config(base, []).system}, {task}"',
                     f'data.task="{task}"',
                     f"data.row_length={rows}",
                     *overrides,
@@ -181,7 +181,7 @@ def ideas(overrides: Sequence[str]) -> Study:
     }
     experiments = []
     for name, (told, changes, scorings) in kinds.items():
-        named = [f'name="{name}"', f'system="LoopLM, 4 loops, {told}"']
+        named = [f'name="{name}"', f'system.name="LoopLM, 4 loops, {told}"']
         config = _config("ablation", [*named, *changes, *overrides])
         experiments.append(Experiment(config, scorings))
     return Study(experiments, ablation([]).digits, 1_000)

@@ -28,7 +28,7 @@ from spak_jax.command_line import (
     run_program,
     write_file,
 )
-from spak_jax.config import Config, Train, first_difference, read_config
+from spak_jax.config import Config, Train, first_difference, read_specification
 
 DEFAULT_CONFIG = Path("configs/quickstart.toml")
 VALIDATION_BATCHES = 8
@@ -327,11 +327,20 @@ def main() -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="start over; a run that is there is moved aside"
     )
+    parser.add_argument(
+        "--despite-laws", action="store_true", help="train although a law of the file is broken"
+    )
     arguments = parser.parse_intermixed_args()
     config_path, overrides = arguments.config, arguments.overrides
     if "=" in config_path:
         config_path, overrides = str(DEFAULT_CONFIG), [config_path, *overrides]
-    config = read_config(Path(config_path), overrides)
+    specification = read_specification(Path(config_path), overrides)
+    config = specification.config
+    if not arguments.despite_laws:
+        # Here, as it compiles training steps of this module.
+        from spak_jax.check import require_lawful
+
+        require_lawful(specification, Path(config_path))
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
         _move_aside(run_path)

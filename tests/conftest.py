@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 TINY = """
 name = "tiny"
-system = "Tiny loop"
+[system]
+name = "Tiny loop"
 [model]
 kind = "loop"
 width = 16
@@ -63,7 +64,7 @@ def tiny_config(**sections) -> Config:
     values = tomllib.loads(TINY)
     for section, changes in sections.items():
         values[section] = values[section] | changes
-    return parse_config(values, "test")
+    return parse_config(values | {"system": values["system"]["name"]}, "test")
 
 
 def run_program(*words: str, **options) -> subprocess.CompletedProcess:

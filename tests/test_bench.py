@@ -10,7 +10,7 @@ from conftest import ROOT, TINY, assert_refused, run_program
 from flax import nnx
 
 from pallas_kernels import compile
-from spak_jax import addition, bench, checkpoint, model, profiling, train
+from spak_jax import addition, checkpoint, model, profiling, roofline, train
 from spak_jax.config import parse_config, read_config
 
 
@@ -41,7 +41,7 @@ def test_operations_of_a_step(name):
     """Six for each weight of a block, loop and token, and a few percent."""
     config = read_config(ROOT / "configs" / f"{name}.toml", [])
     of_weights = 6 * (128 * 64) * 12 * 786_432
-    assert of_weights * 1.02 < bench.operations_a_step(config) < of_weights * 1.05
+    assert of_weights * 1.02 < roofline.operations_a_step(config) < of_weights * 1.05
 
 
 @pytest.mark.parametrize("kind", ["loop", "gpt"])

@@ -1,0 +1,353 @@
+"""Specifications are held to their laws: what ships holds, what is broken is named."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT, TINY, assert_refused, run_program
+from results_files import results, score, written
+
+from pallas_kernels import compile, design_space, tiles, tune
+from pallas_kernels.laws import LawError
+from spak_jax import addition, brief, check, model, quantities
+from spak_jax.command_line import InputError
+from spak_jax.config import read_specification
+
+SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+COMPILER = all(map(importlib.util.find_spec, ("jax_plugins.xla_cuda13", "nvidia.cu13"))) if (
+    importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("nvidia")
+) else False  # fmt: skip
+
+LAW = """
+[[invariant]]
+name = "the-law"
+law = "What is under test."
+check = {check!r}
+"""
+
+
+def lawful(tmp_path: Path, check: str, name: str = "tiny.toml") -> Path:
+    """The tiny specification with one law."""
+    path = tmp_path / "configs" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(TINY + LAW.format(check=check))
+    return path
+
+
+def verdict(path: Path, **more):
+    [finding] = check.judge(read_specification(path), path.parent, **more)
+    return finding.verdict
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_specification_states_laws_and_none_is_broken(path):
+    specification = read_specification(path)
+    findings = check.judge(specification, path.parent)
+    assert len(findings) >= 4
+    for finding in findings:
+        assert finding.verdict.holds is not False, (finding.name, check.measured(finding.verdict))
+        # Without a target, and before a run, only laws over those may be open.
+        if finding.verdict.holds is None:
+            assert re.search("kernel|memory|accuracy", finding.check)
+    assert {"zero-shot-is-unseen", "one-format", "training-fits"} <= {f.name for f in findings}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_fact_that_ships_holds_or_says_that_it_is_not_yet_reproduced(path):
+    for finding in check.judge_facts(read_specification(path), path.parent):
+        assert finding.verdict.holds or finding.verdict.reason == "not yet reproduced", finding
+
+
+def test_what_the_seed_claims_to_have_learned_is_among_the_facts():
+    named = {fact.name for path in SHIPPED for fact in read_specification(path).fact}
+    assert {
+        "aligned-batching", "answer-only-loss", "format-parity", "recurrence-against-stacking",
+        "more-loops-at-test-time",
+    } <= named  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "law"),
+    [
+        ("gpt12", "bridge_digits = [5, 6]", "bridge_digits = [5, 8]", "zero-shot-is-unseen"),
+        ("loop12", "width = 256", "width = 512", "budget"),
+        ("loop12", "batch = 128", "batch = 256", "same-work"),
+        ("loop12", 'column["5-6"].seeds == 5', 'column["5-6"].seeds == 6', "published-score"),
+    ],
+)
+def test_a_broken_copy_is_caught_with_the_name_of_the_law(tmp_path, file, old, new, law):
+    folder = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", folder)
+    shutil.copytree(
+        ROOT / "figures/reproduced-256/results", tmp_path / "figures/reproduced-256/results"
+    )
+    shutil.copytree(ROOT / "figures/results", tmp_path / "figures/results")
+    path = folder / f"{file}.toml"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    result = run_program("spak_jax.check", path)
+    assert result.returncode == 1, result.stderr
+    assert law in result.stderr and "Traceback" not in result.stderr
+    assert "broken" in result.stdout
+
+
+def test_a_fact_falls_with_its_evidence(tmp_path):
+    path = tmp_path / "configs" / "tiny.toml"
+    path.parent.mkdir()
+    fact = """
+[[fact]]
+name = "good-at-three"
+claim = "Three digits are right."
+evidence.run = "../run*.json"
+holds = 'run.accuracy["3"].low > 0.7 and run.accuracy["3"].seeds == 2'
+"""
+    path.write_text(TINY + fact)
+    specification = read_specification(path)
+    [missing] = check.judge_facts(specification, path.parent)
+    assert (missing.verdict.holds, missing.verdict.reason) == (None, "no file ../run*.json")
+    for seed in (0, 1):
+        written(tmp_path, results(seed=seed), f"run{seed}.json")
+    [kept] = check.judge_facts(specification, path.parent)
+    assert kept.verdict.holds is True
+    worse = results(seed=1, lengths={"3": score(100)})
+    written(tmp_path, worse, "run1.json")
+    [fallen] = check.judge_facts(specification, path.parent)
+    assert fallen.verdict.holds is False
+    result = run_program("spak_jax.check", path)
+    assert result.returncode == 1 and "good-at-three" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("evidence", "said"),
+    [
+        ("../../../*.json", "leads out of"),
+        ("../bad.json", "cannot be read as JSON"),
+        ("../two*.json", "several evaluations"),
+    ],
+)
+def test_evidence_that_cannot_be_used_is_refused_by_the_name_of_the_fact(tmp_path, evidence, said):
+    project = tmp_path / "a" / "b"
+    path = project / "configs" / "tiny.toml"
+    path.parent.mkdir(parents=True)
+    written(tmp_path, results(), "outside.json")
+    written(project, "{", "bad.json")
+    written(project, results(), "two1.json")
+    written(project, results(loops=24), "two2.json")
+    path.write_text(
+        TINY
+        + f'[[fact]]\nname = "odd"\nclaim = "c"\nevidence.x = "{evidence}"\nholds = "x.wrong < 1"\n'
+    )
+    with pytest.raises(InputError, match=said):
+        check.judge_facts(read_specification(path), path.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("__import__('os').remove('x') == 1", ["the-law", "column 1", "not allowed"]),
+        ("parametrs < 1", ["the-law", "no quantity parametrs", "parameters"]),
+        ("model.depth < 1", ["no quantity model.depth", "model.loops"]),
+        ("target.colour < 1", ["no quantity target.colour", "memory"]),
+        ("kernel.mlp.registers < 1", ["no quantity kernel.mlp", "attention"]),
+        ("kernel.gelu.colour < 1", ["registers"]),
+        ('compared["gpt12"].parameters < 1', ["system.compared_with"]),
+        ("system.name < 1", ["no quantity system.name"]),
+    ],
+)
+def test_a_law_that_cannot_be_read_or_speaks_of_nothing_is_refused(tmp_path, text, said):
+    path = lawful(tmp_path, text)
+    assert_refused(run_program("spak_jax.check", path), *said)
+
+
+def test_a_law_of_gpus_is_judged_for_each_target(tmp_path):
+    path = lawful(tmp_path, "target.memory >= 20_000_000_000")
+    assert verdict(path).reason == "no target is given"
+    specification = read_specification(path)
+    found = check.judge(specification, path.parent, ("rtx5070", "h100"))
+    assert [(f.target, f.verdict.holds) for f in found] == [("rtx5070", False), ("h100", True)]
+
+
+def test_results_decide_laws_of_accuracy(tmp_path):
+    path = lawful(tmp_path, 'accuracy["3"].low >= 0.7 and wrong > 0')
+    assert verdict(path).reason == "no results are given"
+    good, bad = (written(tmp_path, results(name="tiny", **more), f"{i}.json") for i, more in
+                 enumerate(({}, {"lengths": {"3": score(500)}})))  # fmt: skip
+    specification = read_specification(path)
+    evaluated = check.read_evaluated(specification, [good])
+    assert verdict(path, evaluated=evaluated).holds is True
+    assert run_program("spak_jax.check", path, "--results", bad).returncode == 1
+    other = written(tmp_path, results(name="other"), "other.json")
+    assert_refused(run_program("spak_jax.check", path, "--results", other), "is of other", "tiny")
+    unscored = lawful(tmp_path, 'accuracy["99"].low > 0', "unscored.toml")
+    found = verdict(unscored, evaluated=evaluated)
+    assert (found.holds, found.reason) == (None, 'accuracy["99"] was not scored')
+
+
+def test_training_refuses_a_broken_law_unless_told(tmp_path):
+    path = lawful(tmp_path, "parameters <= 100")
+    run = tmp_path / "run"
+    refused = run_program("spak_jax.train", path, "--run", run)
+    assert_refused(refused, "the-law", "parameters = ", "--despite-laws")
+    assert not run.exists()
+    told = ("spak_jax.train", path, "train.steps=2", "--run", run, "--despite-laws")
+    assert run_program(*told).returncode == 0
+
+
+def test_halting_that_forgets_positions_breaks_its_law(tmp_path, monkeypatch):
+    # The original's mistake.
+    path = lawful(tmp_path, "halting.difference <= 1e-4")
+    assert verdict(path).holds is True
+    quantities._halting_difference.cache_clear()
+    right = model.LoopLM.halting_logits
+
+    def forgetful(self, tokens, thresholds, **more):
+        return right(self, tokens, thresholds, **more, positions=jnp.zeros(tokens.shape, int))
+
+    monkeypatch.setattr(model.LoopLM, "halting_logits", forgetful)
+    found = verdict(path)
+    quantities._halting_difference.cache_clear()
+    assert found.holds is False
+
+
+def test_scoring_in_another_format_breaks_its_law(tmp_path, monkeypatch):
+    path = lawful(tmp_path, "format.training == format.scoring")
+    assert verdict(path).holds is True
+    right = addition.problem_rows
+    backwards = lambda problems, *more: right(  # noqa: E731
+        problems._replace(numbers=problems.numbers[..., ::-1]), *more
+    )
+    monkeypatch.setattr(addition, "training_batch", lambda key, data, rows, given: backwards(
+        given, data.row_length, data.task
+    ))  # fmt: skip
+    found = verdict(path)
+    assert found.holds is False
+    assert found.measured["format.training"] != found.measured["format.scoring"]
+
+
+@pytest.mark.skipif(not COMPILER, reason="needs JAX's GPU plugin and NVIDIA's assembler")
+def test_tiles_too_large_for_the_card_break_the_law_of_the_kernels(tmp_path):
+    check_text = "kernel.attention.shared_memory <= target.shared_memory_per_block"
+    path = lawful(tmp_path, check_text)
+    path.write_text(
+        path.read_text()
+        + "[kernels.long_forward.rtx5070]\nblock_q = [64]\nblock_k = [256]\n"
+        + "num_warps = [8]\nnum_stages = [3]\n"
+    )
+    text = path.read_text().replace("heads = 2", "heads = 1").replace("width = 16", "width = 64")
+    text = text.replace("row_length = 24", "row_length = 512")
+    path.write_text(text)
+    result = run_program("spak_jax.check", path, "--target", "rtx5070")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "the-law" in result.stderr and "101,376" in result.stdout
+
+
+def report(case: compile.Case, target: str, **numbers) -> compile.Report:
+    return compile.Report(
+        target, case.kernel, case, **({"registers": 9, "shared_memory": 1} | numbers)
+    )
+
+
+SPACE = """
+[kernels.short_forward.rtx5070]
+num_warps = [1, 2, 4]
+
+[[invariant]]
+name = "few-spills"
+law = "Hardly any."
+check = "kernel.short_forward.spilled <= 8"
+"""
+
+
+def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tmp_path, monkeypatch):
+    path = tmp_path / "configs" / "tiny.toml"
+    path.parent.mkdir()
+    path.write_text(TINY + SPACE)
+    # The tile that the compiler would prefer breaks the law.
+    spilled = {1: 8, 2: 100, 4: 4}
+
+    def measure(targets, cases):
+        return [report(c, targets[0], spilled=spilled[c.settings["num_warps"]]) for c in cases]
+
+    monkeypatch.setattr(compile, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "tiles.toml"
+    words = ["tune", "--spec", str(path), "--target", "rtx5070", "--table", str(table)]
+    monkeypatch.setattr(sys, "argv", words)
+    for _ in range(2):
+        tune.main()
+    specification = read_specification(path)
+    # Once, however often it is tuned.
+    [fact] = specification.fact
+    assert fact.name == "tuned-rtx5070" and "num_warps=4" in fact.claim
+    [finding] = check.judge_facts(specification, path.parent)
+    assert finding.verdict.holds is True
+    evidence = tmp_path / "figures" / "results" / "tuned_tiny_rtx5070.json"
+    told = json.loads(evidence.read_text())
+    assert [one["broken"] for one in told["tried"]] == [[], ["few-spills"], []]
+    assert "num_warps = 4" in table.read_text()
+    told["chosen"]["short_forward"]["spilled"] = 5
+    evidence.write_text(json.dumps(told))
+    assert check.judge_facts(specification, path.parent)[0].verdict.holds is False
+
+
+def test_no_tile_within_the_laws_is_an_error_that_names_them(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY + SPACE)
+    monkeypatch.setattr(
+        compile, "measure", lambda targets, cases: [report(c, targets[0], spilled=9) for c in cases]
+    )
+    with pytest.raises(LawError, match="obeys few-spills"):
+        tune.within_laws(design_space.read(path), "rtx5070", lambda line: None, timed=False)
+    assert_refused(
+        run_program("pallas_kernels.tune", "--spec", path, "--target", "b200"), "no design space"
+    )
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ({"num_warps": [3]}, "no power of two"),
+        ({"warps": [4]}, "its settings are num_warps"),
+        ({"num_warps": [4], "block_q": [64]}, "its settings are num_warps"),
+    ],
+)
+def test_a_design_space_has_its_kernels_settings(space, said):
+    with pytest.raises(LawError, match=said):
+        design_space.tiles_in("short_forward", space)
+    with pytest.raises(LawError, match="long_forward"):
+        design_space.tiles_in("mlp", space)
+
+
+def test_tiles_of_a_space_rise_in_size_and_the_one_in_use_is_kept():
+    space = {"block_q": [128, 64], "block_k": [64, 32], "num_warps": [8], "num_stages": [3]}
+    sizes = [tile["block_q"] * tile["block_k"] for tile in design_space.tiles_in("long_d_q", space)]
+    assert sizes == sorted(sizes) and len(sizes) == 4
+    case = compile.Case(compile.Shape(4, 4096, 16, 64))
+    used = compile.settings_of("rtx5070", case, "long_d_q")
+    assert used == tiles.streamed("rtx5070", "long_d_q", 64, 2, with_ids=False)
+    own = {name: [value] for name, value in used.items()}
+    assert design_space.tile_to_judge("rtx5070", case, "long_d_q", own) is None
+    assert design_space.tile_to_judge("rtx5070", case, "long_d_q", space | {"num_warps": [4]}) == {
+        "block_q": 64, "block_k": 32, "num_warps": 4, "num_stages": 3
+    }  # fmt: skip
+
+
+def test_the_brief_holds_everything_that_a_specification_says():
+    path = ROOT / "configs" / "loop12.toml"
+    specification = read_specification(path)
+    findings = check.judge(specification, path.parent, thorough=False)
+    facts = check.judge_facts(specification, path.parent)
+    page = brief.page(specification, path, ("rtx5070",), findings, facts)
+    for told in (specification.system.objective, "793,600", "num_warps 2, 4, 8", "rtx5070"):
+        assert told in page
+    for each in (*specification.invariant, *specification.fact):
+        assert each.name in page
+    # Every row of a table has as many cells as its heading.
+    for block in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
