@@ -16,6 +16,8 @@ from pallas_kernels import reference, rows, targets, tile
 from pallas_kernels.rows import Options
 
 NUMBERS_A_PROGRAM = 8192
+# Rows are also as long as the vocabulary: where the stream is narrow, those fill the chip.
+MOST_ROWS = 128
 NUM_WARPS = 8
 # The table stays on the chip whole; wider or longer ones would not.
 LARGEST_WIDTH = 512
@@ -85,7 +87,8 @@ def add_and_score(
 
 def numbers_held(width: int) -> int:
     """By one program: at least as many rows as a product on the tensor cores wants."""
-    return max(NUMBERS_A_PROGRAM, tile.NARROWEST * pl.next_power_of_2(width))
+    padded = pl.next_power_of_2(width)
+    return max(min(NUMBERS_A_PROGRAM, MOST_ROWS * padded), tile.NARROWEST * padded)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -24,8 +24,8 @@ class StreamShape(NamedTuple):
         return f"{self.tokens}x{self.width}"
 
 
-# A training step of the configurations, 128 rows of 64 tokens, and the quickstart's 128 of 16.
-SHAPES = tuple(StreamShape(8192, width) for width in (128, 256, 768)) + (StreamShape(2048, 48),)
+# A training step of the configurations, 128 rows of 64 tokens, and of the narrowest, 256 of 24.
+SHAPES = tuple(StreamShape(8192, width) for width in (128, 256, 768)) + (StreamShape(6144, 8),)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     path, targets = arguments.specification, arguments.target
+    compile.touch_no_gpu()
     specification = read_specification(path)
     given = arguments.results
     evaluated = check.read_evaluated(specification, given) if given else None

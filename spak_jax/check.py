@@ -132,6 +132,7 @@ def main() -> None:
     paths = arguments.specifications
     if arguments.results and len(paths) > 1:
         raise InputError(f"--results are of one specification: {len(paths)} are given")
+    compile.touch_no_gpu()
     broken = []
     for path in paths:
         specification = read_specification(path)

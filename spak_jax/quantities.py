@@ -70,6 +70,8 @@ class Quantities:
       target: the GPU that is compiled for, or None.
       results: its results, or None.
       thorough: whether what takes more than a moment is found, or left unknown.
+
+    What is compiled for a target asks for a process that touches no GPU (`compile.touch_no_gpu`).
     """
 
     def __init__(
@@ -153,7 +155,6 @@ class Quantities:
 
     def _estimate(self) -> dict[str, Any]:
         self._require_target()
-        compile.touch_no_gpu()
         return _compiled_step(self._config, self._target)
 
     def _require_target(self) -> None:

@@ -52,7 +52,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
 
     depth = {"layers": 3} if kind == "gpt" else {"loops": 3, "inject_input": mlp == "gelu"}
     sizes = {"width": 16, "heads": 2, "mlp": mlp, "dropout": 0.0, "dtype": "float32"}
-    values = tomllib.loads(TINY) | {"model": {"kind": kind, **sizes, **depth}}
+    values = tomllib.loads(TINY) | {"system": "Tiny", "model": {"kind": kind, **sizes, **depth}}
     config = parse_config(values, "tiny")
     state = train.initial_state(config)
     peer = torch_peer.Peer(config, addition.VOCABULARY_SIZE)
