@@ -255,7 +255,7 @@ def train(config: Config, run_path: Path, until: int | None = None) -> list[Trai
             f"{run_path} has been trained to step {state.step:,}, beyond {last:,}; move it aside to"
             " train it again"
         )
-    supply = make_supply(config)
+    supply = jax.jit(lambda: make_supply(config))()
     started = time.monotonic()
     run_steps, validation_loss = compiled(config)
     seeds = config.train.seeds
@@ -423,7 +423,8 @@ class _Runs:
             self.state = _together([self._restored(i, max(common)) for i in range(len(begun))])
             console.print(f"{run_path}: going on after step {self.state.step}")
         else:
-            self.state = initial_state(config)
+            # Compiled as one program: a weight at a time takes seconds.
+            self.state = jax.jit(lambda: initial_state(config))()
         step = int(self.state.step)
         self._runs = [checkpoint.Run(path) for path in self._paths]
         for run in self._runs:

@@ -14,7 +14,14 @@ from jax import export
 
 from pallas_kernels import compile as aot
 from pallas_kernels import targets, tiles
-from pallas_kernels.shapes import LONG, SCORING, TRAINING, Shape
+from pallas_kernels.shapes import (
+    LONG,
+    SCORING,
+    TRAINING,
+    WINDOWED_SCORING,
+    WINDOWED_TRAINING,
+    Shape,
+)
 from pallas_kernels.stream_cases import STREAM_CASES
 
 try:
@@ -51,8 +58,9 @@ def test_all_kernels_compile_and_fit(tmp_path):
         }
         assert all(kernel["tensor_core_instructions"] for kernel in products)
         forward = {tuple(sizes) for name, *sizes in compiled if name.endswith("forward")}
-        assert forward == {_sizes(shape) for shape in TRAINING + SCORING + LONG}
-        for sizes in (_sizes(shape) for shape in TRAINING + LONG):
+        trained, scored = TRAINING + LONG + WINDOWED_TRAINING, SCORING + WINDOWED_SCORING
+        assert forward == {_sizes(shape) for shape in trained + scored}
+        for sizes in (_sizes(shape) for shape in trained):
             whole_row = ("short_forward", *sizes) in compiled
             names = ("short_backward",) if whole_row else ("long_d_q", "long_d_kv")
             assert {(name, *sizes) for name in names} <= compiled
