@@ -267,9 +267,11 @@ def _read(folder: Path, step: int, optimizer: bool) -> Restored:
             raise ValueError("its configuration is not that which was saved")
         config = parse_config(description["config"], "its configuration")
         wanted = [item for item in description["digests"] if optimizer or item == "weights"]
+        # Not StandardRestore, which asks TensorStore to describe each array in JSON once more: that
+        # loses two kilobytes a time (0.1.86).
         arrays = checkpointer.restore(
             folder,
-            args=ocp.args.Composite(**{item: ocp.args.StandardRestore() for item in wanted}),
+            args=ocp.args.Composite(**{item: ocp.args.PyTreeRestore() for item in wanted}),
         )
     for item in wanted:
         if digest(arrays[item]) != description["digests"][item]:
