@@ -40,7 +40,7 @@ FIRST_CENTRES = 1.5
 
 
 class Places(NamedTuple):
-    """What attention is told: integers to turn by, and ids (0 for none); None for nothing.
+    """What attention is told: integers to turn by, and ids (0 for no place); None for nothing.
 
     turned_by: int32 `[length]` or `[batch, length]`. ids: int32 `[batch, length]`, or float32 for
     learned ids in training. further: by how much the window is wider then than `config.clip`.
@@ -59,6 +59,9 @@ class Pointer(nnx.Module):
     position encoding, Golovneva et al. 2024, counts by gates too, of query and key, without
     starting anew.)
 
+    A token that starts anew has the id 0, no place: every query sees it. Attention over a window
+    needs such a one to weigh the others against, or two equal digits look like one.
+
     Gates are rounded to 0 or 1 and ids are whole, however long the row. In the first part of
     training (`SOFT_UNTIL`) they are soft, so that a gradient can move them; after it they are
     rounded, too, and stay as they are, or the model would come to rely on what lies between.
@@ -74,7 +77,7 @@ class Pointer(nnx.Module):
         return jax.nn.sigmoid(GATE_SLOPE * (self.gate_logits[...] + self.gate_bias[...]))
 
     def __call__(self, tokens: jax.Array, progress: jax.Array | float | None = None) -> jax.Array:
-        """Ids, from 1.
+        """Ids, 0 at tokens that start anew.
 
         Args:
           tokens: int `[batch, length]`.
@@ -95,7 +98,7 @@ class Pointer(nnx.Module):
 
         kept = 1 - gates[..., 1]
         steps = kept, kept * gates[..., 0]
-        return 1 + jax.lax.associative_scan(join, steps, axis=1)[1]
+        return jax.lax.associative_scan(join, steps, axis=1)[1]
 
 
 def learned_places(
