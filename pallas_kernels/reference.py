@@ -133,8 +133,8 @@ def attention(
 ) -> jax.Array:
     """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments.
 
-    Ids may also be float32: biases are then interpolated between the entries of the table, that of
-    keys without an id included, and the window ends half way to the next difference.
+    Ids may also be float32: biases are then interpolated between the entries of the table, and the
+    window ends half way to the next difference.
     """
     probabilities = attention_weights(q, k, **told)
     batch, length, heads, _ = q.shape
@@ -196,8 +196,7 @@ def _biases(table, difference, key, clip: int) -> jax.Array:
         # Each entry under a hat as wide as its neighbours are away: linear between them.
         hats = (jax.nn.relu(1 - jnp.abs(place - entry)) for entry in range(2 * clip + 1))
         bias = sum(table[:, entry, None, None, None] * hat for entry, hat in enumerate(hats))
-        placed = jnp.minimum(key, 1)
-        bias = placed * bias + (1 - placed) * table[:, -1, None, None, None]
+        bias = jnp.where(key >= 0.5, bias, table[:, -1, None, None, None])
     else:
         bias = table[:, jnp.where(key > 0, place, 2 * clip + 1)]
     return jnp.moveaxis(bias, 0, 1)

@@ -64,7 +64,8 @@ class Pointer(nnx.Module):
 
     Gates are rounded to 0 or 1 and ids are whole, however long the row. In the first part of
     training (`SOFT_UNTIL`) they are soft, so that a gradient can move them; after it they are
-    rounded, too, and stay as they are, or the model would come to rely on what lies between.
+    rounded, too, and stay as they are, or the model would come to rely on what lies between. While
+    they are soft ids count from 1: if starting anew made a token seen by all, all would start anew.
     """
 
     def __init__(self, vocabulary: int, *, rngs: nnx.Rngs):
@@ -77,7 +78,7 @@ class Pointer(nnx.Module):
         return jax.nn.sigmoid(GATE_SLOPE * (self.gate_logits[...] + self.gate_bias[...]))
 
     def __call__(self, tokens: jax.Array, progress: jax.Array | float | None = None) -> jax.Array:
-        """Ids, 0 at tokens that start anew.
+        """Ids, 0 at tokens that start anew; 1 more while gates are soft.
 
         Args:
           tokens: int `[batch, length]`.
@@ -86,11 +87,12 @@ class Pointer(nnx.Module):
         Returns:
           int32 `[batch, length]`; in training float32.
         """
-        gates = self.gates()
+        gates, first = self.gates(), 0
         if progress is None:
             gates = jnp.round(gates).astype(jnp.int32)
         else:
             gates = jnp.where(progress < SOFT_UNTIL, gates, jnp.round(gates))
+            first = jnp.where(progress < SOFT_UNTIL, 1.0, 0.0)
         gates = gates[tokens]
 
         def join(earlier, later):
@@ -98,7 +100,7 @@ class Pointer(nnx.Module):
 
         kept = 1 - gates[..., 1]
         steps = kept, kept * gates[..., 0]
-        return jax.lax.associative_scan(join, steps, axis=1)[1]
+        return first + jax.lax.associative_scan(join, steps, axis=1)[1]
 
 
 def learned_places(

@@ -232,12 +232,12 @@ def test_ids_between_integers_have_biases_between_theirs(clip, windowed, spread,
     taken = lambda ids, **more: attention(q, k, v, ids=ids, bias_table=table, window=window, **more)  # noqa: E731
     assert relative_error(taken(ids.astype(jnp.float32)), taken(ids)) < 1e-6
 
-    differences, keys = jnp.float32([[[0.5 - clip, 0.25, 0]]]), jnp.float32([[[2, 1, 0.75]]])
+    differences, keys = jnp.float32([[[0.5 - clip, 0.25, 0]]]), jnp.float32([[[2, 0.75, 0]]])
     between = reference._biases(table, differences, keys, clip)
     expected = [
         (table[:, 0] + table[:, 1]) / 2,
         0.75 * table[:, clip] + 0.25 * table[:, clip + 1],
-        0.75 * table[:, clip] + 0.25 * table[:, -1],
+        table[:, -1],
     ]
     np.testing.assert_allclose(between[0, :, 0], jnp.stack(expected, 1), rtol=1e-5)
     # Half way to the first difference outside, a window ends.
