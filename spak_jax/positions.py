@@ -30,8 +30,8 @@ from spak_jax.config import BIASED, Architecture
 WIDEST_GAP = 16
 # Ids that a learned embedding has; training moves each row's ids by a random offset within them.
 EMBEDDED_IDS = 128
-# How steeply a gate answers to its logit.
-GATE_SLOPE = 6.0
+# How steeply a gate answers to its logit, and what all logits are at first.
+GATE_SLOPE, FIRST_GATE = 6.0, -0.2
 # The share of training after which gates are decided, and how much further a window reaches before:
 # to tokens whose ids are to come closer.
 SOFT_UNTIL, SOFT_FURTHER = 0.4, 1.0
@@ -62,18 +62,17 @@ class Pointer(nnx.Module):
     needs such a one to weigh the others against, or two equal digits look like one.
 
     Gates are 0 or 1 and ids are whole, however long the row. In the first part of training
-    (`SOFT_UNTIL`) they are soft, so that a gradient can move them. Digits then come to move the
-    counter on by most of a step, all a little alike, and what stands between numbers by less: so
-    gates are decided by whether a token's is above the mean of all, not above a half. In the rest
-    of training they stay as decided, or the model would come to rely on what lies between.
+    (`SOFT_UNTIL`) they are soft, so that a gradient can move them; after it they are rounded and
+    stay as they are, or the model would come to rely on what lies between. At first all tokens
+    mostly start the counter anew. From gates of a half some trainings ended with a counter that
+    nothing starts anew and that forgets a little at every token: good enough for short numbers.
 
     While gates are soft ids count from 1: if starting anew made a token seen by all, all would
     start anew.
     """
 
     def __init__(self, vocabulary: int):
-        # All alike at first: data alone tells tokens apart.
-        self.gate_logits = nnx.Param(jnp.zeros(vocabulary))
+        self.gate_logits = nnx.Param(jnp.full(vocabulary, FIRST_GATE))
 
     def soft(self) -> jax.Array:
         """How far each token moves the counter on, float32 `[vocabulary]`."""
@@ -81,8 +80,7 @@ class Pointer(nnx.Module):
 
     def decided(self) -> jax.Array:
         """Whether it moves the counter on or starts it anew, bool `[vocabulary]`."""
-        logits = self.gate_logits[...]
-        return logits > logits.mean()
+        return self.gate_logits[...] > 0
 
     def __call__(self, tokens: jax.Array, progress: jax.Array | float | None = None) -> jax.Array:
         """Ids, 0 at tokens that start anew; 1 more while gates are soft.
