@@ -82,7 +82,12 @@ def locked(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            # Who held it is nobody's business in a folder that is given away.
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 class Run:
