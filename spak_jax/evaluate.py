@@ -475,11 +475,15 @@ def parse_digits(text: str) -> tuple[int, ...]:
 def _lengths(text: str) -> Iterator[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
-            raise InputError(f"--digits {text}: expected lengths such as 1-12,16,24")
-        bounds = int(first), int(last or first)
+        numbers = (first, last) if dash else (first, first)
+        if not all(number.isdecimal() for number in numbers):
+            raise InputError(f"--digits {text[:80]!r}: expected lengths such as 1-12,16,24")
+        # Python refuses to read numbers of thousands of digits.
+        bounds = [int(number[:9]) for number in numbers]
         if not 1 <= bounds[0] <= bounds[1] <= MAX_DIGITS:
-            raise InputError(f"--digits {text}: {part} must run upwards between 1 and {MAX_DIGITS}")
+            raise InputError(
+                f"--digits {text[:80]!r}: {part[:80]!r} must run upwards between 1 and {MAX_DIGITS}"
+            )
         yield from range(bounds[0], bounds[1] + 1)
 
 
