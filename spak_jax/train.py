@@ -267,21 +267,24 @@ def first_supply(config: Config) -> Supply:
 def compiled(config: Config) -> tuple[Callable, Callable]:
     """The programs of `make_training`, which takes its state's memory, and `make_validation`."""
     where, everywhere = shardings(config), parallel.everywhere(config.parallel)
-    state = jax.eval_shape(lambda: initial_state(config))
-    supply = jax.eval_shape(lambda: make_supply(config))
+    validation_loss = jax.jit(
+        make_validation(config),
+        in_shardings=None if where is None else (where, everywhere),
+        out_shardings=everywhere,
+    )
+    return compiled_steps(config), validation_loss.lower(*_shapes(config)).compile()
+
+
+def compiled_steps(config: Config) -> Callable:
+    """The program of `make_training` alone."""
+    where, everywhere = shardings(config), parallel.everywhere(config.parallel)
     run_steps = jax.jit(
         make_training(config),
         donate_argnums=0,
         in_shardings=None if where is None else (where, everywhere, everywhere),
         out_shardings=None if where is None else (where, everywhere),
     )
-    run_steps = run_steps.lower(state, supply, jax.ShapeDtypeStruct((), jnp.int32))
-    validation_loss = jax.jit(
-        make_validation(config),
-        in_shardings=None if where is None else (where, everywhere),
-        out_shardings=everywhere,
-    )
-    return run_steps.compile(), validation_loss.lower(state, supply).compile()
+    return run_steps.lower(*_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 def train(config: Config, run_path: Path, until: int | None = None) -> list[TrainState]:
@@ -449,6 +452,10 @@ def _train_and_score(arguments: argparse.Namespace) -> None:
         evaluate.write_results(path / checkpoint.RESULTS, results)
         evaluate.print_results(results)
         console.print(f"results: {path / checkpoint.RESULTS}")
+
+
+def _shapes(config: Config) -> tuple[TrainState, Supply]:
+    return jax.eval_shape(lambda: (initial_state(config), make_supply(config)))
 
 
 def _next_stop(step: int, pace: int, last: int, train: Train) -> int:
