@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ KEPT = 2
 
 # Orbax tells every save, restore and error; our programs say what matters themselves.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Of several arrays that cannot be read, one error is raised; asyncio would tell the rest.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class Restored(NamedTuple):
@@ -183,6 +186,7 @@ def restore(run: Path, *, optimizer: bool = False, at_most: int | None = None) -
     if not steps:
         raise InputError(f"the run folder {run} holds no checkpoint")
     folders = [run / CHECKPOINTS / str(step) for step in steps]
+    _ignore_late_answers()
     try:
         return _read(folders[-1], steps[-1], optimizer)
     except Exception as error:  # noqa: BLE001  damage surfaces as any error of any layer
@@ -284,6 +288,22 @@ def _read(folder: Path, step: int, optimizer: bool) -> Restored:
     return Restored(
         step, config, arrays["weights"], arrays["optimizer"] if "optimizer" in wanted else None
     )
+
+
+def _ignore_late_answers() -> None:
+    """Keeps Python from printing a traceback for each array that arrives after another failed.
+
+    TensorStore reads on, and its answers go to Orbax's event loop, which is closed by then.
+    """
+    before = sys.unraisablehook
+    if before.__name__ == "ignore_late_answer":
+        return
+
+    def ignore_late_answer(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = ignore_late_answer
 
 
 def _refuse_links(folder: Path) -> None:

@@ -8,6 +8,8 @@ that; it comes with `pip install -e '.[test]'`.
 
 import argparse
 import contextlib
+import datetime
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from pallas_kernels import laws
@@ -384,6 +387,14 @@ def main() -> None:
         if name not in READERS:
             raise InputError(f"{name}: must be of {', '.join(READERS)}")
     evaluate.check_range("--count", arguments.count, 1, 10_000_000)
+    origin = {
+        "device": evaluate.device_name(),
+        "jax": jax.__version__,
+        "hypothesis": importlib.metadata.version("hypothesis"),
+        "date": datetime.date.today().isoformat(),
+        "commit": evaluate.commit(),
+        "seed": arguments.seed,
+    }
     _limit_memory()
     found = []
     for name in arguments.readers or READERS:
@@ -399,11 +410,27 @@ def main() -> None:
             f" slowest {each.slowest_seconds:.2f} s{broken}",
             markup=False,
         )
-    if arguments.json:
-        write_file(arguments.json, json.dumps([each._asdict() for each in found], indent=1) + "\n")
+        if arguments.json:
+            told = origin | {"readers": [each._asdict() for each in found]}
+            write_file(arguments.json, json.dumps(told, indent=1) + "\n")
+    print(table(found))
     broken = [each.reader for each in found if each.broken]
     if broken:
         raise Failure(f"broken: {', '.join(broken)}")
+
+
+def table(found: Sequence[Found]) -> str:
+    """What became of the inputs, in Markdown."""
+    lines = [
+        "| reader | inputs | taken | refused | slowest |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {each.reader} | {each.tried:,} | {each.taken:,} | {each.refused:,}"
+        f" | {each.slowest_seconds:.2f} s |"
+        for each in found
+    ]
+    return "\n".join([*lines, f"| all | {sum(each.tried for each in found):,} | | | |"])
 
 
 def _edited(st, content: bytes, pieces=None):
