@@ -226,7 +226,7 @@ def evidence(name: str, pattern: str, folder: Path) -> Callable[[laws.Path], Val
             " at its start, and without '**'"
         )
     try:
-        paths = sorted(folder.glob(pattern.removeprefix("./"))) if pattern else []
+        paths = sorted(folder.glob(str(Path(pattern)))) if first else []
         # Nor by links.
         outside = not all(path.resolve().is_relative_to(project) for path in paths)
     except (ValueError, NotImplementedError, OSError, RuntimeError) as error:

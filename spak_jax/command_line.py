@@ -1,9 +1,11 @@
 """What every program here shares: one way to fail on bad input, one console, one progress bar."""
 
+import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -98,3 +100,30 @@ def write_file(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def found_before(
+    path: Path, names: Collection[str], needed: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """What a campaign that is done in parts has written to a file so far, by name.
+
+    Args:
+      path: of the file; where there is none, nothing was found.
+      names: that may stand in it.
+      needed: keys of each.
+
+    Raises:
+      InputError: the file holds something else, which a campaign must not replace.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        found = None
+    ours = isinstance(found, dict) and found.keys() <= set(names)
+    if not ours or any(
+        not isinstance(each, dict) or set(needed) - each.keys() for each in found.values()
+    ):
+        raise InputError(f"{path} is there, and holds no results of this program")
+    return found

@@ -29,7 +29,14 @@ import jax
 import numpy as np
 
 from spak_jax import checkpoint, convert, evaluate, metrics
-from spak_jax.command_line import Failure, InputError, console, run_program, write_file
+from spak_jax.command_line import (
+    Failure,
+    InputError,
+    console,
+    found_before,
+    run_program,
+    write_file,
+)
 from spak_jax.config import Config, read_config
 from spak_jax.train import train
 
@@ -331,6 +338,10 @@ CAMPAIGN = {
 }
 
 
+# What the table needs of each.
+TOLD = ("fault", "tried", "outcomes", "broken", "not_tried", "date")
+
+
 def attempt(name: str, folder: Path, times: int | None = None) -> dict[str, Any]:
     """Tries a fault.
 
@@ -391,7 +402,7 @@ def main() -> None:
     for name in arguments.faults:
         if name not in CAMPAIGN:
             raise InputError(f"{name}: must be of {', '.join(CAMPAIGN)}")
-    found = _found_before(arguments.json) if arguments.json else {}
+    found = found_before(arguments.json, CAMPAIGN, TOLD) if arguments.json else {}
     origin = {
         "device": evaluate.device_name(),
         "jax": jax.__version__,
@@ -420,25 +431,6 @@ class _Call:
 
     def __reduce__(self):
         return self.function, (self.argument,)
-
-
-def _found_before(path: Path) -> dict[str, Any]:
-    """What other campaigns have written to a file.
-
-    Raises:
-      InputError: it holds something else.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-        if not (isinstance(found, dict) and found.keys() <= CAMPAIGN.keys()):
-            raise ValueError
-        # It holds what the table needs.
-        table(found)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"--json {path}: is there, and holds no results of faults") from None
-    return found
 
 
 def _config(overrides: Sequence[str]) -> Config:

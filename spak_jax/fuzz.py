@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,14 @@ from spak_jax import (
     results,
     tables,
 )
-from spak_jax.command_line import Failure, InputError, console, run_program, write_file
+from spak_jax.command_line import (
+    Failure,
+    InputError,
+    console,
+    found_before,
+    run_program,
+    write_file,
+)
 
 CONFIGS = Path("configs")
 RESULTS = Path("figures/reproduced-256/results/loop12-seed0.json")
@@ -380,7 +387,12 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=1_000, help="inputs for each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of them")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write what became of them; what FILE holds of other readers stays",
+    )
     arguments = parser.parse_args()
     if importlib.util.find_spec("hypothesis") is None:
         raise InputError("Hypothesis makes the inputs: pip install -c constraints.txt -e '.[test]'")
@@ -396,32 +408,32 @@ def main() -> None:
         "commit": evaluate.commit(),
         "seed": arguments.seed,
     }
+    told = found_before(arguments.json, READERS, Found._fields) if arguments.json else {}
     _limit_memory()
-    found = []
     for name in arguments.readers or READERS:
         if name == "pytorch" and importlib.util.find_spec("torch") is None:
             console.print("pytorch: not tried, PyTorch is not installed")
             continue
         count = max(1, int(SHARES.get(name, 1.0) * arguments.count))
-        found.append(fuzz(name, count, arguments.seed))
-        each = found[-1]
+        each = fuzz(name, count, arguments.seed)
         broken = f"; BROKEN by {each.broken}" if each.broken else ""
         console.print(
             f"{name}: {each.tried:,} inputs, {each.taken:,} taken, {each.refused:,} refused,"
             f" slowest {each.slowest_seconds:.2f} s{broken}",
             markup=False,
         )
+        told[name] = each._asdict() | origin
         if arguments.json:
-            told = origin | {"readers": [each._asdict() for each in found]}
             write_file(arguments.json, json.dumps(told, indent=1) + "\n")
-    print(table(found))
-    broken = [each.reader for each in found if each.broken]
+    print(table(told))
+    broken = [name for name, each in told.items() if each["broken"]]
     if broken:
         raise Failure(f"broken: {', '.join(broken)}")
 
 
-def table(found: Sequence[Found]) -> str:
+def table(told: Mapping[str, Mapping[str, Any]]) -> str:
     """What became of the inputs, in Markdown."""
+    found = [Found(*(told[name][key] for key in Found._fields)) for name in READERS if name in told]
     lines = [
         "| reader | inputs | taken | refused | slowest |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -61,7 +61,7 @@ def test_a_campaign_adds_to_its_file_and_to_no_other(tmp_path, monkeypatch):
     assert {name: each["tried"] for name, each in found.items()} == {"one": 1, "two": 1}
     for other in ("{", "[]", '{"one": 1}', '{"system": {}}'):
         path.write_text(other)
-        with pytest.raises(InputError, match="holds no results of faults"):
+        with pytest.raises(InputError, match="holds no results of this program"):
             faults.main()
         assert path.read_text() == other
 
