@@ -1,6 +1,7 @@
 """The metrics of a run: one JSON line for each compiled call of its training."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,13 +63,16 @@ def cut(run: Path, step: int) -> None:
 
 
 def append(run: Path, line: Line) -> None:
-    """Adds a line.
+    """Adds a line to a file that `cut` has left.
 
     Raises:
       Failure: the disk is full, or the folder gone or no longer writable.
     """
     try:
-        with (run / METRICS).open("a", encoding="utf-8") as file:
+        # Not "a", which makes the file: where the folder was moved away during a save, Orbax has made
+        # it anew, and the training would go on there without its lock.
+        with (run / METRICS).open("r+", encoding="utf-8") as file:
+            file.seek(0, os.SEEK_END)
             file.write(_written(line))
     except OSError as error:
         raise Failure(f"cannot write {run / METRICS}: {error.strerror}") from None

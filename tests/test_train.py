@@ -252,3 +252,19 @@ def test_the_command_line_moves_an_old_run_aside_and_refuses_bad_input(tiny_toml
     assert_refused(
         run_program("spak_jax.train", tiny_toml, "--run", tiny_toml / "run"), "tiny.toml/run"
     )
+
+
+def test_a_folder_that_moves_away_during_a_save_ends_the_training(tiny, tmp_path, monkeypatch):
+    save = checkpoint.Run.save
+
+    def moved_meanwhile(run, step, *rest):
+        if step == 4:
+            run.path.rename(tmp_path / "aside")
+            # As Orbax does, with all parents.
+            (run.path / checkpoint.CHECKPOINTS).mkdir(parents=True)
+        save(run, step, *rest)
+
+    monkeypatch.setattr(checkpoint.Run, "save", moved_meanwhile)
+    with pytest.raises(Failure, match=r"cannot write .*metrics.jsonl: No such file"):
+        training.train(tiny, tmp_path / "run")
+    assert checkpoint.restore(tmp_path / "aside").step == 0
