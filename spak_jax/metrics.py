@@ -69,8 +69,8 @@ def append(run: Path, line: Line) -> None:
       Failure: the disk is full, or the folder gone or no longer writable.
     """
     try:
-        # Not "a", which makes the file: where the folder was moved away during a save, Orbax has made
-        # it anew, and the training would go on there without its lock.
+        # Not "a", which makes the file: where the folder was moved away during a save, Orbax has
+        # made it anew, and the training would go on there without its lock.
         with (run / METRICS).open("r+", encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
             file.write(_written(line))
