@@ -36,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pallas_kernels import dispatch, long, short, tiles
+from pallas_kernels.looped_cases import LOOPED_CASES, LoopedCase
 from pallas_kernels.shapes import (
     LONG,
     SCORING,
@@ -104,6 +105,9 @@ class Case:
         return ", ".join(name for name, value in used.items() if value)
 
 
+AnyCase = Case | StreamCase | LoopedCase
+
+
 @dataclass(frozen=True)
 class Report:
     """What one kernel takes on one target.
@@ -116,7 +120,7 @@ class Report:
 
     target: str
     kernel: str
-    case: Case | StreamCase
+    case: AnyCase
     registers: int | None = None
     spilled: int | None = None
     shared_memory: int | None = None
@@ -142,10 +146,10 @@ class Report:
         }
 
 
-def standard_cases() -> list[Case | StreamCase]:
+def standard_cases() -> list[AnyCase]:
     """All shapes of `shapes`: training with dropout, scoring forward only, long rows both without
-    and with everything a call can ask for, rows with a window over ids; and `STREAM_CASES`. Of
-    shapes that differ in batch and heads alone, the first."""
+    and with everything a call can ask for, rows with a window over ids; `STREAM_CASES` and
+    `LOOPED_CASES`. Of shapes that differ in batch and heads alone, the first."""
     training = [Case(shape, rate=DROPOUT) for shape in TRAINING]
     scoring = [Case(shape, backward=False) for shape in SCORING]
     everything = [Case(shape, rate=DROPOUT, clip=CLIP) for shape in LONG]
@@ -154,7 +158,7 @@ def standard_cases() -> list[Case | StreamCase]:
         for shape in WINDOWED_TRAINING + WINDOWED_SCORING
     ]
     cases = [*training, *scoring, *map(Case, LONG), *everything, *windowed]
-    return _distinct(cases) + STREAM_CASES
+    return _distinct(cases) + STREAM_CASES + LOOPED_CASES
 
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:
@@ -165,13 +169,15 @@ def _distinct(cases: Iterable[Case]) -> list[Case]:
     return list(first.values())
 
 
-def program(case: Case | StreamCase, target: str) -> tuple[Callable, tuple]:
+def program(case: AnyCase, target: str) -> tuple[Callable, tuple]:
     """A function to compile, and its arguments as `jax.ShapeDtypeStruct`s.
 
     Those of attention are q, k, v, extras, log-sum-exp, delta and the output's gradient.
     """
     if isinstance(case, StreamCase):
         return case.program()
+    if isinstance(case, LoopedCase):
+        return case.program(target)
     batch, length, heads, head_dim = case.shape
     options = Options(
         length=length,
@@ -231,7 +237,7 @@ def _one_kernel(case: Case, options: Options) -> Callable:
 
 def measure(
     targets: Sequence[str],
-    cases: Sequence[Case | StreamCase],
+    cases: Sequence[AnyCase],
     done: Callable[[list[Report]], None] = lambda reports: None,
 ) -> list[Report]:
     """Compiles all cases for all targets, several at a time, in processes that touch no GPU.
@@ -310,7 +316,7 @@ def _prepare_worker() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _reports(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
+def _reports(target: str, case: AnyCase, assembler: str) -> list[Report]:
     try:
         return _compiled(target, case, assembler)
     except Exception as error:  # Tracing, Triton, LLVM and XLA fail in many ways: all are reported.
@@ -332,9 +338,9 @@ def _reports(target: str, case: Case | StreamCase, assembler: str) -> list[Repor
     ]
 
 
-def kernels_of(target: str, case: Case | StreamCase) -> tuple[str, ...]:
+def kernels_of(target: str, case: AnyCase) -> tuple[str, ...]:
     """Names of the kernels of a case; the first is the forward pass."""
-    if isinstance(case, StreamCase):
+    if not isinstance(case, Case):
         return case.kernels
     if case.kernel is not None:
         return (case.kernel,)
@@ -368,7 +374,7 @@ def tile_key(target: str, case: Case, kernel: str) -> str:
     return tiles.key(kernel, case.shape.length, *sizes)
 
 
-def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
+def _compiled(target: str, case: AnyCase, assembler: str) -> list[Report]:
     function, arguments = program(case, target)
     arguments = placed(arguments, target)
     with tempfile.TemporaryDirectory() as folder:

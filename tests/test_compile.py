@@ -14,6 +14,7 @@ from jax import export
 
 from pallas_kernels import compile as aot
 from pallas_kernels import targets, tiles
+from pallas_kernels.looped_cases import LOOPED_CASES
 from pallas_kernels.shapes import (
     LONG,
     SCORING,
@@ -47,9 +48,9 @@ def test_all_kernels_compile_and_fit(tmp_path):
     for target in ("rtx5070", "b200"):
         of_target = [kernel for kernel in kernels if kernel["target"] == target]
         streams = {(kernel["kernel"], kernel["shape"]) for kernel in of_target}
-        for case in STREAM_CASES:
+        for case in STREAM_CASES + LOOPED_CASES:
             assert {(name, str(case.shape)) for name in case.kernels} <= streams
-        names = {name for case in STREAM_CASES for name in case.kernels}
+        names = {name for case in STREAM_CASES + LOOPED_CASES for name in case.kernels}
         products = [kernel for kernel in of_target if not kernel["kernel"].startswith(NO_PRODUCT)]
         compiled = {
             (kernel["kernel"], *_sizes(kernel["shape"]))
