@@ -14,14 +14,24 @@ What is unusual here:
 - Dropout keys are arguments: a call without one is deterministic.
 - Halting runs the loops of the model that was trained, position information included, and only
   freezes what has been decided.
+- On a GPU, short rows go through all loops of inference in one launch (`pallas_kernels.looped`).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import add_and_norm, add_and_score, attention, gelu, reference, targets
-from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
+from pallas_kernels import (
+    add_and_norm,
+    add_and_score,
+    attention,
+    gelu,
+    looped,
+    looped_block,
+    reference,
+    targets,
+)
+from spak_jax.config import BIASED, Architecture, Config, LoopedModel, StaticModel
 from spak_jax.positions import (
     EMBEDDED_IDS,
     Places,
@@ -356,6 +366,8 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
+        if key is None and self._fits_one_launch(tokens):
+            return self.launched(tokens, loops=loops, positions=positions, ids=ids)[0]
         step, stream, inputs = self._loop(tokens, loops, positions, ids, key)
         stream, after = jax.lax.scan(step, stream, inputs)
         return self.readout(self._whole(stream, None if after is None else after[-1]))
@@ -425,18 +437,23 @@ class LoopLM(_Transformer):
         tokens: jax.Array,
         thresholds: jax.Array,
         *,
+        rule: str = "sure",
         loops: int | None = None,
         positions: jax.Array | None = None,
         ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Logits where each token stops once it is sure ("wait to think").
+        """Logits where each token stops once it has thought enough ("wait to think").
 
-        After a loop, a token whose largest probability reaches its threshold keeps that loop's
-        state from then on; the tokens that go on still attend to it.
+        A token that halts after a loop keeps that loop's state from then on; the tokens that go on
+        still attend to it. By the rule "sure" it halts when its largest probability reaches its
+        threshold; by the rule "still", when its distribution lies no further than its threshold
+        from that of the loop before, in total variation (1/2 after the first loop).
 
         Args:
           tokens: int `[batch, length]`.
-          thresholds: float, broadcastable to `[batch, length]`; above 1 never halts.
+          thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a
+            distance below 0, never halts.
+          rule: of `pallas_kernels.looped.RULES`.
           loops: the most loops to run; None for as many as in training.
           positions, ids: as in a plain call.
 
@@ -444,20 +461,87 @@ class LoopLM(_Transformer):
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
+        if self._fits_one_launch(tokens):
+            return self.launched(
+                tokens, thresholds, rule=rule, loops=loops, positions=positions, ids=ids
+            )
         step, (state, _), inputs = self._loop(tokens, loops, positions, ids, None)
 
         def halting(carry, x):
-            state, halted, steps = carry
+            state, halted, steps, before = carry
             stream, _ = step((state, None), x)
             state = jnp.where(halted[..., None], state, self._whole(stream, None))
             steps = steps + ~halted
-            sure = jax.nn.softmax(self.readout(state)).max(-1) >= thresholds
-            return (state, halted | sure, steps), None
+            chances = jax.nn.softmax(self.readout(state))
+            if rule == "sure":
+                halts = chances.max(-1) >= thresholds
+            else:
+                halts = 0.5 * jnp.abs(chances - before).sum(-1) <= thresholds
+            return (state, halted | halts, steps, chances), None
 
         nothing = jnp.zeros(tokens.shape, bool)
-        carry = (state, nothing, nothing.astype(jnp.int32))
-        (state, _, steps), _ = jax.lax.scan(halting, carry, inputs)
+        unread = jnp.zeros((*tokens.shape, len(self._head())), jnp.float32)
+        carry = (state, nothing, nothing.astype(jnp.int32), unread)
+        (state, _, steps, _), _ = jax.lax.scan(halting, carry, inputs)
         return self.readout(state), steps
+
+    def launched(
+        self,
+        tokens: jax.Array,
+        thresholds: jax.Array | None = None,
+        *,
+        rule: str = "sure",
+        loops: int | None = None,
+        positions: jax.Array | None = None,
+        ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `halting_logits`, and without thresholds as a plain call, in one launch.
+
+        Raises:
+          ValueError: `pallas_kernels.looped_block` does not hold such rows.
+        """
+        (x, _), where, _ = self._embed(tokens, positions, ids, None, 0)
+        block, whole = self.block, lambda linear: linear.kernel[...]
+        weights = looped.Weights(
+            norm1=block.norm1.scale[...],
+            qkv=whole(block.qkv),
+            attention_out=whole(block.attention_out),
+            norm2=block.norm2.scale[...],
+            mlp_in=whole(block.mlp_in),
+            mlp_out=whole(block.mlp_out),
+            final_norm=self.final_norm.scale[...],
+            head=self.embedding.embedding[...],
+            steps=self.step_embedding.embedding[...],
+            mlp_value=whole(block.mlp_value) if block.gated else None,
+            bias_table=block.bias_table[...] if hasattr(block, "bias_table") else None,
+        )
+        return looped_block(
+            x,
+            weights,
+            heads=block.heads,
+            loops=self.loops if loops is None else loops,
+            dtype=self.dtype,
+            positions=where.turned_by,
+            ids=where.ids,
+            window=block.window,
+            thresholds=thresholds,
+            rule=rule,
+            inject_input=self.config.inject_input,
+            normalize_state=self.config.normalize_state,
+        )
+
+    def _fits_one_launch(self, tokens: jax.Array) -> bool:
+        """Whether it is the fastest that there is for such rows; asked for an implementation of
+        attention, the model runs its loops one by one."""
+        config, block = self.config, self.block
+        return block.attention is None and looped.takes(
+            tokens.shape[1],
+            config.width,
+            config.heads,
+            len(self._head()),
+            self.dtype,
+            with_ids=config.positions in BIASED,
+        )
 
     def traced(
         self, tokens: jax.Array, *, loops: int | None = None, ids: jax.Array | None = None
