@@ -30,7 +30,8 @@ HEAD = """\
 #
 # Keys: rows that one program holds (whole-row kernels; rows without a line here are streamed),
 # channels of a head, padded to a power of two, and bits of a number. `cudnn_from`: the length from
-# which on cuDNN is faster, for calls that it can take at all.
+# which on cuDNN is faster, for calls that it can take at all. `looped_block`: tokens of a
+# program, channels of the state, padded, and bits; states without a line here are left to a scan.
 """
 
 
