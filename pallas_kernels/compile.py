@@ -1,5 +1,6 @@
 """Compiles the kernels for GPUs that are not there and says what each takes of them:
-`python -m pallas_kernels.compile [--target NAME,...] [--shape BxTxHxD ...] [--json FILE]`.
+`python -m pallas_kernels.compile [--target NAME,...] [--kernel NAME ... | --shape BxTxHxD ...]
+[--json FILE]`.
 
 Registers and spills come from NVIDIA's assembler, all else from what XLA writes out while it
 compiles. Exit status 1 if a kernel does not compile, does not fit, spills too much or misses the
@@ -59,6 +60,12 @@ CLIP = 15
 TENSOR_CORE_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 # Each takes a core and some 400 MB.
 MOST_WORKERS = 8
+
+ALL_KERNELS = (
+    *tiles.KERNELS,
+    tiles.LOOPED,
+    *dict.fromkeys(name for case in STREAM_CASES for name in case.kernels),
+)
 
 _LAUNCH = re.compile(r"\] (\w+) grid: .*shared_memory: (\d+) bytes")
 _ENTRY = re.compile(r"\.entry (\w+)\(")
@@ -504,6 +511,9 @@ def main() -> None:
         help=f"of {', '.join(TARGETS)}; all unless given",
     )
     parser.add_argument(
+        "--kernel", choices=ALL_KERNELS, action="append", help="these alone; repeatable"
+    )
+    parser.add_argument(
         "--shape",
         type=parse_shape,
         action="append",
@@ -513,6 +523,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the reports")
     arguments = parser.parse_args()
     cases = standard_cases()
+    if arguments.kernel:
+        cases = [
+            case
+            for case in cases
+            if any(
+                name in arguments.kernel
+                for target in arguments.target
+                for name in kernels_of(target, case)
+            )
+        ]
     if arguments.shape:
         cases = _distinct(Case(shape, rate=DROPOUT) for shape in arguments.shape)
         for case in cases:

@@ -366,7 +366,7 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
-        if key is None and self._fits_one_launch(tokens):
+        if key is None and self.fits_one_launch(tokens):
             return self.launched(tokens, loops=loops, positions=positions, ids=ids)[0]
         step, stream, inputs = self._loop(tokens, loops, positions, ids, key)
         stream, after = jax.lax.scan(step, stream, inputs)
@@ -461,7 +461,7 @@ class LoopLM(_Transformer):
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
-        if self._fits_one_launch(tokens):
+        if self.fits_one_launch(tokens):
             return self.launched(
                 tokens, thresholds, rule=rule, loops=loops, positions=positions, ids=ids
             )
@@ -530,7 +530,7 @@ class LoopLM(_Transformer):
             normalize_state=self.config.normalize_state,
         )
 
-    def _fits_one_launch(self, tokens: jax.Array) -> bool:
+    def fits_one_launch(self, tokens: jax.Array) -> bool:
         """Whether it is the fastest that there is for such rows; asked for an implementation of
         attention, the model runs its loops one by one."""
         config, block = self.config, self.block

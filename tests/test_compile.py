@@ -133,6 +133,7 @@ def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
         ("--shape 1x0x4x64", ("--shape", "'1x0x4x64'")),
         ("--shape 1x64x4x13", ("--shape 1x64x4x13", "even")),
         ("--shape 1x64x4x1024", ("--shape 1x64x4x1024", "too large")),
+        ("--kernel nothing", ("--kernel", "'nothing'", tiles.LOOPED)),
         ("--json no/such/folder/file.json", ("--json no/such/folder/file.json",)),
     ],
 )

@@ -170,7 +170,7 @@ def test_models_take_it_on_a_gpu_where_it_applies(monkeypatch):
         for gpu in (False, True):
             monkeypatch.setattr(looped.targets, "kernels_run", lambda gpu=gpu: gpu)
             for length in (64, 129):
-                chosen[implementation, gpu, length] = network._fits_one_launch(texts(1, length))
+                chosen[implementation, gpu, length] = network.fits_one_launch(texts(1, length))
     assert [case for case, takes in chosen.items() if takes] == [(None, True, 64)]
     network.block.attention = None
     assert network(texts(2, 64)) == "logits"
@@ -230,7 +230,7 @@ def test_the_evaluator_scores_the_same_in_one_launch(half_trained, halt, monkeyp
     settings = evaluate.Settings((1,), 300, 0, halt=halt)
     launched = evaluate.Scorer(trained, settings)(problems)
     evaluate._compiled_rows.cache_clear()
-    monkeypatch.setattr(model.LoopLM, "_fits_one_launch", lambda self, tokens: False)
+    monkeypatch.setattr(model.LoopLM, "fits_one_launch", lambda self, tokens: False)
     scanned = evaluate.Scorer(trained, settings)(problems)
     evaluate._compiled_rows.cache_clear()
     # A probability at its threshold, or two of the same size, may come out the other way round.
