@@ -3,15 +3,15 @@
 One program takes the tokens of a row, or of a few short ones, through all loops. Their float32
 state lives in its registers from the first loop to the last; weights come tile by tile from the L2
 cache, where all programs find the same ones; queries, keys and values of a loop pass through a
-buffer that no other program touches, a few hundred KB that the caches hold. A program stops as soon
-as all of its tokens have halted, whatever its neighbours do. Forward only.
+buffer of its own, which the caches hold (104 KiB at a width of 256). A program stops as soon as all
+of its tokens have halted, whatever its neighbours do. Forward only.
 
 The state stands on its side, `[channels, tokens]`, in blocks of channels: weights are then the left
 operands of all products and the normed state the right one. That one Triton keeps in shared memory,
 where every tile of weights meets it; on the left it would be held in registers beside the state,
-which no chip has enough of at a width of 256. Wider states than that do not fit into the registers
-of a program together with what a product adds to them: 768 channels of 64 tokens are 192 of the 256
-KiB that a multiprocessor has.
+which no chip has enough of at a width of 256. Larger states do not fit into a multiprocessor's 256
+KiB of registers together with what a product adds to them: 768 channels of 64 tokens are 192 KiB,
+and with 256 channels of 128 tokens, 128 KiB, every tile tried spilled 260 to 640 bytes a thread.
 
 What keeps registers free, seen in the compilers' output:
 - Scales of norms are multiplied into the weights behind them, beforehand: read in the kernel, they
@@ -40,6 +40,7 @@ from pallas_kernels.tile import LEAST, NARROWEST, Columns, Extras
 # When a token halts: its largest probability has reached its threshold, or what it reads out has
 # moved by no more than it since the loop before.
 RULES = ("sure", "still")
+# What the registers of a program hold, and one tile of weights.
 LARGEST_WIDTH = 256
 LARGEST_HEAD = 64
 LARGEST_VOCABULARY = 64
@@ -70,8 +71,11 @@ class Weights(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How a program is cut: channels of the state and rows of other matrices to a tile of weights,
-    and how it is launched."""
+    """How a program is cut and launched.
+
+    block_width: channels of the state that a tile of weights meets. block_hidden: queries, keys,
+    values or hidden channels that it makes or takes; no more for a head's output than the head has.
+    """
 
     block_width: int
     block_hidden: int
@@ -406,9 +410,9 @@ def _kernel(
             xs = _normed(xs, options)
         if options.injected:
             xs = tuple(x + first for x, first in zip(xs, _load_state(x_ref, weights), strict=True))
-        steps_ref = weights.steps.at
         step = jnp.minimum(i, weights.steps.shape[0] - 1)
-        xs = tuple(x + plgpu.load(steps_ref[step, _index(j)])[:, None] for j, x in enumerate(xs))
+        shifts = (plgpu.load(weights.steps.at[step, _index(j)]) for j in range(len(xs)))
+        xs = tuple(x + shift[:, None] for x, shift in zip(xs, shifts, strict=True))
         _project(_rounded_norm(xs, weights, options), weights, qkv_ref, options)
         xs = _attend(xs, weights, qkv_ref, extras, options)
         return _mlp(xs, _rounded_norm(xs, weights, options), weights, options)
@@ -583,10 +587,10 @@ def _index(number):
 
 
 def _dot(a, b, *, transpose_b=False, options: Options):
-    """As `tile.dot`; float32 operands as sums of three tf32 numbers each, on the tensor cores.
+    """As `tile.dot`; float32 operands as sums of two tf32 numbers each, in three products.
 
-    That loses nothing that float32 keeps but its last two bits or so; products that the tensor
-    cores have no part in would be unrolled into more code than registers can serve.
+    That loses no more than float32's last two bits or so, and runs on the tensor cores; products
+    that they have no part in would be unrolled into more code than registers can serve.
     """
     if a.dtype != jnp.float32 or options.interpret:
         return tile.dot(a, b, transpose_b=transpose_b)
