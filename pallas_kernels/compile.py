@@ -262,21 +262,28 @@ def measure(
     """
     check_plugin()
     assembler = find_assembler()
+    pool = _workers()
     jobs = [(target, case) for target in targets for case in cases]
-    # New processes, not forks: JAX has threads, and may have a GPU, in this one.
-    with concurrent.futures.ProcessPoolExecutor(
-        max(1, min(len(jobs), os.cpu_count() or 1, MOST_WORKERS)),
+    futures = [pool.submit(_reports, *job, assembler) for job in jobs]
+    try:
+        for future in concurrent.futures.as_completed(futures):
+            done(future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return [report for future in futures for report in future.result()]
+
+
+@functools.cache
+def _workers() -> concurrent.futures.Executor:
+    """Processes that compile, for all calls: each takes seconds to import JAX, and starts when
+    there is work for it. New ones, not forks: JAX has threads, and may have a GPU, in this one."""
+    return concurrent.futures.ProcessPoolExecutor(
+        min(os.cpu_count() or 1, MOST_WORKERS),
         multiprocessing.get_context("spawn"),
         _prepare_worker,
-    ) as pool:
-        futures = [pool.submit(_reports, *job, assembler) for job in jobs]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                done(future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [report for future in futures for report in future.result()]
+    )
 
 
 def check_plugin() -> None:

@@ -50,13 +50,15 @@ def attention(
       positions: int `[length]` or `[batch, length]`; q and k are turned by them (RoPE, base
         10,000). None turns nothing.
       segment_ids: int32 `[batch, length]`; a token sees its own segment only.
-      ids: int32 `[batch, length]`, 0 for none, never negative; what `bias_table` and `window` speak
-        of. On the plain path also float32, with a gradient: biases are interpolated, the window
-        ends half way to the next difference, and may be a scalar array.
+      ids: int32 `[batch, length]`, never negative; what `bias_table` and `window` speak of. A key
+        with 0 has no place, and every query sees it. On the plain path also float32, with a
+        gradient: biases are interpolated, the window ends half way to the next difference, and may
+        be a scalar array.
       bias_table: `[heads, 2 * clip + 2]`, added to the scores: entry `clip + difference` for a
-        query's id minus a key's, clipped to plus and minus `clip`; the last where either is none.
-      window: masks keys whose id differs from the query's by more than this; keys or queries
-        without an id are never masked. With a `bias_table` it must be its `clip`.
+        query's id minus a key's, clipped to plus and minus `clip`; the last for keys without a
+        place.
+      window: masks keys whose id differs from the query's by more than this, but none without a
+        place. With a `bias_table` it must be its `clip`.
       dropout_rate: share of the probabilities that is dropped where `dropout_key` is given.
       dropout_key: PRNG key; which probabilities it drops is the same in every implementation
         (`reference.dropout_bits`).

@@ -179,23 +179,24 @@ def attention_weights(
         counts &= query == key
     if ids is not None:
         query, key = pair(ids)
-        both = (query != 0) & (key != 0)
         if bias_table is not None:
-            scores += _biases(bias_table.astype(jnp.float32), (query - key)[:, 0], both[:, 0], clip)
+            table = bias_table.astype(jnp.float32)
+            scores += _biases(table, (query - key)[:, 0], key[:, 0], clip)
         if window is not None:
-            counts &= ~both | (jnp.abs(query - key) <= window + 0.5)
+            counts &= (key < 0.5) | (jnp.abs(query - key) <= window + 0.5)
     # A query that sees no key at all gets zeros.
     return jax.nn.softmax(jnp.where(counts, scores, -1e30)) * counts
 
 
-def _biases(table, difference, both, clip: int) -> jax.Array:
-    """`[batch, heads, length, length]` of differences of ids `[batch, length, length]`."""
+def _biases(table, difference, key, clip: int) -> jax.Array:
+    """`[batch, heads, length, length]` of differences of ids `[batch, length, length]` and the ids
+    of the keys, which broadcast to them."""
     place = jnp.clip(difference, -clip, clip) + clip
     if jnp.issubdtype(difference.dtype, jnp.floating):
         # Each entry under a hat as wide as its neighbours are away: linear between them.
         hats = (jax.nn.relu(1 - jnp.abs(place - entry)) for entry in range(2 * clip + 1))
         bias = sum(table[:, entry, None, None, None] * hat for entry, hat in enumerate(hats))
-        bias = jnp.where(both, bias, table[:, -1, None, None, None])
+        bias = jnp.where(key >= 0.5, bias, table[:, -1, None, None, None])
     else:
-        bias = table[:, jnp.where(both, place, 2 * clip + 1)]
+        bias = table[:, jnp.where(key > 0, place, 2 * clip + 1)]
     return jnp.moveaxis(bias, 0, 1)

@@ -266,13 +266,13 @@ def bias_index(query: Side, key: Side, clip: int, keys_first=False) -> jax.Array
     query_id, key_id = pair(query.ids, key.ids, keys_first)
     last = 2 * clip + 1
     difference = jnp.clip(query_id - key_id, -clip, clip) + clip
-    return last + _both(query_id, key_id) * (difference - last)
+    return last + _placed(key_id) * (difference - last)
 
 
-def _both(query_id: jax.Array, key_id: jax.Array) -> jax.Array:
-    """1 where both have an id, else 0. Counted, not compared: where Triton brings a tile of truth
+def _placed(key_id: jax.Array) -> jax.Array:
+    """1 where a key has an id, else 0. Counted, not compared: where Triton brings a tile of truth
     values from one layout to another through shared memory, it fails to compile."""
-    return jnp.minimum(query_id, 1) * jnp.minimum(key_id, 1)
+    return jnp.minimum(key_id, 1)
 
 
 def scores(
@@ -308,7 +308,7 @@ def scores(
     if options.windowed:
         query_id, key_id = pair(query.ids, key.ids, keys_first)
         beyond = jnp.maximum(jnp.abs(query_id - key_id) - options.clip, 0)
-        far = jnp.minimum(beyond, 1) * _both(query_id, key_id)
+        far = jnp.minimum(beyond, 1) * _placed(key_id)
         raw += MASKED * far.astype(jnp.float32)
     return jnp.where(counts, raw, MASKED)
 

@@ -202,7 +202,7 @@ class _Transformer(nnx.Module):
                 rngs=rngs,
             )
         if config.positions == "learned":
-            self.pointer = Pointer(vocabulary, rngs=rngs)
+            self.pointer = Pointer(vocabulary)
 
     def readout(self, state: jax.Array) -> jax.Array:
         """float32 logits `[..., vocabulary]` of a residual stream `[..., width]`."""

@@ -30,9 +30,9 @@ from spak_jax.config import BIASED, Architecture
 WIDEST_GAP = 16
 # Ids that a learned embedding has; training moves each row's ids by a random offset within them.
 EMBEDDED_IDS = 128
-# How steeply a gate answers to its logit, and how far apart tokens' logits are at first.
-GATE_SLOPE, GATE_STD = 4.0, 0.1
-# The share of training after which gates are rounded, and how much further a window reaches before:
+# How steeply a gate answers to its logit, and what all logits are at first.
+GATE_SLOPE, FIRST_GATE = 6.0, -0.2
+# The share of training after which gates are decided, and how much further a window reaches before:
 # to tokens whose ids are to come closer.
 SOFT_UNTIL, SOFT_FURTHER = 0.4, 1.0
 # The first biases of learned ids favour differences spread over this much to either side.
@@ -40,7 +40,7 @@ FIRST_CENTRES = 1.5
 
 
 class Places(NamedTuple):
-    """What attention is told: integers to turn by, and ids (0 for none); None for nothing.
+    """What attention is told: integers to turn by, and ids (0 for no place); None for nothing.
 
     turned_by: int32 `[length]` or `[batch, length]`. ids: int32 `[batch, length]`, or float32 for
     learned ids in training. further: by how much the window is wider then than `config.clip`.
@@ -54,27 +54,36 @@ class Places(NamedTuple):
 class Pointer(nnx.Module):
     """Ids that a model finds itself: a counter over the row that each token moves or starts anew.
 
-    `id_t = (1 - reset_t) (id_{t-1} + advance_t)`, both gates a sigmoid of what is learned for each
-    token of the vocabulary: nothing here knows what a digit is, or where numbers start. (Contextual
-    position encoding, Golovneva et al. 2024, counts by gates too, of query and key, without
-    starting anew.)
+    `id_t = gate_t (id_{t-1} + 1)`, the gate a sigmoid of what is learned for each token of the
+    vocabulary: nothing here knows what a digit is, or where numbers start. (Contextual position
+    encoding, Golovneva et al. 2024, counts by gates too, of query and key, without starting anew.)
 
-    Gates are rounded to 0 or 1 and ids are whole, however long the row. In the first part of
-    training (`SOFT_UNTIL`) they are soft, so that a gradient can move them; after it they are
-    rounded, too, and stay as they are, or the model would come to rely on what lies between.
+    A token that starts anew has the id 0, no place: every query sees it. Attention over a window
+    needs such a one to weigh the others against, or two equal digits look like one.
+
+    Gates are 0 or 1 and ids are whole, however long the row. In the first part of training
+    (`SOFT_UNTIL`) they are soft, so that a gradient can move them; after it they are rounded and
+    stay as they are, or the model would come to rely on what lies between. At first all tokens
+    mostly start the counter anew. From gates of a half some trainings ended with a counter that
+    nothing starts anew and that forgets a little at every token: good enough for short numbers.
+
+    While gates are soft ids count from 1: if starting anew made a token seen by all, all would
+    start anew.
     """
 
-    def __init__(self, vocabulary: int, *, rngs: nnx.Rngs):
-        self.gate_logits = nnx.Param(GATE_STD * jax.random.normal(rngs.params(), (vocabulary, 2)))
-        # What all tokens share: most are digits, and learn from one another what to do.
-        self.gate_bias = nnx.Param(jnp.zeros(2))
+    def __init__(self, vocabulary: int):
+        self.gate_logits = nnx.Param(jnp.full(vocabulary, FIRST_GATE))
 
-    def gates(self) -> jax.Array:
-        """Advance and reset of each token, float32 `[vocabulary, 2]`."""
-        return jax.nn.sigmoid(GATE_SLOPE * (self.gate_logits[...] + self.gate_bias[...]))
+    def soft(self) -> jax.Array:
+        """How far each token moves the counter on, float32 `[vocabulary]`."""
+        return jax.nn.sigmoid(GATE_SLOPE * self.gate_logits[...])
+
+    def decided(self) -> jax.Array:
+        """Whether it moves the counter on or starts it anew, bool `[vocabulary]`."""
+        return self.gate_logits[...] > 0
 
     def __call__(self, tokens: jax.Array, progress: jax.Array | float | None = None) -> jax.Array:
-        """Ids, from 1.
+        """Ids, 0 at tokens that start anew; 1 more while gates are soft.
 
         Args:
           tokens: int `[batch, length]`.
@@ -83,19 +92,16 @@ class Pointer(nnx.Module):
         Returns:
           int32 `[batch, length]`; in training float32.
         """
-        gates = self.gates()
-        if progress is None:
-            gates = jnp.round(gates).astype(jnp.int32)
-        else:
-            gates = jnp.where(progress < SOFT_UNTIL, gates, jnp.round(gates))
+        gates, first = self.decided().astype(jnp.int32), 0
+        if progress is not None:
+            soft = progress < SOFT_UNTIL
+            gates, first = jnp.where(soft, self.soft(), gates), jnp.where(soft, 1.0, 0.0)
         gates = gates[tokens]
 
         def join(earlier, later):
             return earlier[0] * later[0], earlier[1] * later[0] + later[1]
 
-        kept = 1 - gates[..., 1]
-        steps = kept, kept * gates[..., 0]
-        return 1 + jax.lax.associative_scan(join, steps, axis=1)[1]
+        return first + jax.lax.associative_scan(join, (gates, gates), axis=1)[1]
 
 
 def learned_places(

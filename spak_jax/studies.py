@@ -83,13 +83,14 @@ def frontier(overrides: Sequence[str]) -> Study:
         config = _config(name, overrides)
         deeper = (Scoring(loops=factor * config.model.loops, examples=1_000) for factor in (2, 4))
         experiments.append(Experiment(config, (Scoring(kinds=True), *deeper)))
-    return Study(experiments, (*range(1, 101), 200, 500, 1_000, 10_000), 10_000)
+    return Study(experiments, (*range(1, 101), 200, 500, 1_000), 10_000)
 
 
 def pointer(overrides: Sequence[str]) -> Study:
     """Told nothing of where digits align."""
     config = _config("pointer", overrides)
-    return Study([Experiment(config, (Scoring(kinds=True),))], frontier([]).digits, 10_000)
+    lengths = (*range(1, 13), 16, 24, 32, 48, 64, 80, 100, 200, 500, 1_000)
+    return Study([Experiment(config, (Scoring(kinds=True),))], lengths, 10_000)
 
 
 def tasks(overrides: Sequence[str]) -> Study:

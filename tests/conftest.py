@@ -1,11 +1,17 @@
 """What several test files share: tiny configurations, and programs run as a user runs them."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 import tomllib
+import traceback
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -67,15 +73,37 @@ def tiny_config(**sections) -> Config:
     return parse_config(values | {"system": values["system"]["name"]}, "test")
 
 
-def run_program(*words: str, **options) -> subprocess.CompletedProcess:
-    """`python -m WORDS...` from the repository's root, its output as text."""
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        **options,
-    )
+def run_program(*words: str, env=None, input: str = "") -> subprocess.CompletedProcess:
+    """`python -m WORDS...` from the repository's root, its output as text.
+
+    In this process, which has imported what takes seconds; with another environment in its own.
+    """
+    words = list(map(str, words))
+    if env:
+        command = [sys.executable, "-m", *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=env, input=input, capture_output=True, text=True
+        )
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()))),
+        warnings.catch_warnings(),
+    ):
+        # That the module runs although tests have imported it.
+        warnings.filterwarnings("ignore", message=".*found in sys.modules after import")
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code or 0
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def assert_refused(result: subprocess.CompletedProcess, *said: str) -> None:

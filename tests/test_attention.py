@@ -232,8 +232,13 @@ def test_ids_between_integers_have_biases_between_theirs(clip, windowed, spread,
     taken = lambda ids, **more: attention(q, k, v, ids=ids, bias_table=table, window=window, **more)  # noqa: E731
     assert relative_error(taken(ids.astype(jnp.float32)), taken(ids)) < 1e-6
 
-    between = reference._biases(table, jnp.float32([[[0.5 - clip, 0.25]]]), jnp.array(True), clip)
-    expected = [(table[:, 0] + table[:, 1]) / 2, 0.75 * table[:, clip] + 0.25 * table[:, clip + 1]]
+    differences, keys = jnp.float32([[[0.5 - clip, 0.25, 0]]]), jnp.float32([[[2, 0.75, 0]]])
+    between = reference._biases(table, differences, keys, clip)
+    expected = [
+        (table[:, 0] + table[:, 1]) / 2,
+        0.75 * table[:, clip] + 0.25 * table[:, clip + 1],
+        table[:, -1],
+    ]
     np.testing.assert_allclose(between[0, :, 0], jnp.stack(expected, 1), rtol=1e-5)
     # Half way to the first difference outside, a window ends.
     q, k = q * 0, k * 0

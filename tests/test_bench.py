@@ -91,7 +91,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
     sizes = {"width": 16, "heads": 2, "mlp": mlp, "dropout": 0.0, "dtype": "float32"}
     values = tomllib.loads(TINY) | {"system": "Tiny", "model": {"kind": kind, **sizes, **depth}}
     config = parse_config(values, "tiny")
-    state = train.initial_state(config)
+    state = jax.jit(lambda: train.initial_state(config))()
     peer = torch_peer.Peer(config, addition.VOCABULARY_SIZE)
     peer.load(jax.tree.map(np.asarray, checkpoint.named_arrays(state.weights)))
     batch = addition.training_batch(jax.random.key(1), config.data, 8, None)

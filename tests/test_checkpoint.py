@@ -7,6 +7,7 @@ import pytest
 
 from spak_jax import checkpoint
 from spak_jax.command_line import InputError
+from spak_jax.release import release
 
 WEIGHTS = {
     "block": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)},
@@ -117,3 +118,20 @@ def test_an_unwritable_run_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
         checkpoint.Run(tmp_path / "file" / "run")
+
+
+def test_a_release_holds_the_newest_weights_alone(run, tmp_path, tiny):
+    (run / checkpoint.RESULTS).write_text("{}")
+    out = tmp_path / "out" / "released"
+    assert release(run, out) == 2
+    restored = checkpoint.restore(out, optimizer=True)
+    assert (restored.step, restored.config, restored.optimizer) == (2, tiny, None)
+    assert_is_what_was_saved(restored)
+    assert (out / checkpoint.RESULTS).read_text() == "{}"
+    names = {path.name for path in (out / checkpoint.CHECKPOINTS).rglob("*")}
+    assert checkpoint.steps_in(out) == [2] and "optimizer" not in names
+    with pytest.raises(InputError, match="released exists"):
+        release(run, out)
+    with pytest.raises(InputError, match="no run folder"):
+        release(tmp_path / "none", tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -68,13 +68,18 @@ def test_the_optimizer_is_adamw_behind_a_clip():
     np.testing.assert_allclose(changes["w"], expected, rtol=1e-4)
 
 
+def begun(config):
+    """State and supply before the first step."""
+    return jax.jit(lambda: (training.initial_state(config), training.make_supply(config)))()
+
+
 def test_one_compiled_call_equals_single_steps(tiny):
     """The same program takes any number of steps, and each is the plain one."""
     run_steps = jax.jit(training.make_training(tiny))
-    supply = training.make_supply(tiny)
-    together, losses = run_steps(training.initial_state(tiny), supply, jnp.int32(4))
+    first, supply = begun(tiny)
+    together, losses = run_steps(first, supply, jnp.int32(4))
     assert np.isnan(losses[4:]).all()
-    state = training.initial_state(tiny)
+    state = first
     for i in range(4):
         state, loss = run_steps(state, supply, jnp.int32(1))
         assert loss[0] == losses[i]
@@ -84,7 +89,7 @@ def test_one_compiled_call_equals_single_steps(tiny):
 
 def test_a_step_is_the_plain_recipe(tiny):
     config = tiny_config(model={"dropout": 0.0})
-    state, supply = training.initial_state(config), training.make_supply(config)
+    state, supply = begun(config)
     # The first step's rate is 0; the second moves the weights.
     after, losses = jax.jit(training.make_training(config))(state, supply, jnp.int32(2))
     definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
@@ -93,20 +98,19 @@ def test_a_step_is_the_plain_recipe(tiny):
     update = training.optimizer(config.train)
 
     @jax.jit
-    def loss_and_gradient(weights, batch):
+    def step(weights, optimizer, key):
+        batch = addition.training_batch(key, config.data, config.train.batch, supply.training)
+
         def objective(weights):
             return training.loss(nnx.merge(definition, weights), batch, None)
 
-        return jax.value_and_grad(objective)(weights)
+        value, gradient = jax.value_and_grad(objective)(weights)
+        changes, optimizer = update.update(gradient, optimizer, weights)
+        return optax.apply_updates(weights, changes), optimizer, value
 
     for i in range(2):
-        batch = addition.training_batch(
-            jax.random.fold_in(key, i), config.data, config.train.batch, supply.training
-        )
-        value, gradient = loss_and_gradient(weights, batch)
+        weights, optimizer, value = step(weights, optimizer, jax.random.fold_in(key, i))
         np.testing.assert_allclose(losses[i], value, rtol=1e-5)
-        changes, optimizer = update.update(gradient, optimizer, weights)
-        weights = optax.apply_updates(weights, changes)
     for mine, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(after.weights), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
@@ -148,7 +152,7 @@ def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch, stop
 
 def test_seeds_differ_and_repeat(tiny, tmp_path):
     weights = lambda seed: jax.tree.leaves(  # noqa: E731
-        training.initial_state(tiny_config(train={"seed": seed})).weights
+        begun(tiny_config(train={"seed": seed}))[0].weights
     )
     same = [(a == b).all() for a, b in zip(weights(0), weights(0), strict=True)]
     other = [(a == b).all() for a, b in zip(weights(0), weights(1), strict=True)]
