@@ -20,8 +20,8 @@ What keeps registers free, seen in the compilers' output:
   they are read.
 - Queries, keys and values are made in one loop and read in another. In one, the normed state would
   be loaded as an operand of all three products and kept for them.
-- What a halted token keeps is written to memory once, where it halts, and read back after each
-  loop; kept in registers it would take as many as the state.
+- What a halted token keeps is written to memory and read back after each loop; kept in registers it
+  would take as many as the state.
 """
 
 import functools
@@ -37,8 +37,8 @@ from pallas_kernels import activation, reference, targets, tile, tiles
 from pallas_kernels.rows import EPSILON
 from pallas_kernels.tile import LEAST, NARROWEST, Columns, Extras
 
-# When a token halts: its largest probability has reached its threshold, or what it reads out has
-# moved by no more than it since the loop before.
+# When a token halts: its largest probability has reached its threshold, or its state has moved in a
+# loop by no more than that share of itself.
 RULES = ("sure", "still")
 # What the registers of a program hold, and one tile of weights.
 LARGEST_WIDTH = 256
@@ -130,9 +130,8 @@ def looped_block(
 
     With `thresholds`, a token that has halted keeps its state; the others go on and still attend to
     it. It halts after the first loop after which its largest probability reaches its threshold
-    (rule "sure"), or after which its distribution lies no further than its threshold from that of
-    the loop before, in total variation (rule "still"; before the first loop it counts as 0 for
-    every token of the vocabulary, which is 1/2 away from any distribution).
+    (rule "sure"), or in which its state has moved, as a share of the length that it has now, by no
+    more than its threshold (rule "still").
 
     Args:
       x: the state before the first loop, float32 `[batch, length, width]`.
@@ -403,7 +402,7 @@ def _whole_spec(array) -> pl.BlockSpec | None:
 
 
 def _kernel(
-    x_ref, weights, extras, thresholds_ref, logits_ref, steps_ref, qkv_ref, halted_ref, *, options
+    x_ref, weights, extras, thresholds_ref, logits_ref, steps_ref, qkv_ref, kept_ref, *, options
 ):
     def one_loop(i, xs):
         if options.normalized:
@@ -421,50 +420,68 @@ def _kernel(
     if options.rule is None:
         xs = jax.lax.fori_loop(0, options.loops, one_loop, xs)
     else:
-        xs = _until_halted(one_loop, xs, weights, thresholds_ref, steps_ref, halted_ref, options)
+        xs = _until_halted(one_loop, xs, weights, thresholds_ref, steps_ref, kept_ref, options)
     plgpu.store(logits_ref, _logits(xs, weights, options).T)
 
 
-def _until_halted(one_loop, xs, weights, thresholds_ref, steps_ref, halted_ref, options: Options):
-    """The state after the last loop, each token's from where it halted; stores the loops taken."""
-    tokens = options.attention.length
+def _until_halted(one_loop, xs, weights, thresholds_ref, steps_ref, kept_ref, options: Options):
+    """The state after the last loop, each token's from where it halted; stores the loops taken.
+
+    In memory stands what is read back after a loop: of the tokens that have halted, by the rule
+    "still" of all tokens as the loop found them.
+    """
+    tokens, still = options.attention.length, options.rule == "still"
+
+    def keep(xs, mask=None):
+        for j, x in enumerate(xs):
+            plgpu.store(kept_ref.at[_index(j)], x, mask=mask)
 
     def goes_on(carry):
-        i, _, running, *_ = carry
+        i, _, running, _ = carry
         return (i < options.loops) & (running.max() > 0)
 
     def body(carry):
-        i, xs, running, taken, before = carry
-        halted = jnp.broadcast_to((running == 0)[None, :], xs[0].shape)
-        xs = tuple(
-            jnp.where(halted, plgpu.load(halted_ref.at[_index(j)], mask=halted, other=0.0), x)
-            for j, x in enumerate(one_loop(i, xs))
-        )
-        logits = _logits(xs, weights, options)
-        odds = jnp.exp(logits - logits.max(axis=0)[None, :])
-        total = odds.sum(axis=0)
+        i, xs, running, taken = carry
+        new = one_loop(i, xs)
         thresholds = plgpu.load(thresholds_ref)
-        if options.rule == "sure":
-            halts = 1 / total >= thresholds
+        halted = jnp.broadcast_to((running == 0)[None, :], new[0].shape)
+        mask, other = (None, None) if still else (halted, 0.0)
+        xs, moved, size = [], 0.0, 0.0
+        for j, x in enumerate(new):
+            old = plgpu.load(kept_ref.at[_index(j)], mask=mask, other=other)
+            x = jnp.where(halted, old, x)
+            xs.append(x)
+            if still:
+                moved += ((x - old) ** 2).sum(axis=0)
+                size += (x * x).sum(axis=0)
+        if still:
+            halts = has_settled(moved, size, thresholds)
         else:
-            chances = odds * (1 / total)[None, :]
-            halts = 0.5 * jnp.abs(chances - before).sum(axis=0) <= thresholds
-            before = chances
+            logits = _logits(xs, weights, options)
+            halts = 1 / jnp.exp(logits - logits.max(axis=0)[None, :]).sum(axis=0) >= thresholds
         # Numbers, not truth values: see `tile._both`.
         halts = jnp.where(halts, 1, 0)
-        now = jnp.broadcast_to((running * halts > 0)[None, :], xs[0].shape)
-        for j, x in enumerate(xs):
-            plgpu.store(halted_ref.at[_index(j)], x, mask=now)
-        return i + 1, xs, running * (1 - halts), taken + running, before
+        if still:
+            # What one warp writes here, another may be yet to read.
+            _wait_for_all_warps(options)
+        keep(xs, None if still else jnp.broadcast_to((running * halts > 0)[None, :], new[0].shape))
+        return i + 1, tuple(xs), running * (1 - halts), taken + running
 
+    if still:
+        keep(xs)
     running = jnp.ones(tokens, jnp.int32)
-    before = None
-    if options.rule == "still":
-        before = jnp.zeros((weights.head.shape[1], tokens), jnp.float32)
-    carry = (jnp.int32(0), xs, running, jnp.zeros_like(running), before)
-    _, xs, _, taken, _ = jax.lax.while_loop(goes_on, body, carry)
+    carry = (jnp.int32(0), xs, running, jnp.zeros_like(running))
+    _, xs, _, taken = jax.lax.while_loop(goes_on, body, carry)
     plgpu.store(steps_ref, taken)
     return xs
+
+
+def has_settled(moved: jax.Array, size: jax.Array, thresholds: jax.Array) -> jax.Array:
+    """Whether a state has moved by no more than a share of its length; never below a share of 0.
+
+    moved, size: the squared lengths of its change and of itself.
+    """
+    return moved <= thresholds * jnp.abs(thresholds) * size
 
 
 def _load_state(ref, weights: Arranged):

@@ -21,8 +21,9 @@ class LoopedCase:
 
     shape: of a head's queries, so that the width is heads times head_dim. dtype: of the products.
     windowed: positions by ids, bias and window, with the input added and the state under a norm
-    before each loop; else RoPE. hidden: channels of the MLP, None for four widths. settings: a
-    `looped.Tile`, as `tiles.settings` gives it; the table's where there are none.
+    before each loop, halting when still; else RoPE, halting when sure. hidden: channels of the MLP,
+    None for four widths. settings: a `looped.Tile`, as `tiles.settings` gives it; the table's where
+    there are none.
     """
 
     shape: Shape
@@ -47,8 +48,8 @@ class LoopedCase:
 
     def extras(self) -> str:
         """What kind of model it is, in words."""
-        places = "ids, bias, window, input, norm" if self.windowed else "RoPE"
-        return f"{places}, halting{'' if self.dtype == 'bfloat16' else f', {self.dtype}'}"
+        kind = "ids, bias, window, input, norm, still" if self.windowed else "RoPE, sure"
+        return kind if self.dtype == "bfloat16" else f"{kind}, {self.dtype}"
 
     def program(self, target: str) -> tuple[Callable, tuple]:
         """A function, and the shapes of its arguments."""
@@ -82,6 +83,7 @@ class LoopedCase:
                     ids=ids if self.windowed else None,
                     window=1 if self.windowed else None,
                     thresholds=thresholds,
+                    rule="still" if self.windowed else "sure",
                     inject_input=self.windowed,
                     normalize_state=self.windowed,
                     cut=looped.Tile(**self.settings) if self.settings else None,

@@ -446,13 +446,13 @@ class LoopLM(_Transformer):
 
         A token that halts after a loop keeps that loop's state from then on; the tokens that go on
         still attend to it. By the rule "sure" it halts when its largest probability reaches its
-        threshold; by the rule "still", when its distribution lies no further than its threshold
-        from that of the loop before, in total variation (1/2 after the first loop).
+        threshold; by the rule "still", when its state has moved in the loop, as a share of the
+        length that it has now, by no more than its threshold.
 
         Args:
           tokens: int `[batch, length]`.
-          thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a
-            distance below 0, never halts.
+          thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a share
+            below 0, never halts.
           rule: of `pallas_kernels.looped.RULES`.
           loops: the most loops to run; None for as many as in training.
           positions, ids: as in a plain call.
@@ -468,21 +468,20 @@ class LoopLM(_Transformer):
         step, (state, _), inputs = self._loop(tokens, loops, positions, ids, None)
 
         def halting(carry, x):
-            state, halted, steps, before = carry
+            state, halted, steps = carry
             stream, _ = step((state, None), x)
-            state = jnp.where(halted[..., None], state, self._whole(stream, None))
+            new = jnp.where(halted[..., None], state, self._whole(stream, None))
             steps = steps + ~halted
-            chances = jax.nn.softmax(self.readout(state))
             if rule == "sure":
-                halts = chances.max(-1) >= thresholds
+                halts = jax.nn.softmax(self.readout(new)).max(-1) >= thresholds
             else:
-                halts = 0.5 * jnp.abs(chances - before).sum(-1) <= thresholds
-            return (state, halted | halts, steps, chances), None
+                moved, size = ((v * v).sum(-1) for v in (new - state, new))
+                halts = looped.has_settled(moved, size, thresholds)
+            return (new, halted | halts, steps), None
 
         nothing = jnp.zeros(tokens.shape, bool)
-        unread = jnp.zeros((*tokens.shape, len(self._head())), jnp.float32)
-        carry = (state, nothing, nothing.astype(jnp.int32), unread)
-        (state, _, steps, _), _ = jax.lax.scan(halting, carry, inputs)
+        carry = (state, nothing, nothing.astype(jnp.int32))
+        (state, _, steps), _ = jax.lax.scan(halting, carry, inputs)
         return self.readout(state), steps
 
     def launched(
