@@ -8,6 +8,7 @@ tensor cores; 2 if the command cannot be carried out.
 """
 
 import argparse
+import atexit
 import concurrent.futures
 import dataclasses
 import datetime
@@ -279,11 +280,14 @@ def measure(
 def _workers() -> concurrent.futures.Executor:
     """Processes that compile, for all calls: each takes seconds to import JAX, and starts when
     there is work for it. New ones, not forks: JAX has threads, and may have a GPU, in this one."""
-    return concurrent.futures.ProcessPoolExecutor(
+    pool = concurrent.futures.ProcessPoolExecutor(
         min(os.cpu_count() or 1, MOST_WORKERS),
         multiprocessing.get_context("spawn"),
         _prepare_worker,
     )
+    # Left to the end of the interpreter, Python 3.11 complains of what is gone before it.
+    atexit.register(pool.shutdown)
+    return pool
 
 
 def check_plugin() -> None:
@@ -517,10 +521,11 @@ def main() -> None:
         metavar="NAME,...",
         help=f"of {', '.join(TARGETS)}; all unless given",
     )
-    parser.add_argument(
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--kernel", choices=ALL_KERNELS, action="append", help="these alone; repeatable"
     )
-    parser.add_argument(
+    chosen.add_argument(
         "--shape",
         type=parse_shape,
         action="append",

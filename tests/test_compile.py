@@ -102,6 +102,7 @@ def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
         [sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 1, result.stderr
+    assert "Exception ignored" not in result.stderr
     kernels = json.loads((tmp_path / "found.json").read_text())["kernels"]
     problems = {kernel["kernel"]: kernel["problem"] for kernel in kernels}
     assert "hared memory" in problems["long_forward"]
@@ -136,6 +137,7 @@ def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
         ("--shape 1x64x4x13", ("--shape 1x64x4x13", "even")),
         ("--shape 1x64x4x1024", ("--shape 1x64x4x1024", "too large")),
         ("--kernel nothing", ("--kernel", "'nothing'", tiles.LOOPED)),
+        ("--kernel short_forward --shape 1x64x4x64", ("--shape: not allowed", "--kernel")),
         ("--json no/such/folder/file.json", ("--json no/such/folder/file.json",)),
     ],
 )
