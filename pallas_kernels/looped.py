@@ -37,9 +37,11 @@ from pallas_kernels import activation, reference, targets, tile, tiles
 from pallas_kernels.rows import EPSILON
 from pallas_kernels.tile import LEAST, NARROWEST, Columns, Extras
 
-# When a token halts: its largest probability has reached its threshold, or its state has moved in a
-# loop by no more than that share of itself.
+# When a token halts: its largest probability has reached its threshold, or its state and those of
+# all before it have moved in a loop by no more than that share of themselves.
 RULES = ("sure", "still")
+# Thresholds of what is not waited for. No state moves by so many times its length.
+AT_ONCE = {"sure": 0.0, "still": 1e6}
 # What the registers of a program hold, and one tile of weights.
 LARGEST_WIDTH = 256
 LARGEST_HEAD = 64
@@ -131,7 +133,8 @@ def looped_block(
     With `thresholds`, a token that has halted keeps its state; the others go on and still attend to
     it. It halts after the first loop after which its largest probability reaches its threshold
     (rule "sure"), or in which its state has moved, as a share of the length that it has now, by no
-    more than its threshold (rule "still").
+    more than its threshold, as have those of all tokens before it (rule "still": what one of these
+    has yet to find out may still move it).
 
     Args:
       x: the state before the first loop, float32 `[batch, length, width]`.
@@ -197,7 +200,7 @@ def run(x, weights: Weights, positions, ids, thresholds, options: Options, dtype
     if thresholds is not None:
         thresholds = jnp.broadcast_to(thresholds, (batch, length)).astype(jnp.float32)
         # Where there is no token, one loop is enough.
-        thresholds = packed(thresholds, filling=0.0 if options.rule == "sure" else 1.0)
+        thresholds = packed(thresholds, filling=AT_ONCE[options.rule])
     logits, steps = run_kernel(
         packed(_padded(x, (batch, length, channels_of(width)))),
         arranged(weights, options.heads, dtype, cut),
@@ -420,16 +423,18 @@ def _kernel(
     if options.rule is None:
         xs = jax.lax.fori_loop(0, options.loops, one_loop, xs)
     else:
-        xs = _until_halted(one_loop, xs, weights, thresholds_ref, steps_ref, kept_ref, options)
+        refs = thresholds_ref, steps_ref, kept_ref
+        xs = _until_halted(one_loop, xs, weights, extras, refs, options)
     plgpu.store(logits_ref, _logits(xs, weights, options).T)
 
 
-def _until_halted(one_loop, xs, weights, thresholds_ref, steps_ref, kept_ref, options: Options):
+def _until_halted(one_loop, xs, weights: Arranged, extras: Extras, refs, options: Options):
     """The state after the last loop, each token's from where it halted; stores the loops taken.
 
     In memory stands what is read back after a loop: of the tokens that have halted, by the rule
     "still" of all tokens as the loop found them.
     """
+    thresholds_ref, steps_ref, kept_ref = refs
     tokens, still = options.attention.length, options.rule == "still"
 
     def keep(xs, mask=None):
@@ -454,16 +459,15 @@ def _until_halted(one_loop, xs, weights, thresholds_ref, steps_ref, kept_ref, op
             if still:
                 moved += ((x - old) ** 2).sum(axis=0)
                 size += (x * x).sum(axis=0)
+        # Numbers, not truth values: see `tile._placed`.
         if still:
-            halts = has_settled(moved, size, thresholds)
-        else:
-            logits = _logits(xs, weights, options)
-            halts = 1 / jnp.exp(logits - logits.max(axis=0)[None, :]).sum(axis=0) >= thresholds
-        # Numbers, not truth values: see `tile._both`.
-        halts = jnp.where(halts, 1, 0)
-        if still:
+            halts = _up_to_here(jnp.where(has_settled(moved, size, thresholds), 1, 0), extras)
             # What one warp writes here, another may be yet to read.
             _wait_for_all_warps(options)
+        else:
+            logits = _logits(xs, weights, options)
+            sure = 1 / jnp.exp(logits - logits.max(axis=0)[None, :]).sum(axis=0) >= thresholds
+            halts = jnp.where(sure, 1, 0)
         keep(xs, None if still else jnp.broadcast_to((running * halts > 0)[None, :], new[0].shape))
         return i + 1, tuple(xs), running * (1 - halts), taken + running
 
@@ -482,6 +486,16 @@ def has_settled(moved: jax.Array, size: jax.Array, thresholds: jax.Array) -> jax
     moved, size: the squared lengths of its change and of itself.
     """
     return moved <= thresholds * jnp.abs(thresholds) * size
+
+
+def _up_to_here(settled: jax.Array, extras: Extras) -> jax.Array:
+    """1 for tokens that are settled as all before them in their row are, else 0."""
+    place = jnp.arange(len(settled))
+    waits = (1 - settled)[:, None] * jnp.where(place[:, None] <= place[None, :], 1, 0)
+    if extras.segment_ids is not None:
+        row = plgpu.load(extras.segment_ids)
+        waits *= jnp.where(row[:, None] == row[None, :], 1, 0)
+    return 1 - waits.max(axis=0)
 
 
 def _load_state(ref, weights: Arranged):

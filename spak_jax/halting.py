@@ -2,11 +2,12 @@
 
 Two rules stop a token (`LoopLM.halting_logits`): it is "sure", or it is "still". Each has one
 number here, the doubt that is left: a sure token's largest probability is at least one minus the
-doubt, a still one's state has moved by no more than that share of itself in a loop. The number is
-calibrated on problems of the training law alone, as the one that saves most loops and loses at most
-a tenth of a point there; then both rules, and the original's thresholds, are scored at lengths that
-were not looked at for it: answers right, and loops by token, by number of carries and by row. A
-row's loops are those of its slowest token: so many a program of `pallas_kernels.looped` runs.
+doubt, a still one's state and those of all before it have moved by no more than that share of
+themselves in a loop. The number is calibrated on problems of the training law alone, as the one
+that saves most loops and loses at most a tenth of a point there; then both rules, and the
+original's thresholds, are scored at lengths that were not looked at for it: answers right, and
+loops by token, by number of carries and by row. A row's loops are those of its slowest token: so
+many a program of `pallas_kernels.looped` runs.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from pallas_kernels import timing
-from pallas_kernels.looped import RULES
+from pallas_kernels.looped import AT_ONCE, RULES
 from spak_jax import addition, evaluate, figures, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
@@ -39,7 +40,10 @@ from spak_jax.command_line import (
 from spak_jax.config import LoopedModel
 
 # Tried in the calibration, and drawn.
-DOUBTS = tuple(float(f"{digit}e{power}") for power in range(-1, -7, -1) for digit in (5, 2, 1))
+DOUBTS = {
+    "sure": tuple(float(f"{digit}e{power}") for power in range(-1, -8, -1) for digit in (3, 1)),
+    "still": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
+}
 # A share of the answers, against no halting, on problems of the training law.
 MOST_LOST = 0.001
 CALIBRATED_ON = 4_000
@@ -107,8 +111,7 @@ class Thinker:
         def run(weights, batch: Batch, rule: str, before, after):
             tokens = batch.tokens
             thresholds = jnp.where(addition.from_equals_on(tokens), after, before)
-            at_once = 0.0 if rule == "sure" else 1.0
-            thresholds = jnp.where(addition.ended(tokens), at_once, thresholds)
+            thresholds = jnp.where(addition.ended(tokens), AT_ONCE[rule], thresholds)
             logits, steps = nnx.merge(definition, weights).halting_logits(
                 tokens, thresholds, rule=rule, loops=loops, ids=addition.coupled_ids(tokens)
             )
@@ -164,7 +167,9 @@ def measure(
         n: addition.sample_exact(jax.random.fold_in(key, n), n, examples, task) for n in digits
     }
     with progress_bar("halting") as progress:
-        bar = progress.add_task("", total=2 * (2 * len(DOUBTS) + 1) + 4 * len(digits), status="")
+        bar = progress.add_task(
+            "", total=2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(digits), status=""
+        )
 
         def outcomes(problems: Problems, ways: Iterable[Halting]) -> list[Outcome]:
             found = []
@@ -204,10 +209,11 @@ def _swept(problems: Problems, outcomes: Callable) -> dict[str, Any]:
     [plain] = outcomes(problems, [NEVER])
     found: dict[str, Any] = {NONE: plain.summary()}
     for rule in RULES:
-        tried = outcomes(problems, [Halting.with_doubt(rule, doubt) for doubt in DOUBTS])
+        doubts = DOUBTS[rule]
+        tried = outcomes(problems, [Halting.with_doubt(rule, doubt) for doubt in doubts])
         found[rule] = [
             {"doubt": doubt, **outcome.summary()}
-            for doubt, outcome in zip(DOUBTS, tried, strict=True)
+            for doubt, outcome in zip(doubts, tried, strict=True)
         ]
     return found
 
@@ -218,7 +224,7 @@ def _chosen(calibration: dict[str, Any], rule: str) -> float:
     # Counts of problems, so that rounding decides nothing.
     kept = [x for x in calibration[rule] if x["accuracy"] >= least - 1e-9]
     if not kept:
-        return DOUBTS[-1]
+        return min(DOUBTS[rule])
     return min(kept, key=lambda x: (x["row_loops"], x["doubt"]))["doubt"]
 
 

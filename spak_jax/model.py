@@ -447,7 +447,8 @@ class LoopLM(_Transformer):
         A token that halts after a loop keeps that loop's state from then on; the tokens that go on
         still attend to it. By the rule "sure" it halts when its largest probability reaches its
         threshold; by the rule "still", when its state has moved in the loop, as a share of the
-        length that it has now, by no more than its threshold.
+        length that it has now, by no more than its threshold, as have those of all tokens before
+        it. Without these, it would halt before what it looks at has come to rest.
 
         Args:
           tokens: int `[batch, length]`.
@@ -476,7 +477,8 @@ class LoopLM(_Transformer):
                 halts = jax.nn.softmax(self.readout(new)).max(-1) >= thresholds
             else:
                 moved, size = ((v * v).sum(-1) for v in (new - state, new))
-                halts = looped.has_settled(moved, size, thresholds)
+                settled = looped.has_settled(moved, size, thresholds)
+                halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
             return (new, halted | halts, steps), None
 
         nothing = jnp.zeros(tokens.shape, bool)

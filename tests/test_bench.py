@@ -46,7 +46,7 @@ def test_an_implementation_that_cannot_train_is_named(tiny_toml):
 
 
 def test_inference_is_timed(tiny, monkeypatch, capsys):
-    sizes = {"ROWS": 4, "LENGTH": 16, "LOOPS": (1, 2), "MANY_ROWS": 6, "PASSES": 2, "ROUNDS": 2}
+    sizes = {"ROWS": 4, "LENGTH": 16, "LOOPS": (1, 2), "MANY_ROWS": 6, "PASSES": 2, "ROUNDS": 3}
     for name, value in sizes.items():
         monkeypatch.setattr(inference_bench, name, value)
     results = inference_bench.measure(tiny)

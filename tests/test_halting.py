@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
+from pallas_kernels.looped import RULES
 from spak_jax import addition, evaluate, halting
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config
@@ -17,7 +18,7 @@ from spak_jax.config import parse_config
 def found(half_trained):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(halting, "CALIBRATED_ON", 400)
-        patch.setattr(halting, "DOUBTS", (0.3, 0.1, 0.01, 1e-4))
+        patch.setattr(halting, "DOUBTS", dict.fromkeys(RULES, (0.3, 0.1, 0.01, 1e-4)))
         return halting.measure(evaluate.load(half_trained), (1, 2), 60, 3, None)
 
 
@@ -60,9 +61,10 @@ def test_the_calibration_saves_most_of_what_it_may(found, rule):
 
 
 def test_where_every_doubt_loses_the_least_is_taken():
-    tried = [{"doubt": d, "accuracy": 0.5, "row_loops": 1} for d in halting.DOUBTS]
+    doubts = halting.DOUBTS["sure"]
+    tried = [{"doubt": d, "accuracy": 0.5, "row_loops": 1} for d in doubts]
     lossy = {"none": {"accuracy": 0.9}, "sure": tried}
-    assert halting._chosen(lossy, "sure") == min(halting.DOUBTS)
+    assert halting._chosen(lossy, "sure") == min(doubts)
 
 
 def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
@@ -94,7 +96,7 @@ def test_it_is_drawn(found):
 
 def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(halting, "CALIBRATED_ON", 64)
-    monkeypatch.setattr(halting, "DOUBTS", (0.1, 0.01))
+    monkeypatch.setattr(halting, "DOUBTS", dict.fromkeys(RULES, (0.1, 0.01)))
 
     def command(*words):
         monkeypatch.setattr(sys, "argv", ["halting", *map(str, words)])
