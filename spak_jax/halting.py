@@ -49,7 +49,7 @@ MOST_LOST = 0.001
 CALIBRATED_ON = 4_000
 DRAWN_PROBLEMS = 8
 TIMED_PASSES = 5
-NONE, SEED = "none", "seed"
+NONE, SEED, FIXED = "none", "seed", "fixed"
 
 
 class Halting(NamedTuple):
@@ -118,7 +118,14 @@ class Thinker:
             right = (logits.argmax(-1) == batch.targets) | ~batch.answer
             return right.all(-1), steps, ~addition.ended(tokens), batch.answer
 
+        def each_loop(weights, batch: Batch):
+            tokens = batch.tokens
+            network, ids = nnx.merge(definition, weights), addition.coupled_ids(tokens)
+            logits, _ = network.traced(tokens, loops=loops, ids=ids)
+            return ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(-1).T
+
         self._run = jax.jit(run, static_argnames="rule")
+        self._each_loop = jax.jit(each_loop)
         self._rows = jax.jit(addition.problem_rows, static_argnums=(1, 2))
 
     def batches(self, problems: Problems) -> list[Batch]:
@@ -132,6 +139,11 @@ class Thinker:
     def run(self, batches: Iterable[Batch], halting: Halting) -> list[tuple]:
         """What each batch comes to, still on the device, as `Outcome` has it."""
         return [self._run(self._weights, batch, *halting) for batch in batches]
+
+    def after_each_loop(self, problems: Problems) -> list[float]:
+        """Answers right where all tokens stop after so many loops: 1, 2 and so on."""
+        parts = [self._each_loop(self._weights, batch) for batch in self.batches(problems)]
+        return np.concatenate(parts)[: problems.count].mean(0).tolist()
 
     def __call__(self, problems: Problems, halting: Halting) -> Outcome:
         parts = self.run(self.batches(problems), halting)
@@ -178,7 +190,7 @@ def measure(
                 progress.advance(bar)
             return found
 
-        calibration = _swept(law, outcomes)
+        calibration = _swept(think, law, outcomes)
         chosen = {rule: _chosen(calibration, rule) for rule in RULES}
         ways = {NONE: NEVER, SEED: ORIGINAL} | {
             rule: Halting.with_doubt(rule, doubt) for rule, doubt in chosen.items()
@@ -190,7 +202,7 @@ def measure(
             }
             for n, problems in scored.items()
         }
-        swept = _swept(scored[digits[-1]], outcomes) | {"digits": digits[-1]}
+        swept = _swept(think, scored[digits[-1]], outcomes) | {"digits": digits[-1]}
     return evaluate.origin(trained) | {
         "loops": loops,
         "examples": examples,
@@ -204,10 +216,11 @@ def measure(
     }
 
 
-def _swept(problems: Problems, outcomes: Callable) -> dict[str, Any]:
-    """What every doubt leaves of the answers, and of the loops, by rule; and without halting."""
+def _swept(think: Thinker, problems: Problems, outcomes: Callable) -> dict[str, Any]:
+    """What every doubt leaves of the answers, and of the loops, by rule; without halting; and with
+    as many loops for all."""
     [plain] = outcomes(problems, [NEVER])
-    found: dict[str, Any] = {NONE: plain.summary()}
+    found: dict[str, Any] = {NONE: plain.summary(), FIXED: think.after_each_loop(problems)}
     for rule in RULES:
         doubts = DOUBTS[rule]
         tried = outcomes(problems, [Halting.with_doubt(rule, doubt) for doubt in doubts])
@@ -347,6 +360,11 @@ def draw(found: dict[str, Any]) -> Figure:
             line["row_loops"], 100 * line["accuracy"], "o", markersize=8, fillstyle="none",
             color=figures.COLOURS[i],
         )  # fmt: skip
+    fixed = found["swept"][FIXED]
+    loops_of_all = range(1, len(fixed) + 1)
+    axes.plot(
+        loops_of_all, [100 * x for x in fixed], color=figures.GREY, label="as many for all rows"
+    )
     for name, marker in ((NONE, "x"), (SEED, "+")):
         line = found["lengths"][str(found["swept"]["digits"])][name]
         label = "no halting" if name == NONE else "the original's thresholds"

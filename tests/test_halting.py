@@ -60,6 +60,14 @@ def test_the_calibration_saves_most_of_what_it_may(found, rule):
     assert loops == sorted(loops, reverse=True) and loops[0] > loops[-1]
 
 
+def test_a_number_of_loops_for_all_is_what_the_evaluator_runs(found, half_trained):
+    problems = addition.sample_exact(jax.random.fold_in(jax.random.key(3), 2), 2, 60)
+    scorer = evaluate.Scorer(evaluate.load(half_trained), evaluate.Settings((2,), 1, 0, loops=2))
+    assert found["swept"]["fixed"][1] == pytest.approx(scorer(problems).correct.mean())
+    assert found["swept"]["fixed"][2] == found["swept"]["none"]["accuracy"]
+    assert len(set(found["calibration"]["fixed"])) > 1
+
+
 def test_where_every_doubt_loses_the_least_is_taken():
     doubts = halting.DOUBTS["sure"]
     tried = [{"doubt": d, "accuracy": 0.5, "row_loops": 1} for d in doubts]
