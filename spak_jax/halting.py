@@ -312,7 +312,7 @@ def show(found: dict[str, Any]) -> None:
     for rule in RULES:
         way = found["ways"][rule]
         console.print(
-            f"{rule}: threshold {way['after']:g}, calibrated on {CALIBRATED_ON:,} problems of the"
+            f"{rule}: threshold {way['after']:.8g}, calibrated on {CALIBRATED_ON:,} problems of the"
             " training law"
         )
     times = ", ".join(f"{name} {time:.1f} ms" for name, time in found["milliseconds"].items())
