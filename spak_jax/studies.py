@@ -77,7 +77,7 @@ def table(width: int, overrides: Sequence[str]) -> Study:
 
 
 def frontier(overrides: Sequence[str]) -> Study:
-    """Told where digits align: every length to 100 digits, beyond, and more loops where trained so."""
+    """Told where digits align: every length to 100 digits, beyond, and, where trained so, loops."""
     experiments = []
     for name in ("frontier", "frontier-tiny"):
         config = _config(name, overrides)
