@@ -1,6 +1,8 @@
 """What every program here shares: one way to fail on bad input, one console, one progress bar."""
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,9 +66,9 @@ def writable_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".write-probe"
-        probe.touch()
-        probe.unlink()
+        # A name of its own: other processes may be proving the same.
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise InputError(f"cannot write into the folder {path}: {error.strerror}") from None
     return path
@@ -81,7 +83,8 @@ def write_file(path: Path, content: str | bytes) -> None:
       InputError: the folder of `path` cannot be written.
     """
     writable_folder(path.parent)
-    partial = path.with_name(path.name + ".partial")
+    # With the process in its name: several may write one figure, each from what is there.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
