@@ -187,7 +187,11 @@ def _program(config: Config, name: str, rows: int, loops: int, passes: int):
     def run(weights, tokens):
         def once(_, tokens):
             ids = addition.coupled_ids(tokens)
-            logits = nnx.merge(definition, weights)(tokens, loops=loops, ids=ids)
+            merged = nnx.merge(definition, weights)
+            if name == LAUNCHED:
+                logits = merged.launched(tokens, loops=loops, ids=ids)[0]
+            else:
+                logits = merged(tokens, loops=loops, ids=ids)
             # Never true, which the compiler does not know.
             return tokens + (logits.max(-1) > 1e30)
 
