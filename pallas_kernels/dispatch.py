@@ -40,7 +40,8 @@ def attention(
     """Attention of each token to the tokens before it in its row.
 
     The softmax is computed in float32. Gradients flow to q, k, v and `bias_table`. Works under
-    `jit`, `grad`, `vmap`, `scan`, and over devices under `jax.shard_map(..., check_vma=False)`.
+    `jit`, `grad`, `vmap`, `scan`, and over devices under `jax.shard_map(..., check_vma=False)`;
+    where that splits the batch over an axis named `data`, the same is dropped as on one device.
 
     Args:
       q, k, v: `[batch, length, heads, head_dim]`, all float32, bfloat16 or float16; head_dim even.
@@ -132,7 +133,7 @@ def attention(
         ids=ids,
         segment_ids=segment_ids,
         bias=None if bias_table is None else bias_table.astype(jnp.float32),
-        seed=reference.dropout_seed(dropout_key) if dropping else None,
+        seed=reference.dropout_words(dropout_key, q.shape[0] * q.shape[-2]) if dropping else None,
     )
     options = Options(
         length=length,

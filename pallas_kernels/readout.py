@@ -79,7 +79,7 @@ def add_and_score(
         table,
         wanted.reshape(-1).astype(jnp.int32),
         weights.reshape(-1),
-        reference.dropout_seed(dropout_key) if dropping else None,
+        reference.dropout_words(dropout_key, options.rows) if dropping else None,
         options,
     )
     return stream.reshape(x.shape), score
@@ -93,7 +93,7 @@ def numbers_held(width: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def run_kernels(x, update, scale, table, wanted, weights, seed, options: Options):
-    """As `add_and_score`, on `[rows, width]`; seed is uint32 `[2]` or None."""
+    """As `add_and_score`, on `[rows, width]`; seed is as `reference.dropout_words` or None."""
     return _forward(x, update, scale, table, wanted, weights, seed, options)[0]
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pallas_kernels import shards
+
 ROPE_BASE = 10_000.0
 
 
@@ -88,13 +90,33 @@ def dropout_seed(key: jax.Array) -> jax.Array:
     return jax.random.key_data(key)[..., -2:]
 
 
+def dropout_words(key: jax.Array, rows: int) -> jax.Array:
+    """What a kernel is told of dropout: uint32 `[2]`, the words of `dropout_seed`.
+
+    Where rows are split over devices `[3]`: then also the number of the first of these `rows`, as
+    `dropout_bits` counts them, among all.
+    """
+    seed = dropout_seed(key)
+    if not shards.is_split():
+        return seed
+    return jnp.append(seed, shards.first_row(rows).astype(jnp.uint32))
+
+
+def dropout_bits_of(words, row, counter) -> jax.Array:
+    """`dropout_bits` inside a kernel that was told `words`; `row` counts its own rows."""
+    if words.shape[0] == 3:
+        row += words[2].astype(jnp.int32)
+    return dropout_bits(words[0], words[1], row, counter)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Sets a share `rate` of `[..., channels]` to zero and scales the rest up.
 
-    `dropout_bits` decides, with the index of the row, counted over all leading axes, and of the
-    channel.
+    `dropout_bits` decides, with the index of the row, counted over all leading axes (and over all
+    devices that rows are split over), and of the channel.
     """
-    rows = jnp.arange(x.size // x.shape[-1]).reshape(*x.shape[:-1], 1)
+    count = x.size // x.shape[-1]
+    rows = jnp.arange(count).reshape(*x.shape[:-1], 1) + shards.first_row(count)
     bits = dropout_bits(*dropout_seed(key), rows, jnp.arange(x.shape[-1]))
     kept = bits >= jnp.uint32(dropout_threshold(rate))
     return jnp.where(kept, x / (1 - rate), 0)
@@ -141,6 +163,7 @@ def attention(
     if dropout_key is not None and dropout_rate > 0:
         place = jnp.arange(length)
         row = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
+        row += shards.first_row(batch * heads)
         counter = place[:, None] * length + place
         bits = dropout_bits(*dropout_seed(dropout_key), row, counter)
         kept = bits >= jnp.uint32(dropout_threshold(dropout_rate))

@@ -19,7 +19,7 @@ NUM_WARPS = 4
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def run_kernels(x, update, scale, shift, seed, options: Options):
-    """The new stream and its norm; x, update `[rows, width]`, seed uint32 `[2]` or None."""
+    """The new stream and its norm; of x, update `[rows, width]` and `reference.dropout_words`."""
     return _forward(x, update, scale, shift, seed, options)[0]
 
 
@@ -153,7 +153,7 @@ def add_and_norm(
         None if update is None else update.reshape(-1, width),
         scale,
         shift,
-        reference.dropout_seed(dropout_key) if dropping else None,
+        reference.dropout_words(dropout_key, options.rows) if dropping else None,
         options,
     )
     return stream.reshape(x.shape), normed.reshape(x.shape)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.reference import dropout_bits, dropout_threshold
+from pallas_kernels.reference import dropout_bits_of, dropout_threshold
 
 EPSILON = 1e-5
 # Wider rows would leave a program too few.
@@ -143,7 +143,7 @@ def dropped(value, seed_ref, options: Options) -> jax.Array:
     if seed_ref is None:
         return value
     channel = jnp.arange(options.padded_width)[None, :]
-    bits = dropout_bits(seed_ref[0], seed_ref[1], index(options)[:, None], channel)
+    bits = dropout_bits_of(seed_ref, index(options)[:, None], channel)
     keep = bits >= jnp.uint32(dropout_threshold(options.rate))
     return value * jnp.where(keep, 1 / (1 - options.rate), 0.0)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.reference import dropout_bits, dropout_threshold
+from pallas_kernels.reference import dropout_bits_of, dropout_threshold
 
 LOG2_E = math.log2(math.e)
 # Scores that do not count, and what the largest of a row is at least: finite, so that a row with no
@@ -75,7 +75,7 @@ class Extras(NamedTuple):
 
     cos, sin: `[1 or batch, length, head_dim / 2]`, float32 or, for 16-bit q and k, float16. ids,
     segment_ids: int32 `[batch, length]`. bias: float32 `[heads, 2 * clip + 2]`; a program reads its
-    head's from a ref, or from a flat one as `Columns`. seed: uint32 `[2]`.
+    head's from a ref, or from a flat one as `Columns`. seed: as `reference.dropout_words`.
     """
 
     cos: Any = None
@@ -319,7 +319,7 @@ def dropout_scale(query: Side, key: Side, extras: Extras, row, options, *, keys_
         return None
     query_index, key_index = pair(query.index, key.index, keys_first)
     counter = query_index * options.length + key_index
-    bits = dropout_bits(extras.seed[0], extras.seed[1], row, counter)
+    bits = dropout_bits_of(extras.seed, row, counter)
     kept = bits >= jnp.uint32(dropout_threshold(options.rate))
     return jnp.where(kept, 1 / (1 - options.rate), 0.0)
 
@@ -375,5 +375,5 @@ def extras_specs(rows: int, extras: Extras, options: Options) -> Extras:
     if extras.bias is not None:
         specs["bias"] = pl.BlockSpec((None, extras.bias.shape[1]), lambda *at: (at[-2], 0))
     if extras.seed is not None:
-        specs["seed"] = pl.BlockSpec((2,), lambda *at: (0,))
+        specs["seed"] = pl.BlockSpec(extras.seed.shape, lambda *at: (0,))
     return Extras(**specs)

@@ -27,7 +27,7 @@ from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
 from pallas_kernels.targets import TARGETS
 from spak_jax import addition, evaluate, inference_bench, model, profiling, roofline
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
-from spak_jax.config import Config, read_config
+from spak_jax.config import Config, Parallel, read_config
 from spak_jax.train import initial_state, make_supply, make_training, one_by_one
 
 ROUNDS = 7
@@ -61,6 +61,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     arguments = parser.parse_intermixed_args()
     config = read_config(arguments.config, arguments.overrides)
+    if config.parallel != Parallel():
+        raise InputError(
+            "parallel: one device is timed here; `python -m spak_jax.scaling` has more"
+        )
     if arguments.json:
         writable_folder(arguments.json.parent)
     if arguments.inference and arguments.attention:

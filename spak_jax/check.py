@@ -194,7 +194,7 @@ def _judge_fact(fact: Fact, folder: Path) -> Finding:
     if fact.holds is None:
         verdict = Verdict(None, {}, "not yet reproduced")
         return Finding(fact.name, None, fact.claim, None, verdict)
-    found = {name: _evidence(fact.name, pattern, folder) for name, pattern in fact.evidence.items()}
+    found = {name: evidence(fact.name, pattern, folder) for name, pattern in fact.evidence.items()}
 
     def lookup(path: laws.Path) -> Value:
         if path[0] not in found:
@@ -205,18 +205,36 @@ def _judge_fact(fact: Fact, folder: Path) -> Finding:
     return Finding(fact.name, None, fact.claim, fact.holds, verdict)
 
 
-def _evidence(name: str, pattern: str, folder: Path) -> Callable[[laws.Path], Value]:
-    """What a fact's evidence gives for a quantity: results files of one system, or any JSON."""
-    # Not followed out of the project that the specification belongs to.
+def evidence(name: str, pattern: str, folder: Path) -> Callable[[laws.Path], Value]:
+    """What a fact's evidence gives for a quantity: results files of one system, or any JSON.
+
+    Args:
+      name: of the fact.
+      pattern: of the files, from the specification's folder; within the project, which is that
+        folder's parent, and without `**`.
+      folder: of the specification.
+
+    Raises:
+      InputError: the pattern is another, or what it names cannot be read.
+    """
     project = folder.resolve().parent
+    # Before anything is looked for: such patterns walk the whole disk, again and again.
+    first, *rest = Path(pattern).parts or ("",)
+    if Path(pattern).is_absolute() or ".." in rest or any("**" in part for part in (first, *rest)):
+        raise InputError(
+            f"the fact {name}: {pattern!r}: must be within {project.name}, with '..' at most once,"
+            " at its start, and without '**'"
+        )
     try:
         paths = sorted(folder.glob(pattern.removeprefix("./"))) if pattern else []
-    except (ValueError, NotImplementedError, OSError) as error:
+        # Nor by links.
+        outside = not all(path.resolve().is_relative_to(project) for path in paths)
+    except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
         raise InputError(f"the fact {name}: {pattern!r} names no files ({error})") from None
+    if outside:
+        raise InputError(f"the fact {name}: {pattern!r} leads out of {project.name}")
     if not paths:
         return _absent(f"no file {pattern}")
-    if not all(path.resolve().is_relative_to(project) for path in paths):
-        raise InputError(f"the fact {name}: {pattern} leads out of {project.name}")
     try:
         if any(path.stat().st_size > LARGEST_EVIDENCE for path in paths):
             raise InputError(

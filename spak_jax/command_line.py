@@ -1,6 +1,7 @@
 """What every program here shares: one way to fail on bad input, one console, one progress bar."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,9 +22,10 @@ console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, s
 
 
 class Failure(Exception):
-    """A program cannot go on. It prints the message alone and exits with `status`."""
+    """A program cannot go on. It prints `label` and the message alone, and exits with `status`."""
 
     status = 1
+    label = "error"
 
 
 class InputError(Failure):
@@ -37,8 +39,17 @@ def run_program(main: Callable[[], None]) -> None:
     try:
         main()
     except Failure as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error.label}: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
+    except KeyboardInterrupt:
+        print("stopped: SIGINT", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line that is not too long."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def progress_bar(description: str) -> Progress:

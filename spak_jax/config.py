@@ -183,6 +183,28 @@ class Train(Section):
         return self
 
 
+class Parallel(Section):
+    """The devices that a training is spread over: `data` times `seeds` of them.
+
+    No part of what is computed: no checkpoint or results file holds it, and a run that was begun on
+    some devices goes on with others.
+    """
+
+    # Devices that the rows of every batch are split over.
+    data: Positive = 1
+    # Groups of devices that the seeds (`train.seeds`) are split over, with nothing to exchange.
+    seeds: Positive = 1
+    # Whether each of the `data` devices keeps a share of the weights and of the optimizer's arrays
+    # alone, instead of all of them; each step brings the weights together.
+    shard_weights: bool = False
+
+    @model_validator(mode="after")
+    def _shares_need_devices(self) -> Self:
+        if self.shard_weights and self.data == 1:
+            raise ValueError("parallel.shard_weights = true needs parallel.data of at least 2")
+        return self
+
+
 class Evaluation(Section):
     """The zero-shot scoring that ends a training."""
 
@@ -206,6 +228,20 @@ class RunSections(Section):
     data: Data = Data()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+    parallel: Annotated[Parallel, Field(exclude=True)] = Parallel()
+
+    @model_validator(mode="after")
+    def _devices_share_evenly(self) -> Self:
+        for split, whole, count in (
+            ("data", "batch", self.train.batch),
+            ("seeds", "seeds", self.train.seeds),
+        ):
+            devices = getattr(self.parallel, split)
+            if count % devices:
+                raise ValueError(
+                    f"parallel.{split} = {devices} must divide train.{whole} = {count}"
+                )
+        return self
 
 
 class Config(RunSections):

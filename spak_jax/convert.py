@@ -170,9 +170,10 @@ def main() -> None:
     name = _name_of(arguments.run) if arguments.name is None else arguments.name
     config = describe(original, name, arguments.inject_input)
     weights = translate(original, config)
-    run = checkpoint.Run(arguments.run)
-    run.save(original.step, config, weights)
-    run.close()
+    with checkpoint.locked(arguments.run):
+        run = checkpoint.Run(arguments.run)
+        run.save(original.step, config, weights)
+        run.close()
     console.print(
         f"{config.system}: {model.parameter_count(weights):,} parameters, step"
         f" {original.step:,}, now in {arguments.run}"

@@ -24,7 +24,7 @@ from flax import nnx
 from rich.table import Table
 from scipy.stats import binomtest
 
-from spak_jax import addition, checkpoint, model
+from spak_jax import addition, checkpoint, metrics, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
@@ -346,21 +346,6 @@ def read_problems(path: str, task: str = "addition") -> list[tuple[int, ...]]:
     return problems
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The metrics of a run so far; a line that a kill cut short is left out."""
-    try:
-        lines = (run / checkpoint.METRICS).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    metrics = []
-    for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return metrics
-
-
 def training_curve(run: Path) -> dict[str, list[float]]:
     """Losses over steps, thinned for drawing, and the median seconds that a step took.
 
@@ -368,19 +353,19 @@ def training_curve(run: Path) -> dict[str, list[float]]:
       `step` and `loss` (the mean over the compiled call that ended there), `validation_step` and
       `validation_loss`, and `seconds_per_step`.
     """
-    metrics = read_metrics(run)
-    if not metrics:
+    lines = metrics.read(run)
+    if not lines:
         return {}
-    every = -(-len(metrics) // CURVE_POINTS)
+    every = -(-len(lines) // CURVE_POINTS)
     # Counted from the end, so that the last point is always there.
-    thinned = metrics[::-every][::-1]
-    validated = [line for line in metrics if "validation_loss" in line]
+    thinned = lines[::-every][::-1]
+    validated = [line for line in lines if line.validation_loss is not None]
     return {
-        "step": [line["step"] for line in thinned],
-        "loss": [line["loss"] for line in thinned],
-        "validation_step": [line["step"] for line in validated],
-        "validation_loss": [line["validation_loss"] for line in validated],
-        "seconds_per_step": float(np.median([line["seconds_per_step"] for line in metrics])),
+        "step": [line.step for line in thinned],
+        "loss": [line.loss for line in thinned],
+        "validation_step": [line.step for line in validated],
+        "validation_loss": [line.validation_loss for line in validated],
+        "seconds_per_step": float(np.median([line.seconds_per_step for line in lines])),
     }
 
 
@@ -492,11 +477,15 @@ def parse_digits(text: str) -> tuple[int, ...]:
 def _lengths(text: str) -> Iterator[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
-            raise InputError(f"--digits {text}: expected lengths such as 1-12,16,24")
-        bounds = int(first), int(last or first)
+        numbers = (first, last) if dash else (first, first)
+        if not all(number.isdecimal() for number in numbers):
+            raise InputError(f"--digits {text[:80]!r}: expected lengths such as 1-12,16,24")
+        # Python refuses to read numbers of thousands of digits.
+        bounds = [int(number[:9]) for number in numbers]
         if not 1 <= bounds[0] <= bounds[1] <= MAX_DIGITS:
-            raise InputError(f"--digits {text}: {part} must run upwards between 1 and {MAX_DIGITS}")
+            raise InputError(
+                f"--digits {text[:80]!r}: {part[:80]!r} must run upwards between 1 and {MAX_DIGITS}"
+            )
         yield from range(bounds[0], bounds[1] + 1)
 
 

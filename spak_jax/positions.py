@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels import shards
 from spak_jax.config import BIASED, Architecture
 
 # The widest of random gaps.
@@ -144,7 +145,9 @@ def places(
         # Longer rows meet distances then that shorter ones have met in training (Ruoss et al. 2023,
         # Randomized Positional Encodings Boost Length Generalization of Transformers).
         key = jax.random.key(0) if key is None else key
-        gaps = jax.random.randint(key, tokens.shape, 1, WIDEST_GAP + 1)
+        gaps = shards.drawn(
+            lambda every: jax.random.randint(key, every.shape, 1, WIDEST_GAP + 1), tokens
+        )
         return Places(turned_by=jnp.cumsum(gaps, axis=-1))
     if scheme == "coupled-rope":
         return Places(turned_by=ids)
@@ -157,7 +160,9 @@ def offset_ids(ids: jax.Array, key: jax.Array | None) -> jax.Array:
     """Ids for a learned embedding: each row's moved by a random offset where a key is given."""
     if key is not None:
         room = EMBEDDED_IDS - ids.max(-1, keepdims=True)
-        offset = jax.random.randint(key, room.shape, 0, jnp.maximum(room, 1))
+        offset = shards.drawn(
+            lambda every: jax.random.randint(key, every.shape, 0, jnp.maximum(every, 1)), room
+        )
         ids = jnp.where(ids > 0, ids + offset, 0)
     return jnp.minimum(ids, EMBEDDED_IDS - 1)
 

@@ -19,7 +19,7 @@ import psutil
 from spak_jax import addition, evaluate
 from spak_jax.command_line import Failure, InputError, console, run_program, write_file
 from spak_jax.config import Config, read_config
-from spak_jax.train import TrainState, compiled, initial_state, make_supply
+from spak_jax.train import TrainState, compiled, first_state, first_supply
 
 DIGITS, ACCURACY = 100, 0.999
 EXAMPLES = 10_000
@@ -41,7 +41,7 @@ def race(config: Config, digits: int, every: int) -> dict[str, Any]:
     Raises:
       Failure: the training ended before that.
     """
-    state, supply = jax.jit(lambda: initial_state(config))(), make_supply(config)
+    state, supply = first_state(config), first_supply(config)
     run_steps, _ = compiled(config)
     settings = evaluate.Settings((digits,), EXAMPLES, config.evaluation.seed)
     problems = addition.sample_exact(jax.random.key(1), digits, EXAMPLES, config.data.task)

@@ -28,12 +28,13 @@ def release(run: Path, out: Path) -> int:
     restored = checkpoint.restore(run)
     if out.exists():
         raise InputError(f"{out} exists: name a folder that does not")
-    released = checkpoint.Run(out)
-    released.save(restored.step, restored.config, restored.weights)
-    released.close()
-    results = run / checkpoint.RESULTS
-    if results.is_file():
-        write_file(out / checkpoint.RESULTS, results.read_bytes())
+    with checkpoint.locked(out):
+        released = checkpoint.Run(out)
+        released.save(restored.step, restored.config, restored.weights)
+        released.close()
+        results = run / checkpoint.RESULTS
+        if results.is_file():
+            write_file(out / checkpoint.RESULTS, results.read_bytes())
     return restored.step
 
 

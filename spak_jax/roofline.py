@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import compile, targets
 from spak_jax import addition, evaluate, model
-from spak_jax.config import Config, StaticModel
+from spak_jax.config import Config, Parallel, StaticModel
 from spak_jax.train import initial_state, make_supply, make_training
 
 # Where XLA can try none of its own Triton products out, as on the GPU itself, it takes one unseen,
@@ -61,7 +61,7 @@ def weights_of_a_block(config: Config) -> int:
 
 
 def estimate(config: Config, target: str) -> dict[str, Any]:
-    """Memory and least time of a training step on a target.
+    """Memory and least time of a training step on one GPU of a target, whatever `parallel` says.
 
     Args:
       config: of the training.
@@ -71,6 +71,7 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
       compile.Unavailable: what compiling for another GPU needs is not installed.
     """
     compile.check_plugin()
+    config = config.model_copy(update={"parallel": Parallel()})
     chip = targets.TARGETS[target]
     with targets.compiling_for(target):
         state = jax.eval_shape(lambda: initial_state(config))

@@ -145,6 +145,7 @@ def ablation(overrides: Sequence[str]) -> Study:
                 "name": f"{told.replace(', ', '-')}-{kind}{depth}",
                 "system": f"{system}, {told}",
                 "model": placed | deep | {"kind": kind},
+                "parallel": base.parallel.model_dump(mode="json"),
             }
             config = parse_config(base.model_dump(mode="json") | changes, base.name)
             experiments.append(Experiment(config, (Scoring(),)))

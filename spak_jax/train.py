@@ -6,29 +6,31 @@ was stopped anywhere goes on as if it never had been.
 """
 
 import argparse
+import contextlib
 import functools
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-from spak_jax import addition, checkpoint, evaluate, model
+from pallas_kernels import shards
+from spak_jax import addition, checkpoint, evaluate, interruption, metrics, model, parallel
 from spak_jax.command_line import (
     Failure,
     InputError,
     console,
+    first_line,
     progress_bar,
     run_program,
-    write_file,
 )
-from spak_jax.config import Config, Train, first_difference, read_specification
+from spak_jax.config import Config, Parallel, Train, first_difference, read_specification
 
 DEFAULT_CONFIG = Path("configs/quickstart.toml")
 VALIDATION_BATCHES = 8
@@ -51,6 +53,16 @@ class TrainState(NamedTuple):
 
 # Which parts of a state have an axis for the seeds, for `jax.vmap`.
 OVER_SEEDS = TrainState(weights=0, optimizer=0, step=None, seed=0)
+
+
+class Told(NamedTuple):
+    """What a call tells of each of its steps, float32: the loss, and the norm of its gradient.
+
+    Arrays of `train.steps_per_call`, or one such row a seed; NaN beyond the steps that were taken.
+    """
+
+    loss: jax.Array
+    gradient_norm: jax.Array
 
 
 class Supply(NamedTuple):
@@ -92,6 +104,8 @@ def loss(
 ):
     """Mean cross-entropy of the answer tokens, over every readout that training supervises.
 
+    Where rows are split over devices (`shards`), this device's part of that of all rows.
+
     Args:
       network: the model.
       batch: rows of text.
@@ -101,7 +115,7 @@ def loss(
     Returns:
       A float32 scalar.
     """
-    weights = batch.answer / batch.answer.sum()
+    weights = batch.answer / shards.total(batch.answer.sum())
     ids = addition.coupled_ids(batch.tokens)
     losses = network.supervised_losses(
         batch.tokens, batch.targets, weights, ids=ids, key=key, progress=progress
@@ -127,7 +141,10 @@ def one_by_one(config: Config) -> list[Config]:
     first = config.train.seed
     return [
         config.model_copy(
-            update={"train": config.train.model_copy(update={"seed": seed, "seeds": 1})}
+            update={
+                "train": config.train.model_copy(update={"seed": seed, "seeds": 1}),
+                "parallel": Parallel(),
+            }
         )
         for seed in range(first, first + config.train.seeds)
     ]
@@ -156,9 +173,8 @@ def make_training(
 
     Returns:
       A pure function of (state, supply, count) that takes `count` steps, at most
-      `train.steps_per_call`, and returns the new state and the float32 loss of each step in an
-      array of `train.steps_per_call`, or one such row a seed, NaN beyond `count`. The count is no
-      shape: one program serves every count.
+      `train.steps_per_call`, and returns the new state and what the steps tell (`Told`). The count
+      is no shape: one program serves every count.
     """
     definition, _ = model.abstract(config, addition.VOCABULARY_SIZE, attention)
     update = optimizer(config.train).update
@@ -172,28 +188,33 @@ def make_training(
         )
 
         dropout_key = jax.random.fold_in(_key(state.seed, "dropout"), state.step)
+        progress = state.step / config.train.steps
 
-        def objective(weights):
-            progress = state.step / config.train.steps
+        def objective(weights, batch, dropout_key, progress):
             return loss(nnx.merge(definition, weights), batch, dropout_key, progress)
 
-        value, gradients = jax.value_and_grad(objective)(state.weights)
+        value, gradients = parallel.value_and_grad(objective, config.parallel)(
+            state.weights, batch, dropout_key, progress
+        )
         updates, optimizer_state = update(gradients, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        return TrainState(weights, optimizer_state, state.step + 1, state.seed), value
+        told = Told(value, optax.tree.norm(gradients))
+        return TrainState(weights, optimizer_state, state.step + 1, state.seed), told
 
     every_seed = one_step
     if config.train.seeds > 1:
-        every_seed = jax.vmap(one_step, in_axes=(OVER_SEEDS, None), out_axes=(OVER_SEEDS, 0))
+        every_seed = parallel.over_seeds(
+            one_step, config.parallel, in_axes=(OVER_SEEDS, None), out_axes=(OVER_SEEDS, 0)
+        )
 
     def run_steps(state: TrainState, supply: Supply, count: jax.Array):
         def body(i, carry):
-            state, losses = carry
-            state, value = every_seed(state, supply)
-            return state, losses.at[..., i].set(value)
+            state, told = carry
+            state, of_step = every_seed(state, supply)
+            return state, jax.tree.map(lambda x, value: x.at[..., i].set(value), told, of_step)
 
-        losses = jnp.full((*state.seed.shape, config.train.steps_per_call), jnp.nan, jnp.float32)
-        return jax.lax.fori_loop(0, count, body, (state, losses))
+        none = jnp.full((*state.seed.shape, config.train.steps_per_call), jnp.nan, jnp.float32)
+        return jax.lax.fori_loop(0, count, body, (state, Told(none, none)))
 
     return run_steps
 
@@ -205,34 +226,72 @@ def make_validation(config: Config) -> Callable[[TrainState, Supply], jax.Array]
     """
     definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
 
-    def validation_loss(state: TrainState, supply: Supply):
-        network = nnx.merge(definition, state.weights)
+    def objective(weights, batch):
+        return loss(nnx.merge(definition, weights), batch, None)
 
+    def validation_loss(state: TrainState, supply: Supply):
         def one_batch(key):
             rows = addition.training_batch(key, config.data, config.train.batch, supply.held_out)
-            return loss(network, rows, None)
+            return parallel.value(objective, config.parallel)(state.weights, rows)
 
         keys = jax.random.split(_key(state.seed, "validation"), VALIDATION_BATCHES)
         return jax.lax.map(one_batch, keys).mean()
 
     if config.train.seeds == 1:
         return validation_loss
-    return jax.vmap(validation_loss, in_axes=(OVER_SEEDS, None))
+    return parallel.over_seeds(validation_loss, config.parallel, in_axes=(OVER_SEEDS, None))
+
+
+def shardings(config: Config) -> TrainState | None:
+    """Where each array of a state lies; None on one device."""
+    state = jax.eval_shape(lambda: initial_state(config))
+    several = config.train.seeds > 1
+    parts = zip(state, OVER_SEEDS, strict=True)
+    placed = [parallel.shardings(x, config.parallel, several and ax is not None) for x, ax in parts]
+    return None if placed[0] is None else TrainState(*placed)
+
+
+def first_state(config: Config) -> TrainState:
+    """`initial_state` on its devices, compiled as one program: a weight at a time takes seconds."""
+    return jax.jit(lambda: initial_state(config), out_shardings=shardings(config))()
+
+
+def first_supply(config: Config) -> Supply:
+    """`make_supply`, whole on every device."""
+    return jax.jit(
+        lambda: make_supply(config), out_shardings=parallel.everywhere(config.parallel)
+    )()
 
 
 @functools.lru_cache(maxsize=1)
 def compiled(config: Config) -> tuple[Callable, Callable]:
     """The programs of `make_training`, which takes its state's memory, and `make_validation`."""
-    state = jax.eval_shape(lambda: initial_state(config))
-    supply = jax.eval_shape(lambda: make_supply(config))
-    run_steps = jax.jit(make_training(config), donate_argnums=0)
-    run_steps = run_steps.lower(state, supply, jax.ShapeDtypeStruct((), jnp.int32))
-    validation_loss = jax.jit(make_validation(config)).lower(state, supply)
-    return run_steps.compile(), validation_loss.compile()
+    where, everywhere = shardings(config), parallel.everywhere(config.parallel)
+    validation_loss = jax.jit(
+        make_validation(config),
+        in_shardings=None if where is None else (where, everywhere),
+        out_shardings=everywhere,
+    )
+    return compiled_steps(config), validation_loss.lower(*_shapes(config)).compile()
+
+
+def compiled_steps(config: Config) -> Callable:
+    """The program of `make_training` alone."""
+    where, everywhere = shardings(config), parallel.everywhere(config.parallel)
+    run_steps = jax.jit(
+        make_training(config),
+        donate_argnums=0,
+        in_shardings=None if where is None else (where, everywhere, everywhere),
+        out_shardings=None if where is None else (where, everywhere),
+    )
+    return run_steps.lower(*_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 def train(config: Config, run_path: Path, until: int | None = None) -> list[TrainState]:
     """Trains to the last step, from the newest checkpoint in the run folder if there is one.
+
+    SIGTERM and SIGINT end it after the steps under way, with a checkpoint. So it must be called
+    from the main thread.
 
     Args:
       config: of this run; a checkpoint of another is refused.
@@ -240,22 +299,32 @@ def train(config: Config, run_path: Path, until: int | None = None) -> list[Trai
       until: a step to stop at, with a checkpoint, on the way to the last; None for the last.
 
     Returns:
-      The last state of each seed's training.
+      The last state of each seed's training, on one device.
 
     Raises:
-      InputError: the run folder is another configuration's, damaged, or cannot be written, or has
-        been trained beyond `until`.
-      Failure: the loss is no longer finite; the last good checkpoint stays.
+      InputError: the run folder is another configuration's, in use, damaged, or cannot be written,
+        or has been trained beyond `until`; or there are too few devices.
+      Failure: a number is no longer finite, memory or disk is full, or another process is gone; the
+        last good checkpoint stays.
+      Stopped: by a signal, with a checkpoint.
     """
     last = config.train.steps if until is None else until
-    runs = _Runs(config, run_path)
-    state = runs.state
-    if state.step > last:
-        raise InputError(
-            f"{run_path} has been trained to step {state.step:,}, beyond {last:,}; move it aside to"
-            " train it again"
-        )
-    supply = jax.jit(lambda: make_supply(config))()
+    _require_same_kind(config, run_path)
+    with contextlib.ExitStack() as held:
+        request = held.enter_context(interruption.heeded())
+        folders = run_folders(config, run_path)
+        lock = lambda: [held.enter_context(checkpoint.locked(path)) for path in folders]  # noqa: E731
+        parallel.by_first(lock)
+        runs = _Runs(config, run_path)
+        held.enter_context(runs.explaining())
+        return _train(config, runs, last, request)
+
+
+def _train(
+    config: Config, runs: "_Runs", last: int, request: interruption.Request
+) -> list[TrainState]:
+    state = runs.begin(last)
+    supply = first_supply(config)
     started = time.monotonic()
     run_steps, validation_loss = compiled(config)
     seeds = config.train.seeds
@@ -263,50 +332,67 @@ def train(config: Config, run_path: Path, until: int | None = None) -> list[Trai
         f"{config.system}: {model.parameter_count(state.weights) // seeds:,} parameters,"
         f" {config.train.steps:,} steps of {config.train.batch} x {config.data.row_length} tokens"
         f"{f', {seeds} seeds' if seeds > 1 else ''}"
-        f" on {evaluate.device_name()}; compiled in {time.monotonic() - started:.1f} s"
+        f" on {parallel.devices_in_words(config.parallel)}; compiled in"
+        f" {time.monotonic() - started:.1f} s"
     )
 
     learning_rate = schedule(config.train)
-    step, printed, pace = int(state.step), time.monotonic(), 1
+    printed, pace = time.monotonic(), 1
+    (asked,) = parallel.of_all(request.signal)
     with progress_bar(config.name) as progress:
-        task = progress.add_task("", total=last, completed=step, status="")
-        while step < last:
-            target = _next_stop(step, pace, last, config.train)
+        task = progress.add_task("", total=last, completed=runs.step, status="")
+        while runs.step < last and not any(asked):
+            step, target = runs.step, _next_stop(runs.step, pace, last, config.train)
             started = time.monotonic()
-            state, losses = run_steps(state, supply, jnp.int32(target - step))
-            losses = jnp.atleast_2d(losses)[:, : target - step]
-            losses = jax.device_get(losses).tolist()
+            state, told = run_steps(state, supply, np.int32(target - step))
+            told = jax.tree.map(
+                lambda x: np.atleast_2d(x)[:, : target - step].tolist(),  # noqa: B023
+                jax.device_get(told),
+            )
             seconds = (time.monotonic() - started) / (target - step)
             pace = max(1, min(int(SECONDS_PER_CALL / seconds), config.train.steps_per_call))
-            runs.require_finite("loss", losses, step + 1)
-            common = {
-                "step": target,
-                "learning_rate": float(learning_rate(target - 1)),
-                "seconds_per_step": seconds,
-            }
-            lines = [{"loss": sum(values) / len(values), **common} for values in losses]
-            checkpointing = target % config.train.checkpoint_every == 0 or target == last
-            if checkpointing:
-                validated = jnp.atleast_1d(validation_loss(state, supply)).tolist()
-                runs.require_finite("validation loss", [[value] for value in validated], target)
-                for line, value in zip(lines, validated, strict=True):
-                    line["validation_loss"] = value
+            runs.require_finite(
+                {"loss": told.loss, "norm of the gradient": told.gradient_norm}, step + 1
+            )
+            asked, paces = parallel.of_all(request.signal, pace)
+            pace = min(paces)
+            losses = [sum(values) / len(values) for values in told.loss]
+            validated = [None] * seeds
+            due = target % config.train.checkpoint_every == 0 or target == last
+            if due or any(asked):
+                validated = np.atleast_1d(jax.device_get(validation_loss(state, supply))).tolist()
+                runs.require_finite({"validation loss": [[x] for x in validated]}, target)
+            rate = float(learning_rate(target - 1))
             # Metrics first: lines past the newest checkpoint are dropped on going on, and none
             # before it may be missing.
-            runs.append(lines)
-            if checkpointing:
-                runs.save(state)
-            step = target
-            status = (
-                f"loss {sum(line['loss'] for line in lines) / seeds:.4f}"
-                f"  rate {common['learning_rate']:.1e}  {1 / seconds:.1f} steps/s"
+            runs.append(
+                [
+                    metrics.Line(
+                        loss=loss,
+                        step=target,
+                        learning_rate=rate,
+                        seconds_per_step=seconds,
+                        validation_loss=value,
+                    )
+                    for loss, value in zip(losses, validated, strict=True)
+                ]
             )
-            progress.update(task, completed=step, status=status)
-            if progress.disable and (time.monotonic() - printed > 10 or step >= last):
+            if due or any(asked):
+                runs.save(state)
+            runs.step = target
+            status = f"loss {sum(losses) / seeds:.4f}  rate {rate:.1e}  {1 / seconds:.1f} steps/s"
+            progress.update(task, completed=target, status=status)
+            if progress.disable and (time.monotonic() - printed > 10 or target >= last):
                 printed = time.monotonic()
-                console.print(f"step {step:,} of {last:,}  {status}")
+                console.print(f"step {target:,} of {last:,}  {status}")
     runs.close()
-    return _apart(state)
+    if any(asked):
+        raise interruption.Stopped(
+            max(asked),
+            f"step {runs.step:,} of {last:,} is kept in {runs.path}; the same command, without"
+            " --fresh, goes on from there",
+        )
+    return _apart(parallel.on_first_device(state, config.parallel))
 
 
 def main() -> None:
@@ -330,7 +416,18 @@ def main() -> None:
     parser.add_argument(
         "--despite-laws", action="store_true", help="train although a law of the file is broken"
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="be one of several processes, as Slurm, Open MPI or JAX_COORDINATOR_ADDRESS,"
+        " JAX_NUM_PROCESSES and JAX_PROCESS_ID say",
+    )
     arguments = parser.parse_intermixed_args()
+    with parallel.one_of_several() if arguments.distributed else contextlib.nullcontext():
+        _train_and_score(arguments)
+
+
+def _train_and_score(arguments: argparse.Namespace) -> None:
     config_path, overrides = arguments.config, arguments.overrides
     if "=" in config_path:
         config_path, overrides = str(DEFAULT_CONFIG), [config_path, *overrides]
@@ -343,8 +440,10 @@ def main() -> None:
         require_lawful(specification, Path(config_path))
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
-        _move_aside(run_path)
+        parallel.by_first(lambda: _move_aside(run_path))
     states = train(config, run_path)
+    if not parallel.is_first():
+        return
     settings = evaluate.Settings.of(config.evaluation)
     runs = zip(states, one_by_one(config), run_folders(config, run_path), strict=True)
     for state, one, path in runs:
@@ -353,6 +452,10 @@ def main() -> None:
         evaluate.write_results(path / checkpoint.RESULTS, results)
         evaluate.print_results(results)
         console.print(f"results: {path / checkpoint.RESULTS}")
+
+
+def _shapes(config: Config) -> tuple[TrainState, Supply]:
+    return jax.eval_shape(lambda: (initial_state(config), make_supply(config)))
 
 
 def _next_stop(step: int, pace: int, last: int, train: Train) -> int:
@@ -394,71 +497,125 @@ def _together(states: Sequence[TrainState]) -> TrainState:
     return TrainState(*(x if axis is None else stack(x, *more) for x, *more, axis in parts))
 
 
+def _require_same_kind(config: Config, run_path: Path) -> None:
+    """Raises `InputError` where one run stands in the place of several seeds', or they in its."""
+    several = config.train.seeds > 1
+    others = [run_path] if several else run_path.glob("seed*")
+    if any((path / checkpoint.CHECKPOINTS).is_dir() for path in others):
+        raise InputError(
+            f"{run_path} holds {'one run' if several else 'runs of several seeds'}, which"
+            f" train.seeds = {config.train.seeds} does not go on with; name another folder with"
+            " --run, or start over with --fresh"
+        )
+
+
 class _Runs:
     """The run folders of a training, one a seed, kept at the same steps.
 
-    Raises:
-      InputError: the folders are another configuration's, damaged, or cannot be written.
+    path: of all of them. step: that the training has reached. Of several processes each reads, and
+    the first writes.
     """
 
     def __init__(self, config: Config, run_path: Path):
+        self.path, self.step = run_path, 0
+        self._config = config
         self._configs, self._paths = one_by_one(config), run_folders(config, run_path)
-        several = config.train.seeds > 1
-        others = [run_path] if several else run_path.glob("seed*")
-        if any((path / checkpoint.CHECKPOINTS).is_dir() for path in others):
-            raise InputError(
-                f"{run_path} holds {'one run' if several else 'runs of several seeds'}, which"
-                f" train.seeds = {config.train.seeds} does not go on with; name another folder with"
-                " --run, or start over with --fresh"
-            )
+
+    def begin(self, last: int) -> TrainState:
+        """The state to go on from: that of the newest checkpoints, or the first one.
+
+        Raises:
+          InputError: the folders are another configuration's, damaged, or cannot be written, or
+            have been trained beyond step `last`.
+        """
         begun = [set(checkpoint.steps_in(path)) for path in self._paths]
         common = set.intersection(*begun)
         if any(begun) and not common:
             raise InputError(
-                f"{run_path}: the runs of its seeds have no checkpoint of the same step; name"
+                f"{self.path}: the runs of its seeds have no checkpoint of the same step; name"
                 " another folder with --run, or start over with --fresh"
             )
         if common:
             # Where a kill fell between two of them, some runs are a checkpoint ahead.
-            self.state = _together([self._restored(i, max(common)) for i in range(len(begun))])
-            console.print(f"{run_path}: going on after step {self.state.step}")
+            self.step = max(common)
+            state = _together([self._restored(i, self.step) for i in range(len(begun))])
+            if self.step > last:
+                raise InputError(
+                    f"{self.path} has been trained to step {self.step:,}, beyond {last:,}; move it"
+                    " aside to train it again"
+                )
+            where = shardings(self._config)
+            state = state if where is None else jax.device_put(state, where)
+            console.print(f"{self.path}: going on after step {self.step}")
         else:
-            # Compiled as one program: a weight at a time takes seconds.
-            self.state = jax.jit(lambda: initial_state(config))()
-        step = int(self.state.step)
+            state = first_state(self._config)
         self._runs = [checkpoint.Run(path) for path in self._paths]
         for run in self._runs:
-            run.drop_after(step)
+            run.drop_after(self.step)
         if not common:
-            self.save(self.state)
-        self._metrics = [_Metrics(path / checkpoint.METRICS, step) for path in self._paths]
+            self.save(state)
+        parallel.by_first(lambda: [metrics.cut(path, self.step) for path in self._paths])
+        return state
 
     def save(self, state: TrainState) -> None:
         """A checkpoint of each seed's run."""
-        parts = zip(self._runs, self._configs, _apart(jax.device_get(state)), strict=True)
+        parts = zip(self._runs, self._configs, _apart(parallel.on_host(state)), strict=True)
         for run, config, one in parts:
             run.save(int(one.step), config, one.weights, one.optimizer)
 
-    def append(self, lines: Sequence[dict[str, float]]) -> None:
+    def append(self, lines: Sequence[metrics.Line]) -> None:
         """A line for the metrics of each."""
-        for metrics, line in zip(self._metrics, lines, strict=True):
-            metrics.append(line)
+        pairs = zip(self._paths, lines, strict=True)
+        parallel.by_first(lambda: [metrics.append(*pair) for pair in pairs])
 
-    def require_finite(self, name: str, values: Sequence[Sequence[float]], first: int) -> None:
-        """Raises `Failure` where one of a run's values, by step from the first, is not finite."""
-        for path, of_run in zip(self._paths, values, strict=True):
-            for step, value in enumerate(of_run, first):
-                if not math.isfinite(value):
-                    raise Failure(
-                        f"the {name} is {value} at step {step}; the checkpoint of step"
-                        f" {checkpoint.steps_in(path)[-1]} is kept in {path}. A lower"
-                        ' train.learning_rate, more train.warmup_steps or model.dtype="float32"'
-                        " may help"
-                    )
+    def require_finite(self, values: Mapping[str, Sequence[Sequence[float]]], first: int) -> None:
+        """Raises `Failure` for the first step at which a number is not finite.
+
+        Args:
+          values: by what they are, of each run, by step.
+          first: step.
+        """
+        for i, path in enumerate(self._paths):
+            steps = zip(*(of_runs[i] for of_runs in values.values()), strict=True)
+            for step, numbers in enumerate(steps, first):
+                for name, number in zip(values, numbers, strict=True):
+                    if not math.isfinite(number):
+                        raise Failure(
+                            f"the {name} is {number} at step {step};{self._kept(path)}. A lower"
+                            " train.learning_rate, more train.warmup_steps or"
+                            ' model.dtype="float32" may help'
+                        )
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Within it what JAX says of full memory and lost processes is a `Failure`."""
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise Failure(
+                    f"out of memory on {evaluate.device_name()} after step {self.step:,}"
+                    f" ({first_line(error)});{self._kept(self._paths[0])}. A smaller train.batch or"
+                    ' data.row_length, fewer train.seeds, model.dtype="bfloat16" or more devices'
+                    " (parallel.data) may help"
+                ) from None
+            if parallel.is_of_another_process(error):
+                raise Failure(
+                    f"another process is gone, or cannot be reached, after step {self.step:,}"
+                    f" ({first_line(error)});{self._kept(self._paths[0])}. Start all processes"
+                    " again to go on from there"
+                ) from None
+            raise
 
     def close(self) -> None:
         for run in self._runs:
             run.close()
+
+    def _kept(self, path: Path) -> str:
+        steps = checkpoint.steps_in(path)
+        if not steps:
+            return f" no checkpoint is in {path}"
+        return f" the checkpoint of step {steps[-1]} is kept in {path}"
 
     def _restored(self, i: int, step: int) -> TrainState:
         config, path = self._configs[i], self._paths[i]
@@ -489,24 +646,14 @@ def _move_aside(run_path: Path) -> None:
     while (aside := run_path.with_name(f"{run_path.name}.old-{number}")).exists():
         number += 1
     try:
-        run_path.rename(aside)
+        # Not away from under a training that is under way.
+        with contextlib.ExitStack() as held:
+            for folder in (run_path, *run_path.glob("seed*/")):
+                held.enter_context(checkpoint.locked(folder))
+            run_path.rename(aside)
     except OSError as error:
         raise InputError(f"cannot move {run_path} to {aside}: {error.strerror}") from None
     console.print(f"the run in {run_path} is now in {aside}")
-
-
-class _Metrics:
-    """The run's JSON lines, cut back to what the checkpoint that we go on from knew."""
-
-    def __init__(self, path: Path, step: int):
-        lines = evaluate.read_metrics(path.parent)
-        kept = [line for line in lines if line["step"] <= step]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._path = path
-
-    def append(self, line: dict[str, float]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def tiny_config(**sections) -> Config:
     """The tiny configuration with some keys of some sections changed."""
     values = tomllib.loads(TINY)
     for section, changes in sections.items():
-        values[section] = values[section] | changes
+        values[section] = values.get(section, {}) | changes
     return parse_config(values | {"system": values["system"]["name"]}, "test")
 
 

@@ -126,7 +126,10 @@ holds = 'run.accuracy["3"].low > 0.7 and run.accuracy["3"].seeds == 2'
 @pytest.mark.parametrize(
     ("evidence", "said"),
     [
-        ("../../../*.json", "leads out of"),
+        ("../../../*.json", "must be within"),
+        ("/*/*.json", "must be within"),
+        ("**/*.json", "and without"),
+        ("../linked/*.json", "leads out of"),
         ("../bad.json", "cannot be read as JSON"),
         ("../two*.json", "several evaluations"),
     ],
@@ -136,6 +139,7 @@ def test_evidence_that_cannot_be_used_is_refused_by_the_name_of_the_fact(tmp_pat
     path = project / "configs" / "tiny.toml"
     path.parent.mkdir(parents=True)
     written(tmp_path, results(), "outside.json")
+    (project / "linked").symlink_to(tmp_path)
     written(project, "{", "bad.json")
     written(project, results(), "two1.json")
     written(project, results(loops=24), "two2.json")
