@@ -22,7 +22,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,23 @@ KEPT = 2
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 # Of several arrays that cannot be read, one error is raised; asyncio would tell the rest.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _but_late_answers(tell: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A hook for errors that nobody can catch, without those of arrays that nobody waits for.
+
+    After one array could not be read, TensorStore goes on and answers to an event loop of Orbax
+    that is closed, and Python would print a traceback for each.
+    """
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _but_late_answers(sys.unraisablehook)
 
 
 class Restored(NamedTuple):
@@ -186,7 +203,6 @@ def restore(run: Path, *, optimizer: bool = False, at_most: int | None = None) -
     if not steps:
         raise InputError(f"the run folder {run} holds no checkpoint")
     folders = [run / CHECKPOINTS / str(step) for step in steps]
-    _ignore_late_answers()
     try:
         return _read(folders[-1], steps[-1], optimizer)
     except Exception as error:  # noqa: BLE001  damage surfaces as any error of any layer
@@ -288,22 +304,6 @@ def _read(folder: Path, step: int, optimizer: bool) -> Restored:
     return Restored(
         step, config, arrays["weights"], arrays["optimizer"] if "optimizer" in wanted else None
     )
-
-
-def _ignore_late_answers() -> None:
-    """Keeps Python from printing a traceback for each array that arrives after another failed.
-
-    TensorStore reads on, and its answers go to Orbax's event loop, which is closed by then.
-    """
-    before = sys.unraisablehook
-    if before.__name__ == "ignore_late_answer":
-        return
-
-    def ignore_late_answer(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = ignore_late_answer
 
 
 def _refuse_links(folder: Path) -> None:

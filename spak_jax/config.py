@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spak_jax.command_line import InputError
+from spak_jax.command_line import InputError, first_line
 
 # The longest operand a training law or a scoring set may ask for, in decimal digits.
 MAX_DIGITS = 10_000
+# Bytes; Python takes seconds for as many nested keys.
+LARGEST_SPECIFICATION = 2**15
 # Numbers in a problem of each task.
 OPERANDS = {"addition": 2, "three-operands": 3, "subtraction": 2}
 
@@ -339,13 +341,23 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
       InputError: the file cannot be read, or a key or value is not allowed.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if len(content) > LARGEST_SPECIFICATION:
+            raise InputError(
+                f"the specification {path} has {len(content):,} bytes: must be at most"
+                f" {LARGEST_SPECIFICATION:,}"
+            )
+        values = tomllib.loads(content.decode())
     except OSError as error:
         raise InputError(f"cannot read the specification {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
+    # Also integers of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {first_line(error)}") from None
     for override in overrides:
-        _merge(values, _parse_override(override), override)
+        try:
+            _merge(values, _parse_override(override), override)
+        except RecursionError:
+            raise InputError(f"override {override[:80]!r}: keys are nested too deeply") from None
     return _validated(Specification, values, str(path))
 
 
@@ -370,6 +382,9 @@ def _validated(kind: type[Whole], values: Mapping[str, Any], source: str) -> Who
         first, *others = (_explain(problem, kind) for problem in error.errors())
         more = f" (and {len(others)} more)" if others else ""
         raise InputError(f"{source}: {first}{more}") from None
+    except (ValueError, RecursionError) as error:
+        # Thousands of digits, or of levels: no JSON.
+        raise InputError(f"{source}: {first_line(error)}") from None
 
 
 def first_difference(stored: Config, asked: Config) -> str | None:
@@ -396,10 +411,10 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _parse_override(override: str) -> dict[str, Any]:
     try:
         values = tomllib.loads(override)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"override {override!r}: expected key.path=value with the value in TOML, such as"
-            f' model.loops=24 or name="trial" ({error})'
+            f' model.loops=24 or name="trial" ({first_line(error)})'
         ) from None
     if not values:
         raise InputError(f"override {override!r}: expected key.path=value")

@@ -283,6 +283,12 @@ def lost_process(folder: Path, times: int, moments: Moments) -> Iterator[str]:
             time.sleep(moments.uniform(0, 0.5))
             pair[i % 2].kill()
             status, said = _end(pair[1 - i % 2])
+        # Our words where what they do together fails. Where one waits for a connection, JAX ends it
+        # by SIGABRT when the other's heartbeats have been missing for long.
+        by_jax = "This most likely indicates that another task died" in said
+        if status == -signal.SIGABRT and by_jax:
+            yield "the other ended by JAX and with its words; both went on together"
+            continue
         _require_message(status, said, "another process is gone")
         yield "the other ended with one message; both went on together"
     with contextlib.ExitStack() as held:
@@ -357,14 +363,15 @@ def attempt(name: str, folder: Path, times: int | None = None) -> dict[str, Any]
 
 def table(found: Mapping[str, Any]) -> str:
     """What a campaign found, in Markdown."""
-    lines = ["| fault | tried | what became of it |", "| --- | ---: | --- |"]
-    for each in found["faults"].values():
+    lines = ["| fault | tried | what became of it | date |", "| --- | ---: | --- | --- |"]
+    for each in (found[name] for name in CAMPAIGN if name in found):
         became = [f"{words}: {count:,}" for words, count in each["outcomes"].items()]
         became += [f"**broken**: {each['broken']}"] if each["broken"] else []
         became += [f"not tried: {each['not_tried']}"] if each["not_tried"] else []
-        lines.append(f"| {each['fault']} | {each['tried']:,} | {'; '.join(became)} |")
-    where = f"{found['device']}, {found['date']}, JAX {found['jax']}, seed {found['seed']}"
-    return "\n".join([*lines, "", f"{where}."])
+        lines.append(
+            f"| {each['fault']} | {each['tried']:,} | {'; '.join(became)} | {each['date']} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -374,28 +381,33 @@ def main() -> None:
     parser.add_argument(
         "faults", nargs="*", metavar="FAULT", help=f"of {', '.join(CAMPAIGN)} (all)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write what was found; what FILE holds of other faults stays",
+    )
     arguments = parser.parse_args()
     for name in arguments.faults:
         if name not in CAMPAIGN:
             raise InputError(f"{name}: must be of {', '.join(CAMPAIGN)}")
-    found = {
+    found = _found_before(arguments.json) if arguments.json else {}
+    origin = {
         "device": evaluate.device_name(),
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": evaluate.commit(),
         "seed": SEED,
-        "faults": {},
     }
     for name in arguments.faults or CAMPAIGN:
         console.print(f"{name} ...")
         with tempfile.TemporaryDirectory() as folder:
-            found["faults"][name] = attempt(name, Path(folder))
+            found[name] = attempt(name, Path(folder)) | origin
         # After each: the rest may take long.
         if arguments.json:
             write_file(arguments.json, json.dumps(found, indent=1) + "\n")
     print(table(found))
-    broken = [name for name, each in found["faults"].items() if each["broken"]]
+    broken = [name for name, each in found.items() if each["broken"]]
     if broken:
         raise Failure(f"a promise was broken: {', '.join(broken)}")
 
@@ -408,6 +420,25 @@ class _Call:
 
     def __reduce__(self):
         return self.function, (self.argument,)
+
+
+def _found_before(path: Path) -> dict[str, Any]:
+    """What other campaigns have written to a file.
+
+    Raises:
+      InputError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not (isinstance(found, dict) and found.keys() <= CAMPAIGN.keys()):
+            raise ValueError
+        # It holds what the table needs.
+        table(found)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"--json {path}: is there, and holds no results of faults") from None
+    return found
 
 
 def _config(overrides: Sequence[str]) -> Config:

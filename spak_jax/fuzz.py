@@ -53,7 +53,7 @@ ODD_BYTES = [
     *(b"\x00", b"\n", b"\r\n", b"\xff", b"\xef\xbb\xbf", b'"', b"'''", b"\\", b"\\u0000"),
     *(b"{", b"}", b"[", b"]", b"[[", b"=", b":", b",", b"#", b"-", b".", b"*", b"{}", b"[]"),
     *(b"nan", b"-inf", b"1e999", b"NaN", b"null", b"true", b"0x1F", b"1979-05-27", b"../" * 9),
-    *(b"9" * 5_000, b"[" * 2_000, b"a." * 2_000 + b"a=1\n", b'{"a":' * 500),
+    *(b"9" * 5_000, b"[" * 2_000, b"a." * 2_000 + b"a=1\n", b"a=0x" + b"9" * 5_000, b'{"a":' * 500),
 ]
 ODD_VALUES = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**64), 10**400, 0.5, -0.0, 1e308, 5e-324),
@@ -106,7 +106,8 @@ def fuzz(name: str, count: int, seed: int) -> Found:
         )
         @hypothesis.given(reader.inputs)
         def attempt(given):
-            started = time.perf_counter()
+            # Of this process: another one's work is no fault of a reader.
+            started = time.process_time()
             try:
                 with watched():
                     reader.read(given)
@@ -115,7 +116,7 @@ def fuzz(name: str, count: int, seed: int) -> Found:
                 tally["refused"] += 1
                 message = str(error)
                 assert message and "\n" not in message.strip(), f"not one line: {message!r}"
-            took = time.perf_counter() - started
+            took = time.process_time() - started
             tally["slowest"] = max(tally["slowest"], took)
             assert took < SECONDS_AN_INPUT, f"took {took:.1f} s"
 

@@ -1,9 +1,11 @@
 """Checkpoints: what was saved comes back, and what is damaged does not come back as something."""
 
+import os
 import shutil
 
 import numpy as np
 import pytest
+from conftest import assert_refused, run_program
 
 from spak_jax import checkpoint
 from spak_jax.command_line import InputError
@@ -105,6 +107,28 @@ def test_damage_to_any_file_is_told_or_harmless(run, tmp_path, damage):
         shutil.rmtree(copy)
     # The arrays and the description, at least, cannot be spared.
     assert told >= 2
+
+
+def test_many_arrays_that_cannot_be_read_are_one_message(run):
+    for path in (run / "checkpoints" / "2").rglob("d/*"):
+        path.write_bytes(b"")
+    # In a process of its own: what arrives late is told by threads that outlive the reading.
+    result = run_program("spak_jax.evaluate", run, env=os.environ)
+    assert_refused(result, "checkpoints/2 is damaged", "go back to step 1")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_lock_is_held_by_one_and_names_nobody_afterwards(tmp_path):
+    with checkpoint.locked(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / checkpoint.LOCK).read_text()
+        with (
+            pytest.raises(InputError, match=r"another process \(process \d+ on "),
+            checkpoint.locked(tmp_path),
+        ):
+            pass
+    assert (tmp_path / checkpoint.LOCK).read_text() == ""
+    with checkpoint.locked(tmp_path):
+        pass
 
 
 def test_missing_and_empty_runs(tmp_path):

@@ -1,5 +1,6 @@
 """Several devices: as on one, whichever and however many; several processes: as one."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -14,22 +15,27 @@ from spak_jax.config import first_difference
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What `eight_devices` tells."""
-    folder = tmp_path_factory.mktemp("devices")
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        # Compiling is nearly all of it.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "eight_devices.py", folder],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads((folder / "found.json").read_text())
+def found(tmp_path_factory, testrun_uid):
+    """What `eight_devices` tells, once for all workers."""
+    folder = tmp_path_factory.getbasetemp().parent / f"devices-{testrun_uid}"
+    folder.mkdir(exist_ok=True)
+    told = folder / "found.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            environment = os.environ | {
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+                # Compiling is nearly all of it.
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }
+            result = subprocess.run(
+                [sys.executable, ROOT / "tests" / "eight_devices.py", folder],
+                capture_output=True,
+                text=True,
+                env=environment,
+            )
+            assert result.returncode == 0, result.stderr
+    return json.loads(told.read_text())
 
 
 def test_losses_are_those_of_one_device_and_runs_go_on_with_others(found):

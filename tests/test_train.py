@@ -1,19 +1,14 @@
 """Training: it learns, it goes on to the last bit as if never stopped, it stops before harm."""
 
 import json
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, assert_refused, run_program, tiny_config
+from conftest import assert_refused, run_program, tiny_config
 from flax import nnx
 
 from spak_jax import addition, checkpoint, model
@@ -238,46 +233,6 @@ def test_another_configuration_is_refused_and_nothing_changes(tiny, tmp_path):
     with pytest.raises(InputError, match=r"model.loops is 3 there and 4 here"):
         training.train(tiny_config(model={"loops": 4}), tmp_path)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-
-
-def test_killed_at_random_moments_ends_with_the_same_bits(tiny_toml, tmp_path):
-    """SIGKILL five times, wherever it hits; start again each time; compare with a quiet run."""
-    overrides = ["train.steps=2000", "train.decay_steps=2000", "train.checkpoint_every=50"]
-    words = [tiny_toml, *overrides]
-    seed = random.randrange(2**32)
-    print(f"kill moments from seed {seed}")
-    moments = random.Random(seed)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    length = lambda: metrics.stat().st_size if metrics.exists() else 0  # noqa: E731
-    kills = 0
-    while kills < 5:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "spak_jax.train",
-                *map(str, words),
-                "--run",
-                str(tmp_path / "killed"),
-            ],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        start, grown = length(), moments.randrange(100, 6_000)
-        while process.poll() is None and length() < start + grown:
-            time.sleep(0.01)
-        time.sleep(moments.random() / 10)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-    assert kills == 5, process.communicate()[0].decode()
-    for run in ("killed", "quiet"):
-        result = run_program("spak_jax.train", *words, "--run", tmp_path / run)
-        assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "killed", tmp_path / "quiet")
 
 
 def test_the_command_line_moves_an_old_run_aside_and_refuses_bad_input(tiny_toml, tmp_path):
