@@ -74,19 +74,19 @@ def _call(kernel, name, interpret, *arrays):
 def _forward_kernel(u_ref, out_ref, *, count, interpret):
     mask = _mask(count)
     u = _load(u_ref, mask)
-    below, _ = _normal(u, interpret)
+    below, _ = normal(u, interpret)
     plgpu.store(_whole(out_ref), (u * below).astype(out_ref.dtype), mask=mask)
 
 
 def _backward_kernel(u_ref, d_out_ref, d_u_ref, *, count, interpret):
     mask = _mask(count)
     u, d_out = _load(u_ref, mask), _load(d_out_ref, mask)
-    below, bell = _normal(u, interpret)
+    below, bell = normal(u, interpret)
     slope = below + u * bell * (1 / math.sqrt(2 * math.pi))
     plgpu.store(_whole(d_u_ref), (d_out * slope).astype(d_u_ref.dtype), mask=mask)
 
 
-def _normal(u, interpret):
+def normal(u, interpret):
     """The normal distribution's share below u, and exp(-u^2 / 2)."""
     bell = tile.exp2(u * u * (-0.5 * tile.LOG2_E), interpret)
     t = 1 / (1 + (P / math.sqrt(2)) * jnp.abs(u))

@@ -1,5 +1,6 @@
 """Compiles the kernels for GPUs that are not there and says what each takes of them:
-`python -m pallas_kernels.compile [--target NAME,...] [--shape BxTxHxD ...] [--json FILE]`.
+`python -m pallas_kernels.compile [--target NAME,...] [--kernel NAME ... | --shape BxTxHxD ...]
+[--json FILE]`.
 
 Registers and spills come from NVIDIA's assembler, all else from what XLA writes out while it
 compiles. Exit status 1 if a kernel does not compile, does not fit, spills too much or misses the
@@ -7,6 +8,7 @@ tensor cores; 2 if the command cannot be carried out.
 """
 
 import argparse
+import atexit
 import concurrent.futures
 import dataclasses
 import datetime
@@ -36,6 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pallas_kernels import dispatch, long, short, tiles
+from pallas_kernels.looped_cases import LOOPED_CASES, LoopedCase
 from pallas_kernels.shapes import (
     LONG,
     SCORING,
@@ -58,6 +61,12 @@ CLIP = 15
 TENSOR_CORE_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 # Each takes a core and some 400 MB.
 MOST_WORKERS = 8
+
+ALL_KERNELS = (
+    *tiles.KERNELS,
+    tiles.LOOPED,
+    *dict.fromkeys(name for case in STREAM_CASES for name in case.kernels),
+)
 
 _LAUNCH = re.compile(r"\] (\w+) grid: .*shared_memory: (\d+) bytes")
 _ENTRY = re.compile(r"\.entry (\w+)\(")
@@ -104,6 +113,9 @@ class Case:
         return ", ".join(name for name, value in used.items() if value)
 
 
+AnyCase = Case | StreamCase | LoopedCase
+
+
 @dataclass(frozen=True)
 class Report:
     """What one kernel takes on one target.
@@ -116,7 +128,7 @@ class Report:
 
     target: str
     kernel: str
-    case: Case | StreamCase
+    case: AnyCase
     registers: int | None = None
     spilled: int | None = None
     shared_memory: int | None = None
@@ -142,10 +154,10 @@ class Report:
         }
 
 
-def standard_cases() -> list[Case | StreamCase]:
+def standard_cases() -> list[AnyCase]:
     """All shapes of `shapes`: training with dropout, scoring forward only, long rows both without
-    and with everything a call can ask for, rows with a window over ids; and `STREAM_CASES`. Of
-    shapes that differ in batch and heads alone, the first."""
+    and with everything a call can ask for, rows with a window over ids; `STREAM_CASES` and
+    `LOOPED_CASES`. Of shapes that differ in batch and heads alone, the first."""
     training = [Case(shape, rate=DROPOUT) for shape in TRAINING]
     scoring = [Case(shape, backward=False) for shape in SCORING]
     everything = [Case(shape, rate=DROPOUT, clip=CLIP) for shape in LONG]
@@ -154,7 +166,7 @@ def standard_cases() -> list[Case | StreamCase]:
         for shape in WINDOWED_TRAINING + WINDOWED_SCORING
     ]
     cases = [*training, *scoring, *map(Case, LONG), *everything, *windowed]
-    return _distinct(cases) + STREAM_CASES
+    return _distinct(cases) + STREAM_CASES + LOOPED_CASES
 
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:
@@ -165,13 +177,15 @@ def _distinct(cases: Iterable[Case]) -> list[Case]:
     return list(first.values())
 
 
-def program(case: Case | StreamCase, target: str) -> tuple[Callable, tuple]:
+def program(case: AnyCase, target: str) -> tuple[Callable, tuple]:
     """A function to compile, and its arguments as `jax.ShapeDtypeStruct`s.
 
     Those of attention are q, k, v, extras, log-sum-exp, delta and the output's gradient.
     """
     if isinstance(case, StreamCase):
         return case.program()
+    if isinstance(case, LoopedCase):
+        return case.program(target)
     batch, length, heads, head_dim = case.shape
     options = Options(
         length=length,
@@ -231,7 +245,7 @@ def _one_kernel(case: Case, options: Options) -> Callable:
 
 def measure(
     targets: Sequence[str],
-    cases: Sequence[Case | StreamCase],
+    cases: Sequence[AnyCase],
     done: Callable[[list[Report]], None] = lambda reports: None,
 ) -> list[Report]:
     """Compiles all cases for all targets, several at a time, in processes that touch no GPU.
@@ -266,11 +280,14 @@ def measure(
 def _workers() -> concurrent.futures.Executor:
     """Processes that compile, for all calls: each takes seconds to import JAX, and starts when
     there is work for it. New ones, not forks: JAX has threads, and may have a GPU, in this one."""
-    return concurrent.futures.ProcessPoolExecutor(
+    pool = concurrent.futures.ProcessPoolExecutor(
         min(os.cpu_count() or 1, MOST_WORKERS),
         multiprocessing.get_context("spawn"),
         _prepare_worker,
     )
+    # Left to the end of the interpreter, Python 3.11 complains of what is gone before it.
+    atexit.register(pool.shutdown)
+    return pool
 
 
 def check_plugin() -> None:
@@ -317,7 +334,7 @@ def _prepare_worker() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def _reports(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
+def _reports(target: str, case: AnyCase, assembler: str) -> list[Report]:
     try:
         return _compiled(target, case, assembler)
     except Exception as error:  # Tracing, Triton, LLVM and XLA fail in many ways: all are reported.
@@ -339,9 +356,9 @@ def _reports(target: str, case: Case | StreamCase, assembler: str) -> list[Repor
     ]
 
 
-def kernels_of(target: str, case: Case | StreamCase) -> tuple[str, ...]:
+def kernels_of(target: str, case: AnyCase) -> tuple[str, ...]:
     """Names of the kernels of a case; the first is the forward pass."""
-    if isinstance(case, StreamCase):
+    if not isinstance(case, Case):
         return case.kernels
     if case.kernel is not None:
         return (case.kernel,)
@@ -375,7 +392,7 @@ def tile_key(target: str, case: Case, kernel: str) -> str:
     return tiles.key(kernel, case.shape.length, *sizes)
 
 
-def _compiled(target: str, case: Case | StreamCase, assembler: str) -> list[Report]:
+def _compiled(target: str, case: AnyCase, assembler: str) -> list[Report]:
     function, arguments = program(case, target)
     arguments = placed(arguments, target)
     with tempfile.TemporaryDirectory() as folder:
@@ -504,7 +521,11 @@ def main() -> None:
         metavar="NAME,...",
         help=f"of {', '.join(TARGETS)}; all unless given",
     )
-    parser.add_argument(
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--kernel", choices=ALL_KERNELS, action="append", help="these alone; repeatable"
+    )
+    chosen.add_argument(
         "--shape",
         type=parse_shape,
         action="append",
@@ -514,6 +535,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the reports")
     arguments = parser.parse_args()
     cases = standard_cases()
+    if arguments.kernel:
+        cases = [
+            case
+            for case in cases
+            if any(
+                name in arguments.kernel
+                for target in arguments.target
+                for name in kernels_of(target, case)
+            )
+        ]
     if arguments.shape:
         cases = _distinct(Case(shape, rate=DROPOUT) for shape in arguments.shape)
         for case in cases:

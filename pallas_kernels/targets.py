@@ -154,6 +154,20 @@ def compiling_for(name: str) -> Iterator[None]:
         _elsewhere.reset(token)
 
 
+# Whether programs are traced as where there are no kernels.
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within it, what is not asked for by name is left to XLA, to be compared with."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def target_at_hand() -> str | None:
     """The target whose tiles suit the device at hand, None if the kernels are not for it.
 
@@ -176,4 +190,4 @@ def on_gpu() -> bool:
 
 def kernels_run() -> bool:
     """Whether the kernels run on what programs are compiled for, and not interpreted."""
-    return on_gpu() and target_at_hand() is not None
+    return on_gpu() and target_at_hand() is not None and not _plain.get()

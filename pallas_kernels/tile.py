@@ -74,8 +74,8 @@ class Extras(NamedTuple):
     """Inputs beside q, k and v; None for what a call does not use.
 
     cos, sin: `[1 or batch, length, head_dim / 2]`, float32 or, for 16-bit q and k, float16. ids,
-    segment_ids: int32 `[batch, length]`. bias: float32 `[heads, 2 * clip + 2]`. seed: as
-    `reference.dropout_words`.
+    segment_ids: int32 `[batch, length]`. bias: float32 `[heads, 2 * clip + 2]`; a program reads its
+    head's from a ref, or from a flat one as `Columns`. seed: as `reference.dropout_words`.
     """
 
     cos: Any = None
@@ -100,7 +100,7 @@ class Side(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A ref from one of its columns on: one head of q, k and v side by side."""
+    """A ref from one of its columns on: one head of q, k and v, or of biases, side by side."""
 
     ref: Any
     first: Any
@@ -275,17 +275,28 @@ def _placed(key_id: jax.Array) -> jax.Array:
     return jnp.minimum(key_id, 1)
 
 
-def scores(query: Side, key: Side, extras: Extras, options: Options, *, masked, keys_first=False):
+def scores(
+    query: Side,
+    key: Side,
+    extras: Extras,
+    options: Options,
+    *,
+    masked: bool,
+    keys_first: bool = False,
+    product=dot,
+):
     """Biased scores in units of log 2: `[queries, keys]`, or `[keys, queries]`.
 
-    With `masked`, scores that do not count are `MASKED`; without, all are known to count.
+    With `masked`, scores that do not count are `MASKED`; without, all are known to count. `product`
+    multiplies as `dot` does.
     """
     rows, columns = (key, query) if keys_first else (query, key)
-    raw = dot(rows.low, columns.low, transpose_b=True)
-    raw += dot(rows.high, columns.high, transpose_b=True)
+    raw = product(rows.low, columns.low, transpose_b=True)
+    raw += product(rows.high, columns.high, transpose_b=True)
     if extras.bias is not None:
+        ref, first = extras.bias if isinstance(extras.bias, Columns) else (extras.bias, 0)
         entry = bias_index(query, key, options.clip, keys_first)
-        raw += LOG2_E * plgpu.load(extras.bias.at[entry])
+        raw += LOG2_E * plgpu.load(ref.at[first + entry])
     if not masked:
         return raw
     query_index, key_index = pair(query.index, key.index, keys_first)

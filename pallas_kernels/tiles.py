@@ -18,6 +18,7 @@ FILE = Path(str(resources.files("pallas_kernels"))) / "tiles.toml"
 SHORT_KERNELS = ("short_forward", "short_backward")
 LONG_KERNELS = ("long_forward", "long_d_q", "long_d_kv")
 KERNELS = SHORT_KERNELS + LONG_KERNELS
+LOOPED = "looped_block"
 
 # With biases, longer whole rows want more registers than there are.
 LONGEST_BIASED_ROW = 64
@@ -29,7 +30,8 @@ HEAD = """\
 #
 # Keys: rows that one program holds (whole-row kernels; rows without a line here are streamed),
 # channels of a head, padded to a power of two, and bits of a number. `cudnn_from`: the length from
-# which on cuDNN is faster, for calls that it can take at all.
+# which on cuDNN is faster, for calls that it can take at all. `looped_block`: tokens of a
+# program, channels of the state, padded, and bits; states without a line here are left to a scan.
 """
 
 
@@ -76,6 +78,16 @@ def key(kernel: str, length: int, head_dim: int, item_size: int) -> str:
     if kernel in SHORT_KERNELS:
         return f"{short.rows_held(length)} rows, head {padded_head(head_dim)}, {8 * item_size} bits"
     return head_key(head_dim, item_size)
+
+
+def looped_tokens(length: int) -> int:
+    """Tokens that a program of `looped_block` holds: a row, or as many as fit."""
+    return 64 if length <= 64 else 128
+
+
+def looped_key(length: int, channels: int, item_size: int) -> str:
+    """Key of a line for `looped_block`, by the channels that its state takes on the chip."""
+    return f"{looped_tokens(length)} tokens, width {channels}, {8 * item_size} bits"
 
 
 def head_key(head_dim: int, item_size: int) -> str:

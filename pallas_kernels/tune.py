@@ -3,10 +3,11 @@
 
 Without `--target`, the candidates are timed on the GPU at hand: bfloat16, causal, with RoPE,
 without dropout, one shape for each key of the table; `--kernel cudnn_from` compares whole calls
-with cuDNN, for the length from which on that is faster. With `--target`, for chips that are not
-there, the compiler is asked instead: of the candidates that spill least, the one with the largest
-tile. Whole rows whose kernels all spill heavily are left to the streaming ones. Lines for other
-targets stay as they are.
+with cuDNN, for the length from which on that is faster, `--kernel looped_block` times all loops of
+a block. With `--target`, for chips that are not there, the compiler is asked instead: of the
+candidates that spill least, the one with the largest tile. Whole rows whose kernels all spill
+heavily are left to the streaming ones; `looped_block` is not asked about. Lines for other targets
+stay as they are.
 
 With `--spec`, the candidates are those that a specification declares (`design_space`), at its own
 shape; what breaks one of its laws is left out, and what was found is added to it as a fact, with a
@@ -30,7 +31,16 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from pallas_kernels import attention, compile, design_space, long, short, tiles, timing
+from pallas_kernels import (
+    attention,
+    compile,
+    design_space,
+    long,
+    looped_tune,
+    short,
+    tiles,
+    timing,
+)
 from pallas_kernels.design_space import Declared
 from pallas_kernels.laws import LawError
 from pallas_kernels.shapes import Shape
@@ -397,9 +407,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--kernel",
-        choices=(*tiles.KERNELS, CUDNN),
+        choices=(*tiles.KERNELS, tiles.LOOPED, CUDNN),
         action="append",
-        help=f"repeatable (default: all; {CUDNN} compares calls that use the table as it is)",
+        help=f"repeatable (default: all but the last two; {CUDNN} uses the table as it is)",
     )
     parser.add_argument(
         "--spec", type=Path, help="choose from what this specification declares, within its laws"
@@ -416,7 +426,9 @@ def main() -> None:
         _tune_by(arguments.spec, names, arguments.table, parser, console.print)
         return
     kernels = arguments.kernel or tiles.KERNELS
-    tried = candidates(kernel for kernel in kernels if kernel != CUDNN)
+    if names and tiles.LOOPED in kernels:
+        parser.error(f"--kernel {tiles.LOOPED}: is timed on the GPU at hand, without --target")
+    tried = candidates(kernel for kernel in kernels if kernel in tiles.KERNELS)
     found = {}
     if names:
         for name in names:
@@ -431,6 +443,8 @@ def main() -> None:
         lines = fastest(tried, time_all(tried, console.print), device)
         if CUDNN in kernels:
             lines[CUDNN] = cudnn_from(console.print)
+        if tiles.LOOPED in kernels:
+            lines[tiles.LOOPED] = looped_tune.fastest(target_at_hand(), console.print)
         found[target_at_hand()] = lines
     table = dict(tiles.table())
     for target, lines in found.items():
@@ -473,7 +487,7 @@ def _kept(kernels: dict, kernel: str, tried: Sequence[Candidate]) -> dict:
     """Old lines of a kernel that stay unless there is a new one for their key."""
     if kernel == CUDNN:
         return {}
-    if kernel in tiles.LONG_KERNELS:
+    if kernel in (*tiles.LONG_KERNELS, tiles.LOOPED):
         return kernels[kernel]
     # A whole row of which no candidate is left is to be streamed.
     keys = {candidate.key for candidate in tried}

@@ -295,6 +295,11 @@ def from_equals_on(tokens: jax.Array) -> jax.Array:
     return last(EQUALS) > last(NEWLINE)
 
 
+def ended(tokens: jax.Array) -> jax.Array:
+    """Where a row's first problem is over, from its newline on, bool `[..., length]`."""
+    return jax.lax.cummax((tokens == NEWLINE).astype(jnp.int32), axis=tokens.ndim - 1) > 0
+
+
 def _length(number: jax.Array) -> jax.Array:
     place = jnp.arange(1, number.shape[-1] + 1)
     return jnp.maximum(1, jnp.where(number > 0, place, 0).max(-1)).astype(jnp.int32)

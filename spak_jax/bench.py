@@ -1,5 +1,6 @@
 """How fast a configuration trains and scores:
-`python -m spak_jax.bench CONFIG [key.path=value ...] [--attention NAME ...] [--json FILE]`.
+`python -m spak_jax.bench CONFIG [key.path=value ...] [--attention NAME ...] [--json FILE]`; with
+`--inference`, how fast a looped model infers (`inference_bench`).
 
 Beside it, in turns, where PyTorch and a GPU are at hand, a peer: the same model, trained and run as
 its users would (`torch_peer`). And where the time goes: the kernels of a step. With `--target`,
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
 from pallas_kernels.targets import TARGETS
-from spak_jax import addition, evaluate, model, profiling, roofline
+from spak_jax import addition, evaluate, inference_bench, model, profiling, roofline
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
 from spak_jax.config import Config, Parallel, read_config
 from spak_jax.train import initial_state, make_supply, make_training, one_by_one
@@ -52,6 +53,9 @@ def main() -> None:
         help="an implementation of attention; repeatable (default: what training takes)",
     )
     parser.add_argument(
+        "--inference", action="store_true", help="all loops in one launch against loop by loop"
+    )
+    parser.add_argument(
         "--target", choices=TARGETS, help="estimate for this GPU instead, without having it"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
@@ -63,14 +67,20 @@ def main() -> None:
         )
     if arguments.json:
         writable_folder(arguments.json.parent)
+    if arguments.inference and arguments.attention:
+        raise InputError("--attention: --inference compares what it compares")
     results = {"config": config.name, "overrides": arguments.overrides}
     if arguments.target:
         compile.touch_no_gpu()
+        estimating = inference_bench if arguments.inference else roofline
         try:
-            results |= roofline.estimate(config, arguments.target)
+            results |= estimating.estimate(config, arguments.target)
         except compile.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
-        show_estimate(results)
+        (inference_bench.show_estimate if arguments.inference else show_estimate)(results)
+    elif arguments.inference:
+        results |= inference_bench.measure(config)
+        inference_bench.show(results)
     else:
         try:
             results |= measure(config, arguments.attention or [_default_attention(config)])

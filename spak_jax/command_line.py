@@ -1,8 +1,10 @@
 """What every program here shares: one way to fail on bad input, one console, one progress bar."""
 
 import json
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -77,9 +79,9 @@ def writable_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".write-probe"
-        probe.touch()
-        probe.unlink()
+        # A name of its own: other processes may be proving the same.
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise InputError(f"cannot write into the folder {path}: {error.strerror}") from None
     return path
@@ -94,7 +96,8 @@ def write_file(path: Path, content: str | bytes) -> None:
       InputError: the folder of `path` cannot be written.
     """
     writable_folder(path.parent)
-    partial = path.with_name(path.name + ".partial")
+    # With the process in its name: several may write one figure, each from what is there.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)

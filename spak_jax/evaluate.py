@@ -139,6 +139,8 @@ def forward(config: Config, loops: int | None = None, halt: bool = False) -> Cal
         thresholds = jnp.where(
             addition.from_equals_on(tokens), HALT_FROM_EQUALS, HALT_BEFORE_EQUALS
         )
+        # What fills a row up after its problem is not waited for; nothing before it sees it.
+        thresholds = jnp.where(addition.ended(tokens), 0.0, thresholds)
         return nnx.merge(definition, weights).halting_logits(
             tokens, thresholds, loops=loops, ids=addition.coupled_ids(tokens)
         )

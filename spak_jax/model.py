@@ -14,14 +14,25 @@ What is unusual here:
 - Dropout keys are arguments: a call without one is deterministic.
 - Halting runs the loops of the model that was trained, position information included, and only
   freezes what has been decided.
+- On a GPU, short rows of narrow models go through all loops of inference in one launch
+  (`pallas_kernels.looped`).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import add_and_norm, add_and_score, attention, gelu, reference, targets
-from spak_jax.config import Architecture, Config, LoopedModel, StaticModel
+from pallas_kernels import (
+    add_and_norm,
+    add_and_score,
+    attention,
+    gelu,
+    looped,
+    looped_block,
+    reference,
+    targets,
+)
+from spak_jax.config import BIASED, Architecture, Config, LoopedModel, StaticModel
 from spak_jax.positions import (
     EMBEDDED_IDS,
     Places,
@@ -34,6 +45,8 @@ from spak_jax.positions import (
 
 INIT_STD = 0.02
 EPSILON = 1e-5
+# Up to this width one launch is faster than loop by loop (`spak_jax.bench --inference` on an H100).
+WIDEST_LAUNCHED = 128
 
 
 class Block(nnx.Module):
@@ -356,6 +369,8 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
+        if key is None and self.goes_in_one_launch(tokens):
+            return self.launched(tokens, loops=loops, positions=positions, ids=ids)[0]
         step, stream, inputs = self._loop(tokens, loops, positions, ids, key)
         stream, after = jax.lax.scan(step, stream, inputs)
         return self.readout(self._whole(stream, None if after is None else after[-1]))
@@ -425,18 +440,24 @@ class LoopLM(_Transformer):
         tokens: jax.Array,
         thresholds: jax.Array,
         *,
+        rule: str = "sure",
         loops: int | None = None,
         positions: jax.Array | None = None,
         ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Logits where each token stops once it is sure ("wait to think").
+        """Logits where each token stops once it has thought enough ("wait to think").
 
-        After a loop, a token whose largest probability reaches its threshold keeps that loop's
-        state from then on; the tokens that go on still attend to it.
+        A token that halts after a loop keeps that loop's state from then on; the tokens that go on
+        still attend to it. By the rule "sure" it halts when its largest probability reaches its
+        threshold; by the rule "still", when its state has moved in the loop, as a share of the
+        length that it has now, by no more than its threshold, as have those of all tokens before
+        it. Without these, it would halt before what it looks at has come to rest.
 
         Args:
           tokens: int `[batch, length]`.
-          thresholds: float, broadcastable to `[batch, length]`; above 1 never halts.
+          thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a share
+            below 0, never halts.
+          rule: of `pallas_kernels.looped.RULES`.
           loops: the most loops to run; None for as many as in training.
           positions, ids: as in a plain call.
 
@@ -444,20 +465,91 @@ class LoopLM(_Transformer):
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
+        if self.goes_in_one_launch(tokens):
+            return self.launched(
+                tokens, thresholds, rule=rule, loops=loops, positions=positions, ids=ids
+            )
         step, (state, _), inputs = self._loop(tokens, loops, positions, ids, None)
 
         def halting(carry, x):
             state, halted, steps = carry
             stream, _ = step((state, None), x)
-            state = jnp.where(halted[..., None], state, self._whole(stream, None))
+            new = jnp.where(halted[..., None], state, self._whole(stream, None))
             steps = steps + ~halted
-            sure = jax.nn.softmax(self.readout(state)).max(-1) >= thresholds
-            return (state, halted | sure, steps), None
+            if rule == "sure":
+                halts = jax.nn.softmax(self.readout(new)).max(-1) >= thresholds
+            else:
+                moved, size = ((v * v).sum(-1) for v in (new - state, new))
+                settled = looped.has_settled(moved, size, thresholds)
+                halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
+            return (new, halted | halts, steps), None
 
         nothing = jnp.zeros(tokens.shape, bool)
         carry = (state, nothing, nothing.astype(jnp.int32))
         (state, _, steps), _ = jax.lax.scan(halting, carry, inputs)
         return self.readout(state), steps
+
+    def launched(
+        self,
+        tokens: jax.Array,
+        thresholds: jax.Array | None = None,
+        *,
+        rule: str = "sure",
+        loops: int | None = None,
+        positions: jax.Array | None = None,
+        ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `halting_logits`, and without thresholds as a plain call, in one launch.
+
+        Raises:
+          ValueError: `pallas_kernels.looped_block` does not hold such rows.
+        """
+        (x, _), where, _ = self._embed(tokens, positions, ids, None, 0)
+        block, whole = self.block, lambda linear: linear.kernel[...]
+        weights = looped.Weights(
+            norm1=block.norm1.scale[...],
+            qkv=whole(block.qkv),
+            attention_out=whole(block.attention_out),
+            norm2=block.norm2.scale[...],
+            mlp_in=whole(block.mlp_in),
+            mlp_out=whole(block.mlp_out),
+            final_norm=self.final_norm.scale[...],
+            head=self.embedding.embedding[...],
+            steps=self.step_embedding.embedding[...],
+            mlp_value=whole(block.mlp_value) if block.gated else None,
+            bias_table=block.bias_table[...] if hasattr(block, "bias_table") else None,
+        )
+        return looped_block(
+            x,
+            weights,
+            heads=block.heads,
+            loops=self.loops if loops is None else loops,
+            dtype=self.dtype,
+            positions=where.turned_by,
+            ids=where.ids,
+            window=block.window,
+            thresholds=thresholds,
+            rule=rule,
+            inject_input=self.config.inject_input,
+            normalize_state=self.config.normalize_state,
+        )
+
+    def goes_in_one_launch(self, tokens: jax.Array) -> bool:
+        """Whether inference takes one launch for such rows: where it fits and is the fastest."""
+        return self.config.width <= WIDEST_LAUNCHED and self.fits_one_launch(tokens)
+
+    def fits_one_launch(self, tokens: jax.Array) -> bool:
+        """Whether `launched` holds such rows on the device at hand; asked for an implementation of
+        attention, the model runs its loops one by one."""
+        config, block = self.config, self.block
+        return block.attention is None and looped.takes(
+            tokens.shape[1],
+            config.width,
+            config.heads,
+            len(self._head()),
+            self.dtype,
+            with_ids=config.positions in BIASED,
+        )
 
     def traced(
         self, tokens: jax.Array, *, loops: int | None = None, ids: jax.Array | None = None

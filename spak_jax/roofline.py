@@ -24,19 +24,40 @@ LIBRARY_PRODUCTS = {"xla_gpu_enable_triton_gemm": False}
 def operations_a_step(config: Config) -> int:
     """Floating-point operations of the products of one seed's training step.
 
-    Two for each weight and token, twice that backward, as often as the weight is applied; scores
-    and values of attention without what the mask cuts; the readouts that training supervises.
+    Those of a pass, and twice that backward; with the readouts that training supervises.
     """
-    architecture = config.model
-    static = isinstance(architecture, StaticModel)
-    depth = architecture.layers if static else architecture.loops
+    static = isinstance(config.model, StaticModel)
+    depth = config.model.layers if static else config.model.loops
     readouts = 1 if static else depth - depth // 2
-    width, length = architecture.width, config.data.row_length
+    return 3 * operations_a_pass(
+        config, config.train.batch, config.data.row_length, depth, readouts
+    )
+
+
+def operations_a_pass(config: Config, rows: int, length: int, depth: int, readouts: int = 1) -> int:
+    """Floating-point operations of the products of a forward pass.
+
+    Two for each weight and token, as often as the weight is applied; scores and values of attention
+    without what the mask cuts; the readouts.
+
+    Args:
+      config: of the model.
+      rows, length: of its input, in tokens.
+      depth: blocks that each token goes through.
+      readouts: how many.
+    """
+    width = config.model.width
+    weights = depth * weights_of_a_block(config) + readouts * width * addition.VOCABULARY_SIZE
+    pairs = depth * width * length
+    return rows * length * (2 * weights + 2 * pairs)
+
+
+def weights_of_a_block(config: Config) -> int:
+    """In the matrices of one block."""
+    architecture = config.model
     matrices = 3 if architecture.mlp == "swiglu" else 2
     hidden = matrices * model.hidden_width(architecture)
-    weights = depth * width * (4 * width + hidden) + readouts * width * addition.VOCABULARY_SIZE
-    pairs = depth * width * length
-    return 3 * config.train.batch * length * (2 * weights + 2 * pairs)
+    return architecture.width * (4 * architecture.width + hidden)
 
 
 def estimate(config: Config, target: str) -> dict[str, Any]:

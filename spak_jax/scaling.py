@@ -7,6 +7,7 @@ so that a device that grows hot slows each of them.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import statistics
@@ -46,7 +47,9 @@ def measure(config: Config, devices: int) -> dict[str, Any]:
       done in a time, over that of as many single devices.
     """
     configs = {ONE: config} | {way: spread(config, way, devices) for way in WAYS}
-    programs = {way: _program(each) for way, each in configs.items()}
+    # Compiled at the same time, as one alone keeps few cores busy.
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        programs = dict(zip(configs, threads.map(_program, configs.values()), strict=True))
     seconds = {way: [] for way in programs}
     for _ in range(ROUNDS):
         for way, run in programs.items():
@@ -151,8 +154,16 @@ def _program(config: Config) -> Callable[[], float]:
         return (time.perf_counter() - started) / count
 
     run(1)
-    count = max(1, min(int(SECONDS_A_ROUND / run(2)), config.train.steps_per_call))
-    return lambda: run(count)
+    count = None
+
+    def round_of_steps() -> float:
+        nonlocal count
+        # Not while others compile: how many steps fill a round would be found too few.
+        if count is None:
+            count = max(1, min(int(SECONDS_A_ROUND / run(2)), config.train.steps_per_call))
+        return run(count)
+
+    return round_of_steps
 
 
 if __name__ == "__main__":

@@ -77,11 +77,12 @@ def table(width: int, overrides: Sequence[str]) -> Study:
 
 
 def frontier(overrides: Sequence[str]) -> Study:
-    """Told where digits align: up to 100 digits at every length, beyond, and at more loops."""
+    """Told where digits align: every length to 100 digits, beyond, and, where trained so, loops."""
     experiments = []
     for name in ("frontier", "frontier-tiny"):
         config = _config(name, overrides)
-        deeper = (Scoring(loops=factor * config.model.loops, examples=1_000) for factor in (2, 4))
+        factors = (2, 4) if config.model.free_loops else ()
+        deeper = (Scoring(loops=factor * config.model.loops, examples=1_000) for factor in factors)
         experiments.append(Experiment(config, (Scoring(kinds=True), *deeper)))
     return Study(experiments, (*range(1, 101), 200, 500, 1_000), 10_000)
 

@@ -10,7 +10,16 @@ from conftest import ROOT, TINY, assert_refused, run_program
 from flax import nnx
 
 from pallas_kernels import compile
-from spak_jax import addition, checkpoint, model, profiling, roofline, train
+from spak_jax import (
+    addition,
+    checkpoint,
+    inference_bench,
+    model,
+    profiling,
+    roofline,
+    train,
+)
+from spak_jax.command_line import InputError
 from spak_jax.config import parse_config, read_config
 
 
@@ -34,6 +43,34 @@ def test_training_and_scoring_are_timed(tiny_toml, tmp_path):
 def test_an_implementation_that_cannot_train_is_named(tiny_toml):
     result = run_program("spak_jax.bench", tiny_toml, "--attention", "cudnn")
     assert_refused(result, "--attention", "cudnn", "dropout")
+
+
+def test_inference_is_timed(tiny, monkeypatch, capsys):
+    sizes = {"ROWS": 4, "LENGTH": 16, "LOOPS": (1, 2), "MANY_ROWS": 6, "PASSES": 2, "ROUNDS": 3}
+    for name, value in sizes.items():
+        monkeypatch.setattr(inference_bench, name, value)
+    results = inference_bench.measure(tiny)
+    inference_bench.show(results)
+    assert inference_bench.PLAIN in capsys.readouterr().out
+    assert [(entry["rows"], entry["loops"]) for entry in results["latency"]] == [(4, 1), (4, 2)]
+    assert (results["throughput"]["rows"], results["throughput"]["loops"]) == (6, 3)
+    for entry in (*results["latency"], results["throughput"]):
+        times = entry["milliseconds"][inference_bench.PLAIN]
+        assert 0 < times["low"] <= times["median"] <= times["high"]
+        assert set(entry["missing"]) == {inference_bench.LAUNCHED, inference_bench.SCANNED}
+    # 12 width^2 weights of 4 bytes in a block.
+    assert results["weight_bytes_a_loop"] == 12 * 16**2 * 4
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_only_what_loops_has_inference_timed():
+    stack = read_config(ROOT / "configs" / "gpt12.toml", [])
+    for refused in (
+        inference_bench.measure,
+        lambda config: inference_bench.estimate(config, "h100"),
+    ):
+        with pytest.raises(InputError, match="--inference: gpt12 is a stack"):
+            refused(stack)
 
 
 @pytest.mark.parametrize("name", ["loop12", "gpt12"])
@@ -87,6 +124,20 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
     assert results["estimate"] and results["target"] == "rtx5070"
     assert 0 < results["bytes_held"] < results["memory_bytes"]
     assert results["least_milliseconds_by_operations"] > 0
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_inference_is_estimated_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
+    file = tmp_path / "estimate.json"
+    words = "model.width=64", "--inference", "--target", "rtx5070", "--json", file
+    result = run_program("spak_jax.bench", tiny_toml, *words)
+    assert result.returncode == 0, result.stderr
+    assert "Estimate, not a measurement" in result.stdout
+    results = json.loads(file.read_text())
+    assert results["estimate"] and results["kernel"]["ok"]
+    # 2 FLOP a weight and token, a little more for attention and the readout.
+    least = 1e3 * 2 * 128 * 64 * 12 * 12 * 64**2 / 61.7e12
+    assert least < results["least_milliseconds_by_operations"]["12"] < 1.2 * least
 
 
 def test_kernels_are_summed_by_name():

@@ -14,6 +14,7 @@ from jax import export
 
 from pallas_kernels import compile as aot
 from pallas_kernels import targets, tiles
+from pallas_kernels.looped_cases import LOOPED_CASES
 from pallas_kernels.shapes import (
     LONG,
     SCORING,
@@ -49,9 +50,9 @@ def test_all_kernels_compile_and_fit(tmp_path):
     for target in ("rtx5070", "b200"):
         of_target = [kernel for kernel in kernels if kernel["target"] == target]
         streams = {(kernel["kernel"], kernel["shape"]) for kernel in of_target}
-        for case in STREAM_CASES:
+        for case in STREAM_CASES + LOOPED_CASES:
             assert {(name, str(case.shape)) for name in case.kernels} <= streams
-        names = {name for case in STREAM_CASES for name in case.kernels}
+        names = {name for case in STREAM_CASES + LOOPED_CASES for name in case.kernels}
         products = [kernel for kernel in of_target if not kernel["kernel"].startswith(NO_PRODUCT)]
         compiled = {
             (kernel["kernel"], *_sizes(kernel["shape"]))
@@ -101,6 +102,7 @@ def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
         [sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 1, result.stderr
+    assert "Exception ignored" not in result.stderr
     kernels = json.loads((tmp_path / "found.json").read_text())["kernels"]
     problems = {kernel["kernel"]: kernel["problem"] for kernel in kernels}
     assert "hared memory" in problems["long_forward"]
@@ -134,6 +136,8 @@ def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
         ("--shape 1x0x4x64", ("--shape", "'1x0x4x64'")),
         ("--shape 1x64x4x13", ("--shape 1x64x4x13", "even")),
         ("--shape 1x64x4x1024", ("--shape 1x64x4x1024", "too large")),
+        ("--kernel nothing", ("--kernel", "'nothing'", tiles.LOOPED)),
+        ("--kernel short_forward --shape 1x64x4x64", ("--shape: not allowed", "--kernel")),
         ("--json no/such/folder/file.json", ("--json no/such/folder/file.json",)),
     ],
 )

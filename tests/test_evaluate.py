@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_refused, run_program, tiny_config
+from conftest import ROOT, assert_refused, run_program, tiny_config
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -325,3 +326,12 @@ def test_solve_writes_what_scoring_finds_right(half_trained):
     for answer in answers:
         assert len(answer.loops) == len(answer.text)
         assert all(1 <= loops <= 3 for loops in answer.loops)
+
+
+@pytest.mark.parametrize("name", ["frontier", "frontier-tiny", "pointer"])
+def test_released_weights_add_a_hundred_digits(name):
+    trained = evaluate.load(ROOT / "released" / name)
+    draw = random.Random(0).randrange
+    pairs = [(10**100 - 1, 1), *((draw(10**100), draw(10**99)) for _ in range(3))]
+    answers = solve(trained, pairs)
+    assert [answer.text for answer in answers] == [str(a + b) for a, b in pairs]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT, assert_refused, run_program
 
-from pallas_kernels import bench, compile, report, tiles, timing, tune
+from pallas_kernels import bench, compile, looped_tune, report, tiles, timing, tune
 from pallas_kernels.shapes import Shape, parse_shape
 from pallas_kernels.stream_cases import StreamShape
 from pallas_kernels.targets import TARGETS
@@ -37,6 +37,47 @@ def test_the_fastest_candidate_fills_the_line():
         assert line["evidence"].startswith(f"{1e6 * time:.1f} us at {candidate.shape} on some GPU")
         if seconds[place] == time:
             assert {name: line[name] for name in candidate.settings} == candidate.settings
+
+
+def test_the_fastest_tile_of_all_loops_fills_the_line(monkeypatch):
+    tried = looped_tune.candidates()
+    assert len({(case.key, str(case.settings)) for case in tried}) == len(tried)
+    for case in tried:
+        assert tiles.settings("h100", tiles.LOOPED, case.key), f"{case.key} is read by nobody"
+    costs = {
+        (case.key, str(case.settings)): 1e-3 * (1 + (7 * i) % 97) for i, case in enumerate(tried)
+    }
+    cost = lambda case: costs[case.key, str(case.settings)]  # noqa: E731
+    by_key = {case.key: [] for case in tried}
+    for case in sorted(tried, key=cost):
+        by_key[case.key].append(case)
+    # The fastest of the first key does not fit, that of the second not with ids.
+    first, second, *others = by_key
+    unfit, without_ids = by_key[first][0], by_key[second][0]
+
+    def ready(case, _):
+        given = case.key, case.settings
+        if given == (unfit.key, unfit.settings):
+            return "no room"
+        return "no room" if case.windowed and case.settings == without_ids.settings else cost(case)
+
+    monkeypatch.setattr(looped_tune, "candidates", lambda: tried)
+    monkeypatch.setattr(looped_tune, "_ready", ready)
+    monkeypatch.setattr(
+        timing, "medians", lambda programs, _: {i: (0, cost, 0) for i, cost in programs.items()}
+    )
+    said = []
+    lines = looped_tune.fastest("h100", said.append)
+    assert set(lines) == set(by_key) and len(said) == len(tried)
+    assert {"block_width", "evidence"} <= set(lines[first])
+    taken = {
+        key: by_key[key].index(
+            next(c for c in by_key[key] if c.settings.items() <= lines[key].items())
+        )
+        for key in by_key
+    }
+    assert taken == {first: 1, second: 1, **dict.fromkeys(others, 0)}
+    assert sum("no room" in line for line in said) == 1
 
 
 def test_without_the_chip_the_tile_that_spills_least_is_taken(monkeypatch):
@@ -70,6 +111,8 @@ def test_a_row_that_is_not_whole_both_ways_is_streamed():
 def test_tune_needs_a_gpu_or_a_known_target():
     assert_refused(run_program("pallas_kernels.tune"), "needs a GPU or --target", "cpu")
     assert_refused(run_program("pallas_kernels.tune", "--target", "rtx1"), "rtx1", "b200")
+    words = "--target", "b200", "--kernel", tiles.LOOPED
+    assert_refused(run_program("pallas_kernels.tune", *words), f"--kernel {tiles.LOOPED}")
 
 
 def test_tune_names_a_missing_plugin(tmp_path):

@@ -1,0 +1,127 @@
+"""Halting that pays: the calibration keeps its word, and what is told is what was counted."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from pallas_kernels.looped import RULES
+from spak_jax import addition, evaluate, halting
+from spak_jax.command_line import InputError
+from spak_jax.config import parse_config
+
+
+@pytest.fixture(scope="module")
+def found(half_trained):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(halting, "CALIBRATED_ON", 400)
+        patch.setattr(halting, "DOUBTS", dict.fromkeys(RULES, (0.3, 0.1, 0.01, 1e-4)))
+        return halting.measure(evaluate.load(half_trained), (1, 2), 60, 3, None)
+
+
+@pytest.mark.parametrize("way", ["none", "seed"])
+def test_scores_are_those_of_the_evaluator(half_trained, way):
+    trained = evaluate.load(half_trained)
+    problems = addition.sample_exact(jax.random.key(1), 1, 200)
+    outcome = halting.Thinker(trained, 3)(
+        problems, {"none": halting.NEVER, "seed": halting.ORIGINAL}[way]
+    )
+    expected = evaluate.Scorer(trained, evaluate.Settings((1,), 1, 0, halt=way == "seed"))(problems)
+    np.testing.assert_array_equal(outcome.correct, expected.correct)
+    steps = np.where(outcome.answering, outcome.steps, 0).sum(1) / outcome.answering.sum(1)
+    np.testing.assert_allclose(steps, expected.steps, rtol=1e-6)
+    assert 0.05 < outcome.correct.mean() < 0.999
+    # What is read ends with the answer: of `1+2=3`, five tokens, `=` and `3` choose its symbols.
+    count = list(np.asarray(addition.render(problems, 9)[0][0])).index(addition.NEWLINE)
+    assert outcome.read[0].sum() == count and outcome.answering[0].sum() == count - 3
+
+
+@pytest.mark.parametrize("rule", ["sure", "still"])
+def test_the_calibration_saves_most_of_what_it_may(found, rule):
+    calibration = found["calibration"]
+    plain, tried = calibration["none"], calibration[rule]
+    assert plain["row_loops"] == plain["text_steps"] == 3
+    least = plain["accuracy"] - halting.MOST_LOST
+    doubts = {x["doubt"]: x for x in tried}
+    way = found["ways"][rule]
+    chosen = 1 - way["after"] if rule == "sure" else way["after"]
+    chosen = min(doubts, key=lambda doubt: abs(doubt - chosen))
+    kept = [x for x in tried if x["accuracy"] >= least]
+    if kept:
+        assert doubts[chosen]["accuracy"] >= least
+        assert doubts[chosen]["row_loops"] == min(x["row_loops"] for x in kept)
+    else:
+        assert chosen == min(doubts)
+    # Less doubt, more loops.
+    loops = [doubts[doubt]["text_steps"] for doubt in sorted(doubts)]
+    assert loops == sorted(loops, reverse=True) and loops[0] > loops[-1]
+
+
+def test_a_number_of_loops_for_all_is_what_the_evaluator_runs(found, half_trained):
+    problems = addition.sample_exact(jax.random.fold_in(jax.random.key(3), 2), 2, 60)
+    scorer = evaluate.Scorer(evaluate.load(half_trained), evaluate.Settings((2,), 1, 0, loops=2))
+    assert found["swept"]["fixed"][1] == pytest.approx(scorer(problems).correct.mean())
+    assert found["swept"]["fixed"][2] == found["swept"]["none"]["accuracy"]
+    assert len(set(found["calibration"]["fixed"])) > 1
+
+
+def test_where_every_doubt_loses_the_least_is_taken():
+    doubts = halting.DOUBTS["sure"]
+    tried = [{"doubt": d, "accuracy": 0.5, "row_loops": 1} for d in doubts]
+    lossy = {"none": {"accuracy": 0.9}, "sure": tried}
+    assert halting._chosen(lossy, "sure") == min(doubts)
+
+
+def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
+    trained = evaluate.load(half_trained)
+    problems = addition.sample_exact(jax.random.fold_in(jax.random.key(3), 2), 2, 60)
+    way = halting.Halting(**found["ways"]["still"])
+    outcome = halting.Thinker(trained, 3)(problems, way)
+    line = found["lengths"]["2"]["still"]
+    assert line["total"] == 60 and line["correct"] == outcome.correct.sum()
+    read = [steps[read] for steps, read in zip(outcome.steps, outcome.read, strict=True)]
+    assert line["row_loops"] == pytest.approx(np.mean([max(row) for row in read]))
+    assert line["text_steps"] == pytest.approx(np.mean(np.concatenate(read)))
+    assert line["by_token"][4] == pytest.approx(np.mean([row[4] for row in read]))
+    assert len(line["by_token"]) == max(map(len, read))
+    counted = sum(group["problems"] for group in line["by_carries"].values())
+    assert counted == 60 and set(line["by_carries"]) <= {"0", "1", "2"}
+    for problem in found["drawn"]:
+        assert len(problem["steps"]["still"]) == len(problem["text"])
+    carries = [problem["carries"] for problem in found["drawn"]]
+    assert carries == sorted(carries)
+
+
+def test_it_is_drawn(found):
+    figure = halting.draw(found)
+    assert len(figure.axes) == 4
+    texts = {text.get_text() for axes in figure.axes[:2] for text in axes.texts}
+    assert {"+", "="} <= texts
+
+
+def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(halting, "CALIBRATED_ON", 64)
+    monkeypatch.setattr(halting, "DOUBTS", dict.fromkeys(RULES, (0.1, 0.01)))
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["halting", *map(str, words)])
+        halting.main()
+
+    command(half_trained, "--digits", "1", "--examples", "20", "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "halting.json").read_text())
+    assert list(found["lengths"]) == ["1"] and found["examples"] == 20
+    assert set(found["milliseconds"]) == set(found["ways"]) == {"none", "seed", "sure", "still"}
+    assert (tmp_path / "out" / "halting.png").stat().st_size > 10_000
+    assert "still: threshold" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--digits 0"):
+        command(half_trained, "--digits", "0")
+
+
+def test_a_stack_has_no_loops_to_stop():
+    model = {"kind": "gpt", "width": 16, "heads": 2, "layers": 2}
+    stack = parse_config(tiny_config().model_dump(mode="json") | {"model": model}, "test")
+    with pytest.raises(InputError, match="no loops to stop"):
+        halting.measure(evaluate.Trained(stack, None, 0), (1,), 1, 0, None)
