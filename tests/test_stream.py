@@ -44,7 +44,7 @@ SHAPES = {
 }
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(updated=st.booleans(), shifted=st.booleans(), **SHAPES)
 def test_adding_and_norming(leading, width, rate, dtype, seed, updated, shifted):
     shape = (*leading, width)
@@ -68,7 +68,7 @@ def test_adding_and_norming(leading, width, rate, dtype, seed, updated, shifted)
     assert_same(run("pallas"), run("xla"), dtype)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(vocabulary=st.sampled_from([2, 13, 16, 30]), **SHAPES)
 def test_adding_and_scoring(leading, width, rate, dtype, seed, vocabulary):
     shape, draw = (*leading, width), np.random.default_rng(seed)
