@@ -154,6 +154,8 @@ def test_a_release_holds_the_newest_weights_alone(run, tmp_path, tiny):
     assert (out / checkpoint.RESULTS).read_text() == "{}"
     names = {path.name for path in (out / checkpoint.CHECKPOINTS).rglob("*")}
     assert checkpoint.steps_in(out) == [2] and "optimizer" not in names
+    place = str(tmp_path).encode()
+    assert not any(place in path.read_bytes() for path in out.rglob("*") if path.is_file())
     with pytest.raises(InputError, match="released exists"):
         release(run, out)
     with pytest.raises(InputError, match="no run folder"):
