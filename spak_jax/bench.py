@@ -8,7 +8,6 @@ nothing is timed: memory and a roofline estimate for a GPU that is not there (`r
 """
 
 import argparse
-import datetime
 import functools
 import importlib.metadata
 import json
@@ -115,10 +114,7 @@ def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
     tokens = config.train.batch * config.data.row_length
     operations = roofline.operations_a_step(config)
     results = {
-        "device": evaluate.device_name(),
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "commit": evaluate.commit(),
+        **evaluate.where_and_when(),
         "batch": [config.train.batch, config.data.row_length],
         "seeds": seeds,
         "milliseconds_a_step": milliseconds,

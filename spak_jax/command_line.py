@@ -105,6 +105,18 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
+def named(given: Collection[str], known: Collection[str]) -> Collection[str]:
+    """The parts of a campaign that were asked for: those `given`, or all there are.
+
+    Raises:
+      InputError: one is not known.
+    """
+    for name in given:
+        if name not in known:
+            raise InputError(f"{name}: must be of {', '.join(known)}")
+    return given or known
+
+
 def found_before(
     path: Path, names: Collection[str], needed: Collection[str]
 ) -> dict[str, dict[str, Any]]:

@@ -588,6 +588,13 @@ def origin(trained: Trained) -> dict[str, Any]:
         "parameters": model.parameter_count(trained.weights),
         "step": trained.step,
         "dtype": str(model.compute_dtype(trained.config.model.dtype)),
+        **where_and_when(),
+    }
+
+
+def where_and_when() -> dict[str, str | None]:
+    """What every measurement names: device, version of JAX, date, and commit of this code."""
+    return {
         "device": device_name(),
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -9,7 +9,6 @@ readers make of hostile input is `fuzz`. From the repository's root, on Linux.
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import pickle
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from spak_jax import checkpoint, convert, evaluate, metrics
@@ -34,6 +32,7 @@ from spak_jax.command_line import (
     InputError,
     console,
     found_before,
+    named,
     run_program,
     write_file,
 )
@@ -399,18 +398,10 @@ def main() -> None:
         help="write what was found; what FILE holds of other faults stays",
     )
     arguments = parser.parse_args()
-    for name in arguments.faults:
-        if name not in CAMPAIGN:
-            raise InputError(f"{name}: must be of {', '.join(CAMPAIGN)}")
+    names = named(arguments.faults, CAMPAIGN)
     found = found_before(arguments.json, CAMPAIGN, TOLD) if arguments.json else {}
-    origin = {
-        "device": evaluate.device_name(),
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": evaluate.commit(),
-        "seed": SEED,
-    }
-    for name in arguments.faults or CAMPAIGN:
+    origin = evaluate.where_and_when() | {"seed": SEED}
+    for name in names:
         console.print(f"{name} ...")
         with tempfile.TemporaryDirectory() as folder:
             found[name] = attempt(name, Path(folder)) | origin

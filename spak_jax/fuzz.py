@@ -8,7 +8,6 @@ that; it comes with `pip install -e '.[test]'`.
 
 import argparse
 import contextlib
-import datetime
 import importlib.metadata
 import importlib.util
 import io
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from pallas_kernels import laws
@@ -42,6 +40,7 @@ from spak_jax.command_line import (
     InputError,
     console,
     found_before,
+    named,
     run_program,
     write_file,
 )
@@ -396,21 +395,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("hypothesis") is None:
         raise InputError("Hypothesis makes the inputs: pip install -c constraints.txt -e '.[test]'")
-    for name in arguments.readers:
-        if name not in READERS:
-            raise InputError(f"{name}: must be of {', '.join(READERS)}")
+    names = named(arguments.readers, READERS)
     evaluate.check_range("--count", arguments.count, 1, 10_000_000)
-    origin = {
-        "device": evaluate.device_name(),
-        "jax": jax.__version__,
+    origin = evaluate.where_and_when() | {
         "hypothesis": importlib.metadata.version("hypothesis"),
-        "date": datetime.date.today().isoformat(),
-        "commit": evaluate.commit(),
         "seed": arguments.seed,
     }
     told = found_before(arguments.json, READERS, Found._fields) if arguments.json else {}
     _limit_memory()
-    for name in arguments.readers or READERS:
+    for name in names:
         if name == "pytorch" and importlib.util.find_spec("torch") is None:
             console.print("pytorch: not tried, PyTorch is not installed")
             continue

@@ -40,10 +40,7 @@ def measure(config: Config) -> dict[str, Any]:
     _check_loops(config)
     dtype = model.compute_dtype(config.model.dtype)
     results = {
-        "device": evaluate.device_name(),
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "commit": evaluate.commit(),
+        **evaluate.where_and_when(),
         "dtype": dtype.name,
         "weight_bytes_a_loop": roofline.weights_of_a_block(config) * dtype.itemsize,
         "latency": [_timed(config, ROWS, loops, PASSES) for loops in LOOPS],

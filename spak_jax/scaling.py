@@ -8,7 +8,6 @@ so that a device that grows hot slows each of them.
 
 import argparse
 import concurrent.futures
-import datetime
 import json
 import statistics
 import time
@@ -107,11 +106,8 @@ def main() -> None:
     if arguments.json:
         writable_folder(arguments.json.parent)
     found = {
-        "device": evaluate.device_name(),
+        **evaluate.where_and_when(),
         "devices": devices,
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": evaluate.commit(),
         "overrides": overrides,
         "rounds": ROUNDS,
         "configs": [],

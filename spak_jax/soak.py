@@ -7,14 +7,12 @@ scoring, writing results.
 """
 
 import argparse
-import datetime
 import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import psutil
 
@@ -103,12 +101,7 @@ def main() -> None:
     config = read_config(Path(arguments.config), arguments.overrides)
     with tempfile.TemporaryDirectory() as folder:
         found = soak(config, arguments.minutes, Path(folder) / "run")
-    found |= {
-        "device": evaluate.device_name(),
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": evaluate.commit(),
-    }
+    found |= evaluate.where_and_when()
     console.print(
         f"{found['minutes']:.1f} minutes, {found['checkpoints']:,} checkpoints,"
         f" {found['scorings']:,} scorings: memory {found['memory_first'] / MIB:,.0f} to"
