@@ -89,11 +89,12 @@ def _backward_kernel(u_ref, d_out_ref, d_u_ref, *, count, interpret):
 def normal(u, interpret):
     """The normal distribution's share below u, and exp(-u^2 / 2)."""
     bell = tile.exp2(u * u * (-0.5 * tile.LOG2_E), interpret)
-    t = 1 / (1 + (P / math.sqrt(2)) * jnp.abs(u))
-    series = 0.0
-    for a in reversed(A):
-        series = (series + a) * t
-    tail = 0.5 * series * bell
+    multiply_add = functools.partial(tile.multiply_add, interpret=interpret)
+    t = tile.reciprocal(multiply_add(jnp.abs(u), P / math.sqrt(2), 1.0), interpret)
+    series = 0.5 * A[-1]
+    for a in reversed(A[:-1]):
+        series = multiply_add(t, series, 0.5 * a)
+    tail = series * t * bell
     return jnp.where(u < 0, tail, 1 - tail), bell
 
 

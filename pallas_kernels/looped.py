@@ -213,7 +213,7 @@ def run(x, weights: Weights, positions, ids, thresholds, options: Options, dtype
     logits = unpacked(logits)[..., : options.vocabulary]
     if steps is None:
         return logits, jnp.full((batch, length), options.loops, jnp.int32)
-    return logits, unpacked(steps)
+    return logits, jnp.abs(unpacked(steps))
 
 
 def takes(length: int, width: int, heads: int, vocabulary: int, dtype, *, with_ids: bool) -> bool:
@@ -353,7 +353,7 @@ def run_kernel(x, weights: Arranged, extras: Extras, thresholds, options: Option
 
     Returns:
       float32 logits `[programs, tokens, padded vocabulary]`; int32 loops that each token took,
-      `[programs, tokens]`, None without thresholds.
+      `[programs, tokens]`, below zero where it has halted, None without thresholds.
     """
     programs, tokens, channels = x.shape
     vocabulary = weights.head.shape[1]
@@ -432,7 +432,9 @@ def _until_halted(one_loop, xs, weights: Arranged, extras: Extras, refs, options
     """The state after the last loop, each token's from where it halted; stores the loops taken.
 
     In memory stands what is read back after a loop: of the tokens that have halted, by the rule
-    "still" of all tokens as the loop found them.
+    "still" of all tokens as the loop found them; and the loops that each token has taken, below
+    zero once it has halted. Carried from loop to loop, these would bring the layout that the logits
+    have in the registers to the state, which products with weights have in another.
     """
     thresholds_ref, steps_ref, kept_ref = refs
     tokens, still = options.attention.length, options.rule == "still"
@@ -442,14 +444,14 @@ def _until_halted(one_loop, xs, weights: Arranged, extras: Extras, refs, options
             plgpu.store(kept_ref.at[_index(j)], x, mask=mask)
 
     def goes_on(carry):
-        i, _, running, _ = carry
-        return (i < options.loops) & (running.max() > 0)
+        i, _, going = carry
+        return (i < options.loops) & (going > 0)
 
     def body(carry):
-        i, xs, running, taken = carry
+        i, xs, _ = carry
         new = one_loop(i, xs)
-        thresholds = plgpu.load(thresholds_ref)
-        halted = jnp.broadcast_to((running == 0)[None, :], new[0].shape)
+        thresholds, taken = plgpu.load(thresholds_ref), plgpu.load(steps_ref)
+        halted = jnp.broadcast_to((taken < 0)[None, :], new[0].shape)
         mask, other = (None, None) if still else (halted, 0.0)
         xs, moved, size = [], 0.0, 0.0
         for j, x in enumerate(new):
@@ -462,21 +464,21 @@ def _until_halted(one_loop, xs, weights: Arranged, extras: Extras, refs, options
         # Numbers, not truth values: see `tile._placed`.
         if still:
             halts = _up_to_here(jnp.where(has_settled(moved, size, thresholds), 1, 0), extras)
-            # What one warp writes here, another may be yet to read.
-            _wait_for_all_warps(options)
         else:
             logits = _logits(xs, weights, options)
             sure = 1 / jnp.exp(logits - logits.max(axis=0)[None, :]).sum(axis=0) >= thresholds
             halts = jnp.where(sure, 1, 0)
+        running = jnp.where(taken < 0, 0, 1)
+        # What one warp writes here, another may be yet to read.
+        _wait_for_all_warps(options)
         keep(xs, None if still else jnp.broadcast_to((running * halts > 0)[None, :], new[0].shape))
-        return i + 1, tuple(xs), running * (1 - halts), taken + running
+        plgpu.store(steps_ref, jnp.where(taken < 0, taken, (i + 1) * (1 - 2 * halts)))
+        return i + 1, tuple(xs), (running * (1 - halts)).max()
 
     if still:
         keep(xs)
-    running = jnp.ones(tokens, jnp.int32)
-    carry = (jnp.int32(0), xs, running, jnp.zeros_like(running))
-    _, xs, _, taken = jax.lax.while_loop(goes_on, body, carry)
-    plgpu.store(steps_ref, taken)
+    plgpu.store(steps_ref, jnp.zeros(tokens, jnp.int32))
+    _, xs, _ = jax.lax.while_loop(goes_on, body, (jnp.int32(0), xs, jnp.int32(1)))
     return xs
 
 
@@ -576,19 +578,33 @@ def _attend(xs, weights: Arranged, qkv_ref, extras: Extras, options: Options):
 
 
 def _mlp(xs, normed, weights: Arranged, options: Options):
-    """The state with what the MLP adds to it; some hidden channels after others."""
+    """The state with what the MLP adds to it; some hidden channels after others.
 
-    def some(t, xs):
-        hidden = _product(weights.mlp_in, t, normed, options)
-        if weights.mlp_value is None:
-            below, _ = activation.normal(hidden, options.interpret)
-            hidden = hidden * below
-        else:
-            gate = 1 / (1 + tile.exp2(-tile.LOG2_E * hidden, options.interpret))
-            hidden = hidden * gate * _product(weights.mlp_value, t, normed, options)
-        return _added(xs, weights.mlp_out, t, hidden.astype(normed[0].dtype), options)
+    A round takes the hidden channels of the round before: were they taken in the round that makes
+    them, Triton would have all warps make the same (it gives a product that another follows one
+    row of tensor cores a warp, and tiles have too few).
+    """
+    blocks = weights.mlp_in.shape[0] // weights.blocks
 
-    return jax.lax.fori_loop(0, weights.mlp_in.shape[0] // weights.blocks, some, xs)
+    def some(t, carry):
+        xs, before = carry
+        xs = _added(xs, weights.mlp_out, jnp.maximum(t - 1, 0), before, options)
+        return xs, _hidden(normed, weights, jnp.minimum(t, blocks - 1), options)
+
+    nothing = jnp.zeros((weights.mlp_in.shape[1], options.attention.length), normed[0].dtype)
+    return jax.lax.fori_loop(0, blocks + 1, some, (xs, nothing))[0]
+
+
+def _hidden(normed, weights: Arranged, t, options: Options):
+    """The t-th of the blocks of hidden channels, `[block_hidden, tokens]`."""
+    hidden = _product(weights.mlp_in, t, normed, options)
+    if weights.mlp_value is None:
+        below, _ = activation.normal(hidden, options.interpret)
+        hidden = hidden * below
+    else:
+        gate = 1 / (1 + tile.exp2(-tile.LOG2_E * hidden, options.interpret))
+        hidden = hidden * gate * _product(weights.mlp_value, t, normed, options)
+    return hidden.astype(normed[0].dtype)
 
 
 def _logits(xs, weights: Arranged, options: Options):

@@ -220,16 +220,23 @@ def store_turned_back(ref, extras: Extras, start, d_low, d_high, scale, options:
 def turn(low, high, cos, sin, options: Options):
     """RoPE on two halves, in float32; with `-sin` its inverse, which is also its transpose."""
     low, high, cos, sin = (x.astype(jnp.float32) for x in (low, high, cos, sin))
-    return _multiply_add(low, cos, -(high * sin), options), _multiply_add(
-        low, sin, high * cos, options
+    return (
+        multiply_add(low, cos, -(high * sin), options.interpret),
+        multiply_add(low, sin, high * cos, options.interpret),
     )
 
 
-def _multiply_add(a, b, c, options: Options):
-    """`a * b + c`. Triton makes two instructions of it, unless told."""
-    if options.interpret:
+def multiply_add(a: jax.Array, b, c, interpret: bool) -> jax.Array:
+    """`a * b + c`, b and c arrays or numbers. Triton makes two instructions of it, unless told."""
+    if interpret:
         return a * b + c
+    b, c = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), a.shape) for x in (b, c))
     return _instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+
+
+def reciprocal(x: jax.Array, interpret: bool) -> jax.Array:
+    """1 / x in one instruction, to one unit in the last place (PTX ISA)."""
+    return 1 / x if interpret else _instruction("rcp.approx.ftz.f32 $0, $1;", x)
 
 
 def exp2(x: jax.Array, interpret: bool) -> jax.Array:
