@@ -91,7 +91,8 @@ class Options:
 
     width, heads, vocabulary: the real sizes. loops: at most. rule: of `RULES`, None without
     halting. injected, normalized: whether each loop starts with the first state added, and from the
-    last state under a LayerNorm. attention: of one head, over all tokens of a program.
+    last state under a LayerNorm. one_behind: whether hidden channels are taken in the round after
+    the one that makes them. attention: of one head, over all tokens of a program.
     """
 
     width: int
@@ -101,6 +102,7 @@ class Options:
     rule: str | None
     injected: bool
     normalized: bool
+    one_behind: bool
     attention: tile.Options
 
     @property
@@ -177,6 +179,9 @@ def looped_block(
         rule=None if thresholds is None else rule,
         injected=inject_input,
         normalized=normalize_state,
+        # Of a product whose result goes into another, Triton gives each warp 16 rows; where there
+        # are fewer rows than that, several warps would make the same ones, and their GELU.
+        one_behind=cut.block_hidden < 16 * cut.num_warps,
         attention=tile.Options(
             length=tiles.looped_tokens(length),
             head_dim=width // heads,
@@ -578,21 +583,21 @@ def _attend(xs, weights: Arranged, qkv_ref, extras: Extras, options: Options):
 
 
 def _mlp(xs, normed, weights: Arranged, options: Options):
-    """The state with what the MLP adds to it; some hidden channels after others.
+    """The state with what the MLP adds to it; some hidden channels after others."""
+    rounds = weights.mlp_in.shape[0] // weights.blocks
 
-    A round takes the hidden channels of the round before: were they taken in the round that makes
-    them, Triton would have all warps make the same (it gives a product that another follows one
-    row of tensor cores a warp, and tiles have too few).
-    """
-    blocks = weights.mlp_in.shape[0] // weights.blocks
+    def at_once(t, xs):
+        return _added(xs, weights.mlp_out, t, _hidden(normed, weights, t, options), options)
 
-    def some(t, carry):
+    def one_behind(t, carry):
         xs, before = carry
         xs = _added(xs, weights.mlp_out, jnp.maximum(t - 1, 0), before, options)
-        return xs, _hidden(normed, weights, jnp.minimum(t, blocks - 1), options)
+        return xs, _hidden(normed, weights, jnp.minimum(t, rounds - 1), options)
 
+    if not options.one_behind:
+        return jax.lax.fori_loop(0, rounds, at_once, xs)
     nothing = jnp.zeros((weights.mlp_in.shape[1], options.attention.length), normed[0].dtype)
-    return jax.lax.fori_loop(0, blocks + 1, some, (xs, nothing))[0]
+    return jax.lax.fori_loop(0, rounds + 1, one_behind, (xs, nothing))[0]
 
 
 def _hidden(normed, weights: Arranged, t, options: Options):

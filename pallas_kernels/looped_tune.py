@@ -28,11 +28,11 @@ MOST_STATE = 64
 
 
 def candidates() -> list[LoopedCase]:
-    """All that are tried: tiles of weights from 32 x 32 to 256 x 64 numbers."""
+    """All that are tried: tiles of weights from 32 x 32 to 256 x 128 numbers."""
     return [
         LoopedCase(shape, settings=_settings(*sizes))
         for shape in SHAPES
-        for sizes in itertools.product((32, 64, 128, 256), (32, 64), (4, 8), (1, 2, 3))
+        for sizes in itertools.product((32, 64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3))
         if _leaves_room(shape, *sizes)
     ]
 
