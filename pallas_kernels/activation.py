@@ -82,8 +82,8 @@ def _backward_kernel(u_ref, d_out_ref, d_u_ref, *, count, interpret):
     mask = _mask(count)
     u, d_out = _load(u_ref, mask), _load(d_out_ref, mask)
     below, bell = normal(u, interpret)
-    slope = below + u * bell * (1 / math.sqrt(2 * math.pi))
-    plgpu.store(_whole(d_u_ref), (d_out * slope).astype(d_u_ref.dtype), mask=mask)
+    d_u = d_out * slope(u, below, bell, interpret)
+    plgpu.store(_whole(d_u_ref), d_u.astype(d_u_ref.dtype), mask=mask)
 
 
 def normal(u, interpret):
@@ -96,6 +96,11 @@ def normal(u, interpret):
         series = multiply_add(t, series, 0.5 * a)
     tail = series * t * bell
     return jnp.where(u < 0, tail, 1 - tail), bell
+
+
+def slope(u, below, bell, interpret):
+    """Of the GELU at u, given what `normal` makes of it."""
+    return tile.multiply_add(u * bell, 1 / math.sqrt(2 * math.pi), below, interpret)
 
 
 def _whole(ref):

@@ -182,9 +182,7 @@ def program(case: AnyCase, target: str) -> tuple[Callable, tuple]:
 
     Those of attention are q, k, v, extras, log-sum-exp, delta and the output's gradient.
     """
-    if isinstance(case, StreamCase):
-        return case.program()
-    if isinstance(case, LoopedCase):
+    if not isinstance(case, Case):
         return case.program(target)
     batch, length, heads, head_dim = case.shape
     options = Options(

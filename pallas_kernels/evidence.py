@@ -25,7 +25,7 @@ OF_KERNEL = {
 KERNELS: Mapping[str, Sequence[str]] = {
     "attention": tiles.KERNELS,
     **{kernel: (kernel,) for kernel in tiles.KERNELS},
-    **{name: (f"{name}_forward", f"{name}_backward") for name in OPERATIONS},
+    **OPERATIONS,
 }
 
 

@@ -18,7 +18,6 @@ from pallas_kernels.rows import Options
 NUMBERS_A_PROGRAM = 8192
 # Rows are also as long as the vocabulary: where the stream is narrow, those fill the chip.
 MOST_ROWS = 128
-NUM_WARPS = 8
 # The table stays on the chip whole; wider or longer ones would not.
 LARGEST_WIDTH = 512
 LARGEST_VOCABULARY = 32
@@ -67,7 +66,7 @@ def add_and_score(
         rows=x.size // width,
         width=width,
         held=numbers_held(width),
-        num_warps=NUM_WARPS,
+        num_warps=num_warps(width),
         rate=dropout_rate if dropping else 0.0,
         dtype=table.dtype.name,
         interpret=not targets.on_gpu(),
@@ -89,6 +88,11 @@ def numbers_held(width: int) -> int:
     """By one program: at least as many rows as a product on the tensor cores wants."""
     padded = pl.next_power_of_2(width)
     return max(min(NUMBERS_A_PROGRAM, MOST_ROWS * padded), tile.NARROWEST * padded)
+
+
+def num_warps(width: int) -> int:
+    """Of a program: more have no part in the products of so few rows."""
+    return 4 if numbers_held(width) <= 32 * width else 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -167,7 +171,8 @@ def _backward_kernel(
     stream_ref, d_stream_ref, d_score_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
     d_x_ref, d_update_ref, d_scale_ref, d_table_ref, *, options,
 ):  # fmt: skip
-    normed, deviation = rows.normed(rows.load(stream_ref, options), options)
+    stream, d_stream = (rows.load(ref, options) for ref in (stream_ref, d_stream_ref))
+    normed, deviation = rows.normed(stream, options)
     head = _load_table(table_ref, options)
     scale = rows.load_channels(scale_ref, options)
     scaled = (normed * scale).astype(head.dtype)
@@ -186,7 +191,7 @@ def _backward_kernel(
     d_normed = tile.dot(d_logits, head)
     rows.store_sum(d_scale_ref, 0, d_normed * normed, options)
     d_x = rows.normed_backward(d_normed * scale, normed, deviation, options)
-    d_x += rows.load(d_stream_ref, options)
+    d_x += d_stream
     rows.store(d_x_ref, d_x, options)
     rows.store(d_update_ref, rows.dropped(d_x, seed_ref, options), options)
 

@@ -1,5 +1,6 @@
-"""What `compile` compiles of the kernels around the residual stream."""
+"""What `compile` compiles of the kernels around the residual stream and of those of a block."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,11 +8,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import activation, readout, residual, rows
+from pallas_kernels import activation, linear, readout, residual, rows, targets
 
 DROPOUT = 0.1
 VOCABULARY = 13
-OPERATIONS = ("add_and_norm", "add_and_score", "gelu")
+# And the kernels of each, forward first.
+OPERATIONS = {
+    "add_and_norm": ("add_and_norm_forward", "add_and_norm_backward"),
+    "add_and_score": ("add_and_score_forward", "add_and_score_backward"),
+    "gelu": ("gelu_forward", "gelu_backward"),
+    "linear": ("product", "weight_gradients"),
+    "mlp": ("gelu_product", "product_times"),
+}
+# Those that are for some widths only, and the narrowest and widest.
+WIDTHS = {
+    "add_and_score": (1, readout.LARGEST_WIDTH),
+    "linear": (linear.NARROWEST, linear.LONGEST // 4),
+    "mlp": (linear.NARROWEST, linear.LONGEST // 4),
+}
 
 
 class StreamShape(NamedTuple):
@@ -43,27 +57,30 @@ class StreamCase:
     # Where nothing is multiplied, no tensor cores are missed.
     @property
     def multiplies(self) -> bool:
-        return self.operation == "add_and_score"
+        return self.operation not in ("add_and_norm", "gelu")
 
     @property
-    def kernels(self) -> tuple[str, str]:
+    def kernels(self) -> tuple[str, ...]:
         """Names of its kernels."""
-        return f"{self.operation}_forward", f"{self.operation}_backward"
+        return OPERATIONS[self.operation]
 
     def extras(self) -> str:
         """What comes beside the stream, in words."""
-        return {"gelu": "", "add_and_norm": f"shift, dropout {DROPOUT:g}"}.get(
-            self.operation, f"{VOCABULARY} tokens, dropout {DROPOUT:g}"
-        )
+        return {
+            "add_and_norm": f"shift, dropout {DROPOUT:g}",
+            "add_and_score": f"{VOCABULARY} tokens, dropout {DROPOUT:g}",
+            "linear": "to three times the width",
+            "mlp": "four times the width inside",
+        }.get(self.operation, "")
 
-    def program(self) -> tuple[Callable, tuple]:
+    def program(self, target: str) -> tuple[Callable, tuple]:
         """A function of all inputs and gradients of outputs, and their shapes."""
         array, (tokens, width) = jax.ShapeDtypeStruct, self.shape
         stream, update = array((tokens, width), jnp.float32), array((tokens, width), self.dtype)
         scale, seed = array((width,), jnp.float32), array((2,), jnp.uint32)
         if self.operation == "gelu":
             numbers = array((4 * tokens * width,), self.dtype)
-            return _with_gradients(lambda u: activation.run_kernels(u, False)), (
+            return _with_gradients(lambda u: activation.run_kernels(u, False), target), (
                 (numbers,),
                 numbers,
                 (),
@@ -71,19 +88,33 @@ class StreamCase:
         if self.operation == "add_and_norm":
             options = self._options(residual.NUMBERS_A_PROGRAM, residual.NUM_WARPS)
             function = lambda *given: residual.run_kernels(*given, options)  # noqa: E731
-            return _with_gradients(function), (
+            return _with_gradients(function, target), (
                 (stream, update, scale, scale),
                 (stream, update),
                 (seed,),
             )
-        options = self._options(readout.numbers_held(width), readout.NUM_WARPS)
+        if self.operation in ("linear", "mlp"):
+            return self._products(target, update)
+        options = self._options(readout.numbers_held(width), readout.num_warps(width))
         function = lambda *given: readout.run_kernels(*given, options)  # noqa: E731
         wanted, weights = array((tokens,), jnp.int32), array((tokens,), jnp.float32)
-        return _with_gradients(function), (
+        return _with_gradients(function, target), (
             (stream, update, scale, array((VOCABULARY, width), self.dtype)),
             (stream, array((), jnp.float32)),
             (wanted, weights, seed),
         )
+
+    def _products(self, target: str, x):
+        tokens, width = self.shape
+        matrix = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.float32)  # noqa: E731
+        if self.operation == "linear":
+            function, matrices, columns = linear.linear, (matrix(width, 3 * width),), 3 * width
+        else:
+            function, columns = linear.mlp, width
+            matrices = matrix(width, 4 * width), matrix(4 * width, width)
+        function = functools.partial(function, dtype=self.dtype)
+        made = jax.ShapeDtypeStruct((tokens, columns), self.dtype)
+        return _with_gradients(function, target), ((x, *matrices), made, ())
 
     def _options(self, held: int, num_warps: int) -> rows.Options:
         return rows.Options(
@@ -91,18 +122,23 @@ class StreamCase:
         )
 
 
-def _with_gradients(function: Callable) -> Callable:
+def _with_gradients(function: Callable, target: str) -> Callable:
     def both(differentiated, gradients, others):
-        out, pull = jax.vjp(lambda *x: function(*x, *others), *differentiated)
-        return out, pull(gradients)
+        with targets.compiling_for(target):
+            out, pull = jax.vjp(lambda *x: function(*x, *others), *differentiated)
+            return out, pull(gradients)
 
     return both
 
 
-# `add_and_score` leaves wide streams to plain `jnp`.
+def _is_for(operation: str, width: int) -> bool:
+    narrowest, widest = WIDTHS.get(operation, (1, width))
+    return narrowest <= width <= widest
+
+
 STREAM_CASES = [
     StreamCase(operation, shape)
     for operation in OPERATIONS
     for shape in SHAPES
-    if operation != "add_and_score" or shape.width <= readout.LARGEST_WIDTH
+    if _is_for(operation, shape.width)
 ]

@@ -18,6 +18,8 @@ What is unusual here:
   (`pallas_kernels.looped`).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,12 +28,13 @@ from pallas_kernels import (
     add_and_norm,
     add_and_score,
     attention,
-    gelu,
+    linear,
     looped,
     looped_block,
     reference,
     targets,
 )
+from pallas_kernels.linear import Operands
 from spak_jax.config import BIASED, Architecture, Config, LoopedModel, StaticModel
 from spak_jax.positions import (
     EMBEDDED_IDS,
@@ -47,6 +50,14 @@ INIT_STD = 0.02
 EPSILON = 1e-5
 # Up to this width one launch is faster than loop by loop (`spak_jax.bench --inference` on an H100).
 WIDEST_LAUNCHED = 128
+
+
+class BlockOperands(NamedTuple):
+    """Of the gradients of a block's matrices; None asks for the gradient itself (`linear`)."""
+
+    qkv: Operands | None = None
+    attention_out: Operands | None = None
+    mlp: tuple[Operands, Operands] | None = None
 
 
 class Block(nnx.Module):
@@ -74,7 +85,7 @@ class Block(nnx.Module):
         self.dtype = dtype
         self.attention = attention
 
-        def linear(inputs, outputs, std=INIT_STD):
+        def layer(inputs, outputs, std=INIT_STD):
             return nnx.Linear(
                 inputs,
                 outputs,
@@ -86,15 +97,15 @@ class Block(nnx.Module):
 
         residual_std = INIT_STD / (2 * depth) ** 0.5
         self.norm1 = _norm(width, dtype, rngs)
-        self.qkv = linear(width, 3 * width)
-        self.attention_out = linear(width, width, residual_std)
+        self.qkv = layer(width, 3 * width)
+        self.attention_out = layer(width, width, residual_std)
         self.norm2 = _norm(width, dtype, rngs)
         self.gated = config.mlp == "swiglu"
         hidden = hidden_width(config)
-        self.mlp_in = linear(width, hidden)
+        self.mlp_in = layer(width, hidden)
         if self.gated:
-            self.mlp_value = linear(width, hidden)
-        self.mlp_out = linear(hidden, width, residual_std)
+            self.mlp_value = layer(width, hidden)
+        self.mlp_out = layer(hidden, width, residual_std)
         self.window = config.clip if config.window else None
         bias = first_bias(config)
         if bias is not None:
@@ -107,6 +118,7 @@ class Block(nnx.Module):
         where: Places,
         key: jax.Array | None = None,
         shift: jax.Array | None = None,
+        operands: BlockOperands | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """One block; what it adds last is left to whoever reads the stream next.
 
@@ -118,15 +130,18 @@ class Block(nnx.Module):
           where: the tokens are.
           key: three PRNG keys, the first for the dropout of `update`; None is deterministic.
           shift: float32 `[width]`, added to every token first.
+          operands: asks for those of its matrices' gradients instead of the gradients (`linear`).
 
         Returns:
           The stream, and what is still to be added to it.
         """
         batch, length, width = x.shape
         keys = (None, None, None) if key is None else key
+        asked = BlockOperands() if operands is None else operands
         x, normed = self._add_and_norm(x, update, self.norm1, keys[0], shift)
+        qkv = self._linear(normed, self.qkv, asked.qkv)
         mixed = attention(
-            self.qkv(normed).reshape(batch, length, 3, self.heads, -1),
+            qkv.reshape(batch, length, 3, self.heads, -1),
             positions=where.turned_by,
             ids=where.ids,
             bias_table=self.bias_table[...] if hasattr(self, "bias_table") else None,
@@ -135,9 +150,32 @@ class Block(nnx.Module):
             dropout_key=keys[1],
             implementation=self.attention,
         )
-        mixed = self.attention_out(mixed.reshape(batch, length, width))
+        mixed = mixed.reshape(batch, length, width)
+        mixed = self._linear(mixed, self.attention_out, asked.attention_out)
         x, normed = self._add_and_norm(x, mixed, self.norm2, keys[2])
-        return x, self._mlp(normed)
+        return x, self._mlp(normed, asked.mlp)
+
+    def no_operands(self, tokens: int) -> BlockOperands | None:
+        """What to ask for operands with, for so many tokens; None where there is nothing to ask."""
+        width, hidden = self.mlp_in.kernel.shape[-2:]
+        sizes = (width, 3 * width), (width, width), (width, hidden), (hidden, width)
+        if self.gated or not all(linear.takes(tokens, *size, self.dtype) for size in sizes):
+            return None
+        qkv, attention_out, *mlp = (linear.no_operands(tokens, *size, self.dtype) for size in sizes)
+        return BlockOperands(qkv, attention_out, tuple(mlp))
+
+    def add_gradients(self, operands: list[BlockOperands], looped: bool) -> None:
+        """To this block, whose weights are gradients, adds those that are still to be made.
+
+        Args:
+          operands: of each loop, or of each layer of a stack.
+          looped: whether all are of the same weights.
+        """
+        qkv, attention_out, mlp = zip(*operands, strict=True)
+        of_each = (qkv, attention_out, *zip(*mlp, strict=True))
+        layers = self.qkv, self.attention_out, self.mlp_in, self.mlp_out
+        for layer, pairs in zip(layers, of_each, strict=True):
+            layer.kernel[...] += linear.gradients(pairs).sum((0, 1) if looped else 1)
 
     def attention_weights(self, x, update, where: Places, shift=None) -> jax.Array:
         """What each token takes of each other in this block, by head: to be looked at.
@@ -176,11 +214,14 @@ class Block(nnx.Module):
             dtype=self.dtype,
         )
 
-    def _mlp(self, x: jax.Array) -> jax.Array:
-        hidden = self.mlp_in(x)
+    def _linear(self, x, layer: nnx.Linear, operands: Operands | None):
+        return linear.linear(x, layer.kernel[...], dtype=self.dtype, operands=operands)
+
+    def _mlp(self, x: jax.Array, operands: tuple[Operands, Operands] | None) -> jax.Array:
         if self.gated:
-            return self.mlp_out(jax.nn.silu(hidden) * self.mlp_value(x))
-        return self.mlp_out(gelu(hidden))
+            return self.mlp_out(jax.nn.silu(self.mlp_in(x)) * self.mlp_value(x))
+        inner, outer = self.mlp_in.kernel[...], self.mlp_out.kernel[...]
+        return linear.mlp(x, inner, outer, dtype=self.dtype, operands=operands)
 
 
 class _Transformer(nnx.Module):
@@ -254,6 +295,39 @@ class _Transformer(nnx.Module):
             dropout_key=key,
         )
 
+    def _gradients_at_once(self, block: Block, tokens, given):
+        """`self._losses(tokens, *given)`, whose gradient makes those of all blocks' matrices in one
+        launch each, where kernels are for the batch.
+
+        Nothing is told of the gradients of `given`: they are 0.
+        """
+        looped = isinstance(self, LoopLM)
+        none = block.no_operands(tokens.size)
+        if none is None:
+            return self._losses(tokens, *given)
+        definition, weights = nnx.split(self)
+
+        @jax.custom_vjp
+        def losses(weights, tokens, given):
+            return nnx.merge(definition, weights)._losses(tokens, *given)
+
+        def forward(weights, tokens, given):
+            def asking(weights, operands):
+                return nnx.merge(definition, weights)._losses(tokens, *given, operands)
+
+            depth = self.loops if looped else self.layers
+            return jax.vjp(asking, weights, [none] * depth)
+
+        def backward(pull, d_losses):
+            d_weights, operands = pull(d_losses)
+            gradients = nnx.merge(definition, d_weights)
+            of_block = gradients.block if looped else gradients.blocks
+            of_block.add_gradients(operands, looped)
+            return nnx.state(gradients), None, None
+
+        losses.defvjp(forward, backward)
+        return losses(weights, tokens, given)
+
     def _whole(self, stream, key):
         """The stream with what was still to be added to it."""
         x, update = stream
@@ -313,21 +387,26 @@ class GPT(_Transformer):
         `[batch, length]`; `progress`, the share of the training that is done, which learned ids go
         by; the rest as in a plain call.
         """
-        stream, after = self._run(tokens, None, ids, key, progress)
+        given = targets, weights, ids, key, progress
+        return self._gradients_at_once(self.blocks, tokens, given)
+
+    def _losses(self, tokens, targets, weights, ids, key, progress, operands=None):
+        """`supervised_losses`, and operands as of a block, of each layer."""
+        stream, after = self._run(tokens, None, ids, key, progress, operands)
         return self._scored(stream, after, targets, weights)[1][None]
 
-    def _run(self, tokens, positions, ids, key, progress=None):
+    def _run(self, tokens, positions, ids, key, progress=None, operands=None):
         """The stream after all blocks, and the key for what is still to be added to it."""
         stream, where, (keys, after) = self._embed(
             tokens, positions, ids, key, self.layers, progress
         )
         definition, weights = nnx.split(self.blocks)
 
-        def step(stream, layer):
+        def step(stream, layer, operands):
             block = nnx.merge(definition, layer[0])
-            return block(*stream, where, layer[1]), None
+            return block(*stream, where, layer[1], operands=operands), None
 
-        stream, _ = jax.lax.scan(step, stream, (weights, keys), unroll=_unroll())
+        stream, _ = _in_turn(step, stream, (weights, keys), operands)
         return stream, None if after is None else after[-1]
 
 
@@ -403,21 +482,27 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[loops - loops // 2]`: weighted sums of the cross-entropies.
         """
+        given = targets, weights, ids, key, progress
+        return self._gradients_at_once(self.block, tokens, given)
+
+    def _losses(self, tokens, targets, weights, ids, key, progress, operands=None):
+        """`supervised_losses`, and operands as of a block, of each loop."""
         step, stream, inputs = self._loop(tokens, None, None, ids, key, progress)
         if self.config.free_loops and key is not None:
             stream = self._after_free_loops(stream, tokens, ids, key, progress)
         half = self.loops // 2
 
-        def scored(x, given):
-            stream, after = step((x, None), given)
+        def scored(x, given, operands):
+            stream, after = step((x, None), given, operands)
             return self._scored(stream, after, targets, weights)
 
         first = jax.tree.map(lambda x: x[:half], inputs)
         second = jax.tree.map(lambda x: x[half:], inputs)
-        stream, after = jax.lax.scan(step, stream, first, unroll=_unroll())
+        early, late = (None, None) if operands is None else (operands[:half], operands[half:])
+        stream, after = _in_turn(step, stream, first, early)
         # Before the first loop nothing is left to be added, and no key to drop it by.
         x = self._whole(stream, after[-1] if half and key is not None else None)
-        return jax.lax.scan(scored, x, second, unroll=_unroll())[1]
+        return _in_turn(scored, x, second, late)[1]
 
     def _after_free_loops(self, stream, tokens, ids, key, progress):
         """The stream after a random number of loops, without a gradient unless there is none."""
@@ -587,10 +672,10 @@ class LoopLM(_Transformer):
         first = stream[0]
         definition, weights = nnx.split(self.block)
 
-        def step(stream, given):
+        def step(stream, given, operands=None):
             shift, (key, after) = given
             block = nnx.merge(definition, weights)
-            return block(*self._enter(stream, first, key), where, key, shift), after
+            return block(*self._enter(stream, first, key), where, key, shift, operands), after
 
         return step, stream, (self.step_embedding(index), keys)
 
@@ -657,13 +742,21 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return reference.dropout(x, rate, key)
 
 
-def _unroll() -> bool:
-    """Whether blocks stand one after another in the program instead of in a loop.
+def _in_turn(step, carry, inputs, operands: list[BlockOperands] | None):
+    """`lax.scan` of a step that is also given the operands of its block.
 
-    On a GPU the loop would copy what each block keeps for the backward pass, which took two fifths
-    of a training step; on a CPU nothing is gained, and compiling takes longer.
+    On a GPU one step stands after another in the program: the loop would copy what each keeps for
+    the backward pass, which took two fifths of a training step, and operands would be stacked. On a
+    CPU nothing is gained, and compiling takes longer.
     """
-    return targets.on_gpu()
+    if operands is None and not targets.on_gpu():
+        return jax.lax.scan(lambda carry, given: step(carry, given, None), carry, inputs)
+    outputs = []
+    for i in range(len(jax.tree.leaves(inputs)[0])):
+        given = jax.tree.map(lambda x: x[i], inputs)  # noqa: B023
+        carry, output = step(carry, given, None if operands is None else operands[i])
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs) if outputs else None
 
 
 def _norm(width: int, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
