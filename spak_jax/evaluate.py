@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.table import Table
-from scipy.stats import binomtest
 
 from spak_jax import addition, checkpoint, generation, metrics, model
 from spak_jax.addition import Batch, Problems
@@ -298,6 +297,9 @@ def score_own_problems(
 
 def summary(outcome: Outcome, **more: Any) -> dict[str, Any]:
     """Counts, accuracy and its 95% Wilson interval (Wilson 1927), mean loops at answer tokens."""
+    # A third of what a program that scores nothing, `solve`, would wait for before it starts.
+    from scipy.stats import binomtest
+
     correct, total = int(outcome.correct.sum()), len(outcome.correct)
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return {

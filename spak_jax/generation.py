@@ -2,9 +2,7 @@
 
 Two ways give the same tokens. With caches, one pass over the prompts keeps what later tokens see of
 them, the keys and values of every block or loop, and each token then takes a pass over itself
-alone. Recomputing, each token takes a pass over the whole rows. Caches are faster wherever the
-model runs block by block (`spak_jax.bench --generation`); where all loops go in one launch, rows
-are recomputed.
+alone. Recomputing, each token takes a pass over the whole rows. `takes_caches` chooses.
 """
 
 from collections.abc import Callable
@@ -147,7 +145,11 @@ def fastest(
 
 
 def takes_caches(network: model.GPT | model.LoopLM, prompt: jax.Array, loops: int | None) -> bool:
-    """Whether caches are the faster way for such rows on the device at hand, and not too large."""
+    """Whether caches are the faster way for such rows on the device at hand, and not too large.
+
+    On a CPU they always are (`spak_jax.bench --generation`). On a GPU, where that has not been run,
+    all loops in one launch are taken to be where inference takes them.
+    """
     launched = isinstance(network, model.LoopLM) and network.goes_in_one_launch(prompt)
     rows, length = prompt.shape
     return not launched and rows <= most_rows(network.config, length, loops)

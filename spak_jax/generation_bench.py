@@ -52,9 +52,13 @@ def show(results: dict[str, Any]) -> None:
             )
     console.print(table)
     console.print(f"{results['config']}, {results['dtype']} on {results['device']}")
-    for case in results["cases"]:
-        for name, reason in case["missing"].items():
-            console.print(f"rows of {case['length']} tokens, no {name}: {reason}")
+    missing = {
+        (name, reason): case["length"]
+        for case in reversed(results["cases"])
+        for name, reason in case["missing"].items()
+    }
+    for (name, reason), length in missing.items():
+        console.print(f"no {name}, rows of {length} tokens and more: {reason}")
 
 
 def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any]:

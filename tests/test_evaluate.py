@@ -257,6 +257,19 @@ def test_long_rows_are_scored_a_few_at_a_time():
         assert rows == 1 or rows * length**2 <= evaluate.SCORES_PER_CALL
 
 
+def test_decoding_takes_no_more_rows_than_caches_hold(half_trained, monkeypatch):
+    trained = evaluate.load(half_trained)
+    problems = addition.sample_exact(jax.random.key(2), 1, 50)
+    whole, few = (evaluate.Settings((1,), 50, 0, decode=True, loops=loops) for loops in (3, 4))
+    assert evaluate.Scorer(trained, whole)._rows_per_call(16) == evaluate.ROWS_PER_CALL
+    # Of 4 loops, keys and values of 20 rows of 17 tokens, 32 wide: a power of two of them.
+    monkeypatch.setattr(generation, "CACHED_NUMBERS", 2 * 4 * 20 * 17 * 32)
+    scorer = evaluate.Scorer(trained, few)
+    assert scorer._rows_per_call(16) == 16
+    forced = evaluate.Scorer(trained, evaluate.Settings((1,), 50, 0, loops=4))(problems)
+    assert (scorer(problems).correct == forced.correct).all()
+
+
 @pytest.mark.parametrize("task", ["subtraction", "three-operands"])
 def test_other_tasks_are_scored_and_solved(task, tmp_path):
     config = tiny_config(data={"task": task, "row_length": 40})
