@@ -192,16 +192,60 @@ def attention_weights(
     if positions is not None:
         q, k = rotate(q, positions), rotate(k, positions)
     length = q.shape[1]
-    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     place = jnp.arange(length)
     counts = (place[:, None] >= place) if causal else jnp.ones((length, length), bool)
     counts = counts[None, None]
-    pair = lambda values: (values[:, None, :, None], values[:, None, None, :])  # noqa: E731
     if segment_ids is not None:
-        query, key = pair(segment_ids)
-        counts &= query == key
+        counts &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    pair = None if ids is None else (ids, ids)
+    return _weights(
+        q, k, counts, pair, bias_table=bias_table, window=window, clip=clip, scale=scale
+    )
+
+
+def newest_attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    at: jax.Array,
+    *,
+    ids: jax.Array | None,
+    bias_table: jax.Array | None,
+    window: int | None,
+    clip: int | None,
+    scale: float,
+) -> jax.Array:
+    """Attention of one token of each row to itself and the tokens before it.
+
+    Args:
+      q: `[batch, heads, head_dim]`, turned already.
+      keys, values: `[batch, length, heads, head_dim]` of the row's tokens, keys turned already;
+        what stands behind `at` is not looked at.
+      at: int32 `[batch]`, the token's place in its row.
+      ids: int32 `[batch, length]`, of the row's tokens.
+      bias_table, window, clip, scale: as `attention` takes them.
+
+    Returns:
+      As q.
+    """
+    counts = jnp.arange(keys.shape[1]) <= at[:, None, None, None]
+    pair = None if ids is None else (jnp.take_along_axis(ids, at[:, None], axis=1), ids)
+    probabilities = _weights(
+        q[:, None], keys, counts, pair,
+        bias_table=bias_table, window=window, clip=clip, scale=scale,
+    )  # fmt: skip
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(values.dtype), values)
+    return mixed[:, 0]
+
+
+def _weights(q, k, counts, ids, *, bias_table, window, clip, scale):
+    """Softmax of the scores of queries and keys, turned already: `[batch, heads, queries, keys]`.
+
+    counts: bool, broadcastable to it. ids: of queries and of keys, or None.
+    """
+    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     if ids is not None:
-        query, key = pair(ids)
+        query, key = ids[0][:, None, :, None], ids[1][:, None, None, :]
         if bias_table is not None:
             table = bias_table.astype(jnp.float32)
             scores += _biases(table, (query - key)[:, 0], key[:, 0], clip)

@@ -1,6 +1,7 @@
 """How fast a configuration trains and scores:
 `python -m spak_jax.bench CONFIG [key.path=value ...] [--attention NAME ...] [--json FILE]`; with
-`--inference`, how fast a looped model infers (`inference_bench`).
+`--inference`, how fast a looped model infers (`inference_bench`); with `--generation`, how fast a
+model writes answers (`generation_bench`).
 
 Beside it, in turns, where PyTorch and a GPU are at hand, a peer: the same model, trained and run as
 its users would (`torch_peer`). And where the time goes: the kernels of a step. With `--target`,
@@ -24,7 +25,15 @@ from rich.table import Table
 
 from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
 from pallas_kernels.targets import TARGETS
-from spak_jax import addition, evaluate, inference_bench, model, profiling, roofline
+from spak_jax import (
+    addition,
+    evaluate,
+    generation_bench,
+    inference_bench,
+    model,
+    profiling,
+    roofline,
+)
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
 from spak_jax.config import Config, Parallel, read_config
 from spak_jax.train import initial_state, make_supply, make_training, one_by_one
@@ -51,8 +60,12 @@ def main() -> None:
         choices=IMPLEMENTATIONS,
         help="an implementation of attention; repeatable (default: what training takes)",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--inference", action="store_true", help="all loops in one launch against loop by loop"
+    )
+    instead.add_argument(
+        "--generation", action="store_true", help="writing with caches against recomputing"
     )
     parser.add_argument(
         "--target", choices=TARGETS, help="estimate for this GPU instead, without having it"
@@ -66,8 +79,10 @@ def main() -> None:
         )
     if arguments.json:
         writable_folder(arguments.json.parent)
-    if arguments.inference and arguments.attention:
-        raise InputError("--attention: --inference compares what it compares")
+    if (arguments.inference or arguments.generation) and arguments.attention:
+        raise InputError("--attention: --inference and --generation compare what they compare")
+    if arguments.generation and arguments.target:
+        raise InputError("--target: --generation is measured, not estimated")
     results = {"config": config.name, "overrides": arguments.overrides}
     if arguments.target:
         compile.touch_no_gpu()
@@ -77,9 +92,10 @@ def main() -> None:
         except compile.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
         (inference_bench.show_estimate if arguments.inference else show_estimate)(results)
-    elif arguments.inference:
-        results |= inference_bench.measure(config)
-        inference_bench.show(results)
+    elif arguments.inference or arguments.generation:
+        timed = inference_bench if arguments.inference else generation_bench
+        results |= timed.measure(config)
+        timed.show(results)
     else:
         try:
             results |= measure(config, arguments.attention or [_default_attention(config)])

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.table import Table
-from scipy.stats import binomtest
 
-from spak_jax import addition, checkpoint, metrics, model
+from spak_jax import addition, checkpoint, generation, metrics, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
@@ -136,51 +135,24 @@ def forward(config: Config, loops: int | None = None, halt: bool = False) -> Cal
         return logits, jnp.full(tokens.shape, depth, jnp.int32)
 
     def halting(weights, tokens):
-        thresholds = jnp.where(
-            addition.from_equals_on(tokens), HALT_FROM_EQUALS, HALT_BEFORE_EQUALS
-        )
-        # What fills a row up after its problem is not waited for; nothing before it sees it.
-        thresholds = jnp.where(addition.ended(tokens), 0.0, thresholds)
         return nnx.merge(definition, weights).halting_logits(
-            tokens, thresholds, loops=loops, ids=addition.coupled_ids(tokens)
+            tokens, thresholds(tokens), loops=loops, ids=addition.coupled_ids(tokens)
         )
 
     return halting if halt else plain
 
 
-def generate(run: Callable, weights, prompt: jax.Array, prompt_length: jax.Array):
-    """Greedy generation until each row's newline or the end of the buffer.
+def writer(config: Config, loops: int | None = None, halt: bool = False) -> Callable:
+    """`generation.fastest` for a model, with loops and halting as `forward` takes them."""
+    run = forward(config, loops, halt)
+    return generation.fastest(config, run, loops=loops, thresholds=thresholds if halt else None)
 
-    Args:
-      run: as `forward` returns it.
-      weights: of the model.
-      prompt: int32 `[rows, length]`, texts up to and with `=`; what follows them is ignored.
-      prompt_length: int32 `[rows]`.
 
-    Returns:
-      int32 tokens `[rows, length]`, newlines after each answer, and int32 loops `[rows, length]`
-      that the token before each took to choose it.
-    """
-    length = prompt.shape[1]
-    place = jnp.arange(length)
-    tokens = jnp.where(place < prompt_length[:, None], prompt, addition.NEWLINE)
-
-    def step(i, carry):
-        tokens, steps, done = carry
-        cursor = prompt_length + i
-        logits, taken = run(weights, tokens)
-        before = jnp.clip(cursor - 1, 0, length - 1)[:, None]
-        chosen = jnp.take_along_axis(logits.argmax(-1), before, axis=1)[:, 0]
-        taken = jnp.take_along_axis(taken, before, axis=1)
-        here = (place == cursor[:, None]) & ~done[:, None]
-        tokens = jnp.where(here, chosen[:, None], tokens)
-        steps = jnp.where(here, taken, steps)
-        return tokens, steps, done | (chosen == addition.NEWLINE)
-
-    count = (length - prompt_length).max()
-    carry = (tokens, jnp.zeros_like(tokens), jnp.zeros(len(tokens), bool))
-    tokens, steps, _ = jax.lax.fori_loop(0, count, step, carry)
-    return tokens, steps
+def thresholds(tokens: jax.Array) -> jax.Array:
+    """How sure each token must be to stop, float32 `[rows, length]`."""
+    sure = jnp.where(addition.from_equals_on(tokens), HALT_FROM_EQUALS, HALT_BEFORE_EQUALS)
+    # What fills a row up after its problem is not waited for; nothing before it sees it.
+    return jnp.where(addition.ended(tokens), 0.0, sure)
 
 
 def rows_per_call(length: int) -> int:
@@ -206,7 +178,7 @@ class Scorer:
         self._weights = trained.weights
         # What the model computes does not depend on how it was trained: one program for all seeds.
         config = trained.config.model_copy(update={"train": Train()})
-        self._task = config.data.task
+        self._config, self._settings = config, settings
         self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
 
     def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
@@ -219,28 +191,39 @@ class Scorer:
         Returns:
           Their `Outcome`.
         """
-        count, length = problems.count, padded_length(problems.digits, self._task)
+        task = self._config.data.task
+        count, length = problems.count, padded_length(problems.digits, task)
         problems = addition.widened(problems, length)
         outcomes = []
         # A power of two, so that few programs serve all counts.
-        rows = min(rows_per_call(length), 1 << (count - 1).bit_length())
+        rows = min(self._rows_per_call(length), 1 << (count - 1).bit_length())
         for start in range(0, count, rows):
             # The last call is filled up with its first problem, so that one program serves all.
             index = np.arange(start, start + rows)
             index = np.where(index < count, index, start)
             chosen = Problems(*(array[index] for array in problems))
-            batch = _problem_rows(chosen, length, self._task)
+            batch = _problem_rows(chosen, length, task)
             outcomes.append(self._rows(self._weights, batch))
             advance(min(rows, count - start))
         correct, steps = (np.concatenate(parts)[:count] for parts in zip(*outcomes, strict=True))
         return Outcome(correct, steps)
 
+    def _rows_per_call(self, length: int) -> int:
+        rows = rows_per_call(length)
+        if self._settings.decode:
+            # So that caches hold them; the row that is scored is one token longer.
+            held = generation.most_rows(self._config.model, length + 1, self._settings.loops)
+            rows = min(rows, _power_of_two(held))
+        return rows
+
 
 @functools.lru_cache
 def _compiled_rows(config: Config, loops: int | None, halt: bool, decode: bool) -> Callable:
+    if decode:
+        write = writer(config, loops, halt)
+        return jax.jit(lambda weights, batch: _decoded(write, weights, batch))
     run = forward(config, loops, halt)
-    rows = _decoded if decode else _teacher_forced
-    return jax.jit(lambda weights, batch: rows(run, weights, batch))
+    return jax.jit(lambda weights, batch: _teacher_forced(run, weights, batch))
 
 
 def score(trained: Trained, settings: Settings) -> dict[str, Any]:
@@ -314,6 +297,9 @@ def score_own_problems(
 
 def summary(outcome: Outcome, **more: Any) -> dict[str, Any]:
     """Counts, accuracy and its 95% Wilson interval (Wilson 1927), mean loops at answer tokens."""
+    # A third of what a program that scores nothing, `solve`, would wait for before it starts.
+    from scipy.stats import binomtest
+
     correct, total = int(outcome.correct.sum()), len(outcome.correct)
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return {
@@ -521,11 +507,11 @@ def _teacher_forced(run: Callable, weights, batch: Batch) -> tuple[jax.Array, ja
     return right.all(-1), steps.mean(-1, where=batch.answer)
 
 
-def _decoded(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _decoded(write: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
     # The whole rows; the answer's mask, which speaks of targets, moves one place on with them.
     tokens = jnp.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
     answer = jnp.pad(batch.answer, [(0, 0), (1, 0)])
-    generated, steps = generate(run, weights, tokens, answer.argmax(-1))
+    generated, steps = write(weights, tokens, answer.argmax(-1))
     right = (generated == tokens) | ~answer
     return right.all(-1), steps.mean(-1, where=answer)
 

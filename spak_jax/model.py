@@ -60,6 +60,16 @@ class BlockOperands(NamedTuple):
     mlp: tuple[Operands, Operands] | None = None
 
 
+class Seen(NamedTuple):
+    """What later tokens see of a text: of every block, or loop, the keys, turned, and the values.
+
+    Both in the compute dtype, `[depth, batch, length, heads, head_dim]`.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 
@@ -177,26 +187,76 @@ class Block(nnx.Module):
         for layer, pairs in zip(layers, of_each, strict=True):
             layer.kernel[...] += linear.gradients(pairs).sum((0, 1) if looped else 1)
 
+    def keys_and_values(self, x, update, where: Places, shift=None) -> tuple[jax.Array, jax.Array]:
+        """What later tokens see of these in this block.
+
+        Args: as of a call. Returns: keys, turned, and values, `[batch, length, heads, head_dim]`.
+        """
+        _, _, k, v = self._projected(x, update, shift)
+        return (k if where.turned_by is None else reference.rotate(k, where.turned_by)), v
+
+    def newest(
+        self, x, update, where: Places, at: jax.Array, seen: Seen, depth: jax.Array, shift=None
+    ) -> tuple[jax.Array, jax.Array, Seen]:
+        """A call for one token of each row, by what is known of those before it.
+
+        Args:
+          x, update, shift: as of a call, of one token: `[batch, 1, width]`.
+          where: of whole rows, as of a call.
+          at: int32 `[batch]`, the token's place in its row.
+          seen: of whole rows, at all depths.
+          depth: int32, which of them this is.
+
+        Returns:
+          What a call gives, and `seen` with the token's own at its place.
+        """
+        batch, _, width = x.shape
+        x, q, k, v = self._projected(x, update, shift)
+        if where.turned_by is not None:
+            by = jnp.broadcast_to(where.turned_by, (batch, where.turned_by.shape[-1]))
+            by = jnp.take_along_axis(by, at[:, None], axis=1)
+            q, k = reference.rotate(q, by), reference.rotate(k, by)
+        place = depth, jnp.arange(batch), at
+        seen = Seen(seen.keys.at[place].set(k[:, 0]), seen.values.at[place].set(v[:, 0]))
+        mixed = reference.newest_attention(
+            q[:, 0], seen.keys[depth], seen.values[depth], at,
+            ids=where.ids, **self._told(where, q),
+        )  # fmt: skip
+        mixed = self._linear(mixed.reshape(batch, 1, width), self.attention_out)
+        x, normed = self._add_and_norm(x, mixed, self.norm2, None)
+        return x, self._mlp(normed), seen
+
     def attention_weights(self, x, update, where: Places, shift=None) -> jax.Array:
         """What each token takes of each other in this block, by head: to be looked at.
 
         Args: as of a call. Returns: float32 `[batch, heads, length, length]`, keys last.
         """
-        _, normed = self._add_and_norm(x, update, self.norm1, None, shift)
-        qkv = self.qkv(normed).reshape(*x.shape[:2], 3, self.heads, -1)
-        bias = self.bias_table[...] if hasattr(self, "bias_table") else None
+        _, q, k, _ = self._projected(x, update, shift)
         return reference.attention_weights(
-            qkv[:, :, 0],
-            qkv[:, :, 1],
+            q,
+            k,
             positions=where.turned_by,
             segment_ids=None,
             ids=where.ids,
-            bias_table=bias,
-            window=self._window(where),
-            clip=self.window if bias is None else bias.shape[1] // 2 - 1,
-            scale=qkv.shape[-1] ** -0.5,
             causal=True,
+            **self._told(where, q),
         )
+
+    def _projected(self, x, update, shift):
+        """The stream, and queries, keys and values, `[batch, length, heads, head_dim]`."""
+        x, normed = self._add_and_norm(x, update, self.norm1, None, shift)
+        qkv = self._linear(normed, self.qkv).reshape(*x.shape[:2], 3, self.heads, -1)
+        return x, *jnp.moveaxis(qkv, 2, 0)
+
+    def _told(self, where: Places, q: jax.Array) -> dict:
+        """What the plain attention of `reference` is told beside places."""
+        bias = self.bias_table[...] if hasattr(self, "bias_table") else None
+        return {
+            "bias_table": bias,
+            "window": self._window(where),
+            "clip": self.window if bias is None else bias.shape[1] // 2 - 1,
+            "scale": q.shape[-1] ** -0.5,
+        }
 
     def _window(self, where: Places):
         """As `pallas_kernels.attention` takes it."""
@@ -214,10 +274,10 @@ class Block(nnx.Module):
             dtype=self.dtype,
         )
 
-    def _linear(self, x, layer: nnx.Linear, operands: Operands | None):
+    def _linear(self, x, layer: nnx.Linear, operands: Operands | None = None):
         return linear.linear(x, layer.kernel[...], dtype=self.dtype, operands=operands)
 
-    def _mlp(self, x: jax.Array, operands: tuple[Operands, Operands] | None) -> jax.Array:
+    def _mlp(self, x, operands: tuple[Operands, Operands] | None = None):
         if self.gated:
             return self.mlp_out(jax.nn.silu(self.mlp_in(x)) * self.mlp_value(x))
         inner, outer = self.mlp_in.kernel[...], self.mlp_out.kernel[...]
@@ -260,21 +320,118 @@ class _Transformer(nnx.Module):
     def _head(self):
         return self.embedding.embedding[...].astype(self.dtype)
 
+    def remember(
+        self,
+        tokens: jax.Array,
+        thresholds: jax.Array | None = None,
+        *,
+        loops: int | None = None,
+        ids: jax.Array | None = None,
+    ) -> Seen:
+        """What tokens behind these will see of them: where `continued` begins.
+
+        Args:
+          tokens: int `[batch, length]`.
+          thresholds: where tokens halt once they are sure, as `LoopLM.halting_logits` takes them.
+          loops: of a model that loops; None for as many as in training.
+          ids: as in a plain call.
+        """
+        (x, _), where, _ = self._embed(tokens, None, ids, None, 0)
+        enter, given = self._inference(x, loops)
+
+        def step(carry, given):
+            block, entered, shift = enter(carry[0], given)
+            seen = block.keys_and_values(*entered, where, shift)
+            stream = block(*entered, where, None, shift)
+            return self._thought(carry, self._whole(stream, None), thresholds), seen
+
+        return Seen(*jax.lax.scan(step, self._unthought(x), given)[1])
+
+    def continued(
+        self,
+        tokens: jax.Array,
+        at: jax.Array,
+        seen: Seen,
+        thresholds: jax.Array | None = None,
+        *,
+        ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Seen]:
+        """Next-token logits of one token of each row: a pass over it alone.
+
+        As a call, or `LoopLM.halting_logits`, over the whole rows gives them: no token's place
+        depends on what stands behind it, in any scheme.
+
+        Args:
+          tokens: int `[batch, length]`; what stands behind `at` is not looked at.
+          at: int32 `[batch]`, the token's place in its row.
+          seen: of all tokens before it.
+          thresholds: float, broadcastable to `[batch, length]`.
+          ids: as in a plain call, of the whole rows.
+
+        Returns:
+          float32 logits `[batch, vocabulary]`, the int32 number of blocks that the token took,
+          `[batch]`, and what is seen of it and all before it.
+        """
+        at_place = lambda of_row: jnp.take_along_axis(  # noqa: E731
+            jnp.broadcast_to(of_row, tokens.shape), at[:, None], axis=1
+        )
+        where = self._where(tokens, None, ids, None, None)
+        x = self._embedded(at_place(tokens), None if ids is None else at_place(ids), None)
+        thresholds = None if thresholds is None else at_place(thresholds)
+        depths = len(seen.keys)
+        enter, given = self._inference(x, depths)
+
+        def step(carry, given):
+            carry, seen = carry
+            depth, given = given
+            block, entered, shift = enter(carry[0], given)
+            *stream, seen = block.newest(*entered, where, at, seen, depth, shift)
+            return (self._thought(carry, self._whole(stream, None), thresholds), seen), None
+
+        carry = self._unthought(x), seen
+        ((x, _, steps), seen), _ = jax.lax.scan(step, carry, (jnp.arange(depths), given))
+        return self.readout(x)[:, 0], steps[:, 0], seen
+
+    def _unthought(self, x):
+        """Of tokens before the first block: stream, whether they have halted, blocks they took."""
+        nothing = jnp.zeros(x.shape[:-1], bool)
+        return x, nothing, nothing.astype(jnp.int32)
+
+    def _thought(self, carry, new, thresholds, rule="sure"):
+        """The same after one more block, which made the stream `new`: see `halting_logits`."""
+        x, halted, steps = carry
+        if thresholds is None:
+            return new, halted, steps + 1
+        new = jnp.where(halted[..., None], x, new)
+        if rule == "sure":
+            halts = jax.nn.softmax(self.readout(new)).max(-1) >= thresholds
+        else:
+            moved, size = ((v * v).sum(-1) for v in (new - x, new))
+            settled = looped.has_settled(moved, size, thresholds)
+            halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
+        return new, halted | halts, steps + ~halted
+
+    def _embedded(self, tokens, ids, key):
+        embedded = self.embedding(tokens)
+        if self.config.positions == "coupled-embedding":
+            offset_key = None if key is None else jax.random.fold_in(key, 0)
+            embedded += self.id_embedding(offset_ids(ids, offset_key))
+        return embedded
+
+    def _where(self, tokens, positions, ids, key, progress):
+        if self.config.positions == "learned":
+            return learned_places(self.pointer, tokens, progress)
+        places_key = None if key is None else jax.random.fold_in(key, 2)
+        return places(self.config, tokens, positions, ids, places_key)
+
     def _embed(self, tokens, positions, ids, key, depth, progress=None):
         """The stream and update before the first block, places, and keys of `depth` blocks.
 
         Of the keys, the first are those that each block takes, `[depth, 3]`, the second what drops
         each block's update where it is read, `[depth]`.
         """
-        embedded = self.embedding(tokens)
-        if self.config.positions == "learned":
-            where = learned_places(self.pointer, tokens, progress)
-        else:
-            places_key = None if key is None else jax.random.fold_in(key, 2)
-            where = places(self.config, tokens, positions, ids, places_key)
-        if self.config.positions == "coupled-embedding":
-            offset_key = None if key is None else jax.random.fold_in(key, 0)
-            embedded += self.id_embedding(offset_ids(ids, offset_key))
+        embedded = self._embedded(tokens, ids, key)
+        where = self._where(tokens, positions, ids, key, progress)
         first, keys = None, (None, None)
         if key is not None:
             first, rest = jax.random.split(key)
@@ -408,6 +565,11 @@ class GPT(_Transformer):
 
         stream, _ = _in_turn(step, stream, (weights, keys), operands)
         return stream, None if after is None else after[-1]
+
+    def _inference(self, first, loops):
+        """As of `LoopLM`; there are no loops to choose."""
+        definition, weights = nnx.split(self.blocks)
+        return lambda x, layer: (nnx.merge(definition, layer), (x, None), None), weights
 
 
 class LoopLM(_Transformer):
@@ -554,25 +716,16 @@ class LoopLM(_Transformer):
             return self.launched(
                 tokens, thresholds, rule=rule, loops=loops, positions=positions, ids=ids
             )
-        step, (state, _), inputs = self._loop(tokens, loops, positions, ids, None)
+        (x, _), where, _ = self._embed(tokens, positions, ids, None, 0)
+        enter, given = self._inference(x, loops)
 
-        def halting(carry, x):
-            state, halted, steps = carry
-            stream, _ = step((state, None), x)
-            new = jnp.where(halted[..., None], state, self._whole(stream, None))
-            steps = steps + ~halted
-            if rule == "sure":
-                halts = jax.nn.softmax(self.readout(new)).max(-1) >= thresholds
-            else:
-                moved, size = ((v * v).sum(-1) for v in (new - state, new))
-                settled = looped.has_settled(moved, size, thresholds)
-                halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
-            return (new, halted | halts, steps), None
+        def step(carry, given):
+            block, entered, shift = enter(carry[0], given)
+            stream = block(*entered, where, None, shift)
+            return self._thought(carry, self._whole(stream, None), thresholds, rule), None
 
-        nothing = jnp.zeros(tokens.shape, bool)
-        carry = (state, nothing, nothing.astype(jnp.int32))
-        (state, _, steps), _ = jax.lax.scan(halting, carry, inputs)
-        return self.readout(state), steps
+        (x, _, steps), _ = jax.lax.scan(step, self._unthought(x), given)
+        return self.readout(x), steps
 
     def launched(
         self,
@@ -648,18 +801,16 @@ class LoopLM(_Transformer):
           float32 logits `[loops, batch, length, vocabulary]` and weights of attention
           `[loops, batch, heads, length, length]`, keys last.
         """
-        _, (x, _), (shifts, _) = self._loop(tokens, loops, None, ids, None)
-        _, where, _ = self._embed(tokens, None, ids, None, 0)
-        definition, weights = nnx.split(self.block)
+        (x, _), where, _ = self._embed(tokens, None, ids, None, 0)
+        enter, given = self._inference(x, loops)
 
-        def one(state, shift):
-            block = nnx.merge(definition, weights)
-            entered = self._enter((state, None), x, None)
+        def one(x, given):
+            block, entered, shift = enter(x, given)
             looked = block.attention_weights(*entered, where, shift)
-            state = self._whole(block(*entered, where, None, shift), None)
-            return state, (self.readout(state), looked)
+            x = self._whole(block(*entered, where, None, shift), None)
+            return x, (self.readout(x), looked)
 
-        return jax.lax.scan(one, x, shifts)[1]
+        return jax.lax.scan(one, x, given)[1]
 
     def _loop(self, tokens, loops, positions, ids, key, progress=None):
         """One loop as a scan's step over the stream, the first stream, and what each loop is given.
@@ -668,7 +819,6 @@ class LoopLM(_Transformer):
         """
         loops = self.loops if loops is None else loops
         stream, where, keys = self._embed(tokens, positions, ids, key, loops, progress)
-        index = jnp.minimum(jnp.arange(loops), self.steps - 1)
         first = stream[0]
         definition, weights = nnx.split(self.block)
 
@@ -677,7 +827,30 @@ class LoopLM(_Transformer):
             block = nnx.merge(definition, weights)
             return block(*self._enter(stream, first, key), where, key, shift, operands), after
 
-        return step, stream, (self.step_embedding(index), keys)
+        return step, stream, (self._steps(loops), keys)
+
+    def _inference(self, first, loops):
+        """How a stream goes through the model block by block.
+
+        Args:
+          first: the embedded input.
+          loops: None for as many as in training.
+
+        Returns:
+          A function of a whole stream and what a block is given, and what all are given: it gives
+          the block, the stream as that takes it, in two parts, and the shift.
+        """
+        definition, weights = nnx.split(self.block)
+
+        def enter(x, shift):
+            return nnx.merge(definition, weights), self._enter((x, None), first, None), shift
+
+        return enter, self._steps(loops)
+
+    def _steps(self, loops):
+        """The step embedding of each loop, float32 `[loops, width]`."""
+        index = jnp.arange(self.loops if loops is None else loops)
+        return self.step_embedding(jnp.minimum(index, self.steps - 1))
 
     def _enter(self, stream, first, key):
         """The stream as a loop's block takes it, and what is still to be added to it.

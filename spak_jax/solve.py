@@ -31,25 +31,25 @@ def solve(trained: evaluate.Trained, asked: list[tuple[int, ...]]) -> list[Answe
       trained: the model.
       asked: operands of each problem.
     """
-    problems, task = addition.problems_from_integers(asked), trained.config.data.task
-    tokens, answer = addition.render(problems, addition.text_length(problems.digits, task), task)
+    task = trained.config.data.task
+    prompts = [addition.problem_text(numbers, task).partition("=")[0] + "=" for numbers in asked]
+    digits = max(len(str(number)) for numbers in asked for number in numbers)
+    length = addition.text_length(digits, task)
+    tokens = np.array([addition.encode(prompt.ljust(length, "\n")) for prompt in prompts], np.int32)
+    starts = np.array([len(prompt) for prompt in prompts], np.int32)
     looped = isinstance(trained.config.model, LoopedModel)
-    run = evaluate.forward(trained.config)
 
     @jax.jit
     def written(weights, prompt, prompt_length):
-        return evaluate.generate(run, weights, prompt, prompt_length)[0]
+        tokens, _ = evaluate.writer(trained.config)(weights, prompt, prompt_length)
+        if not looped:
+            return tokens, None
+        return tokens, evaluate.forward(trained.config, halt=True)(weights, tokens)[1]
 
-    @jax.jit
-    def loops_taken(weights, tokens):
-        return evaluate.forward(trained.config, halt=True)(weights, tokens)[1]
-
-    starts = np.asarray(answer.argmax(-1))
-    generated = written(trained.weights, tokens, starts)
-    loops = np.asarray(loops_taken(trained.weights, generated)) if looped else None
+    generated, loops = jax.device_get(written(trained.weights, tokens, starts))
     answers = []
     for row, start in enumerate(starts):
-        digits = addition.decode(np.asarray(generated[row, start:])).partition("\n")[0]
+        digits = addition.decode(generated[row, start:]).partition("\n")[0]
         # The token before each digit is the one that chose it.
         taken = loops[row, start - 1 : start - 1 + len(digits)].tolist() if looped else []
         answers.append(Answer(digits[::-1], taken[::-1]))

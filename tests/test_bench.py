@@ -13,6 +13,7 @@ from pallas_kernels import compile
 from spak_jax import (
     addition,
     checkpoint,
+    generation_bench,
     inference_bench,
     model,
     profiling,
@@ -61,6 +62,39 @@ def test_inference_is_timed(tiny, monkeypatch, capsys):
     # 12 width^2 weights of 4 bytes in a block.
     assert results["weight_bytes_a_loop"] == 12 * 16**2 * 4
     assert json.loads(json.dumps(results)) == results
+
+
+@pytest.mark.parametrize("kind", ["loop", "gpt"])
+def test_generation_is_timed(kind, tmp_path, monkeypatch):
+    sizes = {"MANY": (3, 2, 12), "ONE": (1, 2, 12), "LONG_DIGITS": 7, "ROUNDS": 3}
+    for name, value in sizes.items():
+        monkeypatch.setattr(generation_bench, name, value)
+    depth = "layers = 3" if kind == "gpt" else "loops = 3"
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY.replace('"loop"', f'"{kind}"').replace("loops = 3", depth))
+    file = tmp_path / "times.json"
+    result = run_program("spak_jax.bench", config, "--generation", "--json", file)
+    assert result.returncode == 0, result.stderr
+    assert "caches (taken)" in result.stdout
+    results = json.loads(file.read_text())
+    assert results["device"] == "cpu" and results["dtype"] == "float32"
+    shapes = [(case["rows"], case["digits"], case["length"]) for case in results["cases"]]
+    assert shapes == [(3, 2, 12), (1, 2, 12), (1, 7, 32)]
+    for case in results["cases"]:
+        assert set(case["missing"]) == {generation_bench.LAUNCHED}
+        for name in (generation_bench.CACHES, generation_bench.SCANNED):
+            times = case["milliseconds"][name]
+            assert 0 < times["low"] <= times["median"] <= times["high"]
+            expected = case["tokens"] / times["median"] * 1e3
+            assert case["tokens_a_second"][name] == pytest.approx(expected)
+    # Each sum of two digits takes two or three, and a newline.
+    assert 3 * 3 <= results["cases"][0]["tokens"] <= 3 * 4
+
+
+def test_generation_is_not_estimated(tiny_toml):
+    words = "spak_jax.bench", tiny_toml, "--generation"
+    assert_refused(run_program(*words, "--target", "h100"), "--target", "--generation")
+    assert_refused(run_program(*words, "--attention", "xla"), "--attention", "--generation")
 
 
 def test_only_what_loops_has_inference_timed():

@@ -1,6 +1,7 @@
 """Scoring: teacher forcing is generation, lengths and intervals are right, bad input is refused."""
 
 import contextlib
+import functools
 import json
 import random
 
@@ -13,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spak_jax import addition, checkpoint, evaluate, model
+from spak_jax import addition, checkpoint, evaluate, generation, model
 from spak_jax import train as training
 from spak_jax.command_line import InputError
 from spak_jax.solve import solve
@@ -44,7 +45,8 @@ def test_teacher_forcing_equals_generation(strength, salt):
     weights, run = (problems, salt), erring_model(strength)
     batch = addition.problem_rows(problems, LENGTH - 1)
     forced, forced_steps = evaluate._teacher_forced(run, weights, batch)
-    decoded, decoded_steps = evaluate._decoded(run, weights, batch)
+    write = functools.partial(generation.generate, generation.recomputing(run))
+    decoded, decoded_steps = evaluate._decoded(write, weights, batch)
     assert (forced == decoded).all()
     # Where a generation went wrong it read other text from there on, and so did the counts.
     np.testing.assert_array_equal(forced_steps[forced], decoded_steps[decoded])
@@ -66,23 +68,6 @@ def test_decoding_a_trained_model_equals_teacher_forcing(half_trained, halt):
     assert 0.05 < outcomes[0].correct.mean() < 0.999
     steps = outcomes[0].steps
     assert (steps == 3).all() if not halt else 1 <= steps.mean() < 3
-
-
-def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
-    """A model that always says 7, then newline after two of them."""
-    tokens = jnp.array([addition.encode("1+2=" + "9" * 6), addition.encode("11+2=" + "9" * 5)])
-
-    def run(weights, tokens):
-        sevens = (tokens == addition.ZERO + 7).cumsum(-1)
-        chosen = jnp.where(sevens < 2, addition.ZERO + 7, addition.NEWLINE)
-        return jax.nn.one_hot(chosen, 13), sevens
-
-    written, loops = evaluate.generate(run, None, tokens, jnp.array([4, 5]))
-    assert [addition.decode(row) for row in np.asarray(written)] == [
-        "1+2=77\n\n\n\n",
-        "11+2=77\n\n\n",
-    ]
-    assert loops[0].tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 0]
 
 
 def test_scores_do_not_depend_on_how_many_are_scored_together(half_trained):
@@ -270,6 +255,19 @@ def test_long_rows_are_scored_a_few_at_a_time():
         rows = evaluate.rows_per_call(length)
         assert rows >= 1 and rows & (rows - 1) == 0
         assert rows == 1 or rows * length**2 <= evaluate.SCORES_PER_CALL
+
+
+def test_decoding_takes_no_more_rows_than_caches_hold(half_trained, monkeypatch):
+    trained = evaluate.load(half_trained)
+    problems = addition.sample_exact(jax.random.key(2), 1, 50)
+    whole, few = (evaluate.Settings((1,), 50, 0, decode=True, loops=loops) for loops in (3, 4))
+    assert evaluate.Scorer(trained, whole)._rows_per_call(16) == evaluate.ROWS_PER_CALL
+    # Of 4 loops, keys and values of 20 rows of 17 tokens, 32 wide: a power of two of them.
+    monkeypatch.setattr(generation, "CACHED_NUMBERS", 2 * 4 * 20 * 17 * 32)
+    scorer = evaluate.Scorer(trained, few)
+    assert scorer._rows_per_call(16) == 16
+    forced = evaluate.Scorer(trained, evaluate.Settings((1,), 50, 0, loops=4))(problems)
+    assert (scorer(problems).correct == forced.correct).all()
 
 
 @pytest.mark.parametrize("task", ["subtraction", "three-operands"])

@@ -1,0 +1,162 @@
+"""Greedy generation: answers written token by token, for a batch of prompts of any lengths.
+
+Two ways give the same tokens. With caches, one pass over the prompts keeps what later tokens see of
+them, the keys and values of every block or loop, and each token then takes a pass over itself
+alone. Recomputing, each token takes a pass over the whole rows. `takes_caches` chooses.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spak_jax import addition, model
+from spak_jax.config import Architecture, Config, LoopedModel
+
+# The most numbers that caches hold: 1 GiB in float32.
+CACHED_NUMBERS = 2**28
+
+
+class Way(NamedTuple):
+    """How the next token of each row is found.
+
+    prepare: a function of weights and int32 tokens `[rows, length]`; what it gives is handed on
+    from token to token. following: a function of weights, tokens, int32 `at`, `[rows]`, and what
+    was handed on; gives the float32 logits `[rows, vocabulary]` behind the token at that place of
+    each row, the int32 loops `[rows]` that token took, and what is handed on. `at` moves on by
+    one from call to call, and prompts end at the first.
+    """
+
+    prepare: Callable
+    following: Callable
+
+
+def with_caches(
+    config: Config, *, loops: int | None = None, thresholds: Callable | None = None
+) -> Way:
+    """Keeps what later tokens see of earlier ones.
+
+    Args:
+      config: of the model.
+      loops: of a model that loops; None for as many as in training.
+      thresholds: of tokens `[rows, length]`, where each token halts once it is sure; None for
+        never.
+    """
+    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    told = lambda tokens: {  # noqa: E731
+        "ids": addition.coupled_ids(tokens),
+        "thresholds": None if thresholds is None else thresholds(tokens),
+    }
+
+    def prepare(weights, tokens):
+        return nnx.merge(definition, weights).remember(tokens, loops=loops, **told(tokens))
+
+    def following(weights, tokens, at, seen):
+        network = nnx.merge(definition, weights)
+        logits, blocks, seen = network.continued(tokens, at, seen, **told(tokens))
+        # A stack has no loops.
+        return logits, blocks if isinstance(network, model.LoopLM) else 0 * blocks, seen
+
+    return Way(prepare, following)
+
+
+def recomputing(run: Callable) -> Way:
+    """Runs a model over the whole rows for each token.
+
+    Args:
+      run: a function of weights and tokens `[rows, length]` that gives logits
+        `[rows, length, vocabulary]` and loops `[rows, length]`.
+    """
+
+    def following(weights, tokens, at, nothing):
+        rows = jnp.arange(len(tokens))
+        logits, taken = run(weights, tokens)
+        return logits[rows, at], taken[rows, at], nothing
+
+    return Way(lambda weights, tokens: (), following)
+
+
+def generate(
+    way: Way, weights: Any, prompt: jax.Array, prompt_length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Writes until each row has its newline or the buffer ends.
+
+    Args:
+      way: how.
+      weights: of the model.
+      prompt: int32 `[rows, length]`, texts up to and with `=`; what follows them is ignored.
+      prompt_length: int32 `[rows]`, at least 1.
+
+    Returns:
+      int32 tokens `[rows, length]`, newlines after each answer, and int32 loops `[rows, length]`
+      that the token before each took to choose it.
+    """
+    rows, length = jnp.arange(len(prompt)), prompt.shape[1]
+    tokens = jnp.where(jnp.arange(length) < prompt_length[:, None], prompt, addition.NEWLINE)
+
+    def going_on(carry):
+        return ~carry[-1].all()
+
+    def step(carry):
+        tokens, steps, at, memory, done = carry
+        logits, taken, memory = way.following(weights, tokens, at, memory)
+        # What is chosen behind the newline or the buffer's end goes nowhere.
+        place = jnp.where(done, length, at + 1)
+        chosen = logits.argmax(-1).astype(tokens.dtype)
+        tokens = tokens.at[rows, place].set(chosen, mode="drop")
+        steps = steps.at[rows, place].set(taken, mode="drop")
+        at = jnp.minimum(at + 1, length - 1)
+        return tokens, steps, at, memory, done | (chosen == addition.NEWLINE) | (at + 1 == length)
+
+    memory = way.prepare(weights, tokens)
+    full = prompt_length >= length
+    carry = (tokens, jnp.zeros_like(tokens), prompt_length - 1, memory, full)
+    tokens, steps, *_ = jax.lax.while_loop(going_on, step, carry)
+    return tokens, steps
+
+
+def fastest(
+    config: Config,
+    run: Callable,
+    *,
+    loops: int | None = None,
+    thresholds: Callable | None = None,
+) -> Callable:
+    """`generate` for a model, its first argument chosen by what is faster.
+
+    Args:
+      config: of the model.
+      run: as `recomputing` takes it, of the same model, loops and thresholds.
+      loops, thresholds: as `with_caches` takes them.
+
+    Returns:
+      A pure function of weights, prompt and prompt_length.
+    """
+    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+
+    def write(weights, prompt, prompt_length):
+        caches = takes_caches(nnx.merge(definition, weights), prompt, loops)
+        way = with_caches(config, loops=loops, thresholds=thresholds)
+        return generate(way if caches else recomputing(run), weights, prompt, prompt_length)
+
+    return write
+
+
+def takes_caches(network: model.GPT | model.LoopLM, prompt: jax.Array, loops: int | None) -> bool:
+    """Whether caches are the faster way for such rows on the device at hand, and not too large.
+
+    On a CPU they always are (`spak_jax.bench --generation`). On a GPU, where that has not been run,
+    all loops in one launch are taken to be where inference takes them.
+    """
+    launched = isinstance(network, model.LoopLM) and network.goes_in_one_launch(prompt)
+    rows, length = prompt.shape
+    return not launched and rows <= most_rows(network.config, length, loops)
+
+
+def most_rows(architecture: Architecture, length: int, loops: int | None) -> int:
+    """Rows of so many tokens whose caches are not too large."""
+    looped = isinstance(architecture, LoopedModel)
+    depth = (loops or architecture.loops) if looped else architecture.layers
+    return CACHED_NUMBERS // (2 * depth * length * architecture.width)

@@ -1,0 +1,148 @@
+"""How fast a model writes answers: with caches, and recomputing in one launch or block by block.
+
+`python -m spak_jax.bench CONFIG --generation`: many problems at once, one alone, and one long one
+where the configuration is scored on such. Weights are initial ones, on which times do not depend;
+what they would write they never learned to end, so every way writes the true answers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.table import Table
+
+from pallas_kernels import timing
+from spak_jax import addition, evaluate, generation, model
+from spak_jax.command_line import console
+from spak_jax.config import Config, LoopedModel
+
+# Problems, their digits, and tokens of a row.
+MANY, ONE = (128, 12, 64), (1, 12, 64)
+LONG_DIGITS = 100
+ROUNDS = 5
+CACHES = "caches"
+LAUNCHED, SCANNED = "recomputing, one launch", "recomputing, block by block"
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Times of every way that runs here."""
+    cases = [MANY, ONE]
+    if LONG_DIGITS in config.evaluation.digits:
+        cases.append((1, LONG_DIGITS, evaluate.padded_length(LONG_DIGITS, config.data.task)))
+    return {
+        **evaluate.where_and_when(),
+        "dtype": model.compute_dtype(config.model.dtype).name,
+        "cases": [_timed(config, *case) for case in cases],
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """A table for people: for each way a row of each case."""
+    table = Table("problems", "way", "ms", "quartiles", "tokens/s")
+    for case in results["cases"]:
+        for name, times in case["milliseconds"].items():
+            table.add_row(
+                f"{case['rows']} of {case['digits']} digits, rows of {case['length']} tokens",
+                name + (" (taken)" if name == case["taken"] else ""),
+                f"{times['median']:.2f}",
+                f"{times['low']:.2f} to {times['high']:.2f}",
+                f"{case['tokens_a_second'][name]:,.0f}",
+            )
+    console.print(table)
+    console.print(f"{results['config']}, {results['dtype']} on {results['device']}")
+    missing = {
+        (name, reason): case["length"]
+        for case in reversed(results["cases"])
+        for name, reason in case["missing"].items()
+    }
+    for (name, reason), length in missing.items():
+        console.print(f"no {name}, rows of {length} tokens and more: {reason}")
+
+
+def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any]:
+    """Quartiles of the milliseconds that answers take by each way, taking turns."""
+    problems = addition.sample_exact(jax.random.key(1), digits, rows, config.data.task)
+    text, answer = addition.render(problems, length, config.data.task)
+    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0))
+    programs, missing = {}, {}
+    for name, make in {CACHES: _caches, LAUNCHED: _launched, SCANNED: _scanned}.items():
+        way = make(config, network, text)
+        if isinstance(way, str):
+            missing[name] = way
+        else:
+            programs[name] = _program(way, nnx.state(network), text, answer)
+    milliseconds = {
+        name: dict(zip(("low", "median", "high"), (1e3 * x for x in values), strict=True))
+        for name, values in timing.medians(programs, ROUNDS).items()
+    }
+    written = int(answer.sum())
+    recomputing = SCANNED if LAUNCHED in missing else LAUNCHED
+    return {
+        "rows": rows,
+        "digits": digits,
+        "length": length,
+        "tokens": written,
+        "taken": CACHES if generation.takes_caches(network, text, None) else recomputing,
+        "milliseconds": milliseconds,
+        "tokens_a_second": {
+            name: written / times["median"] * 1e3 for name, times in milliseconds.items()
+        },
+        "missing": missing,
+    }
+
+
+def _program(way: generation.Way, weights, text, answer) -> timing.Program:
+    """A program that writes the answers once, compiled."""
+
+    def following(given, tokens, at, memory):
+        weights, text = given
+        logits, taken, memory = way.following(weights, tokens, at, memory)
+        # The logits still decide, for all that the compiler knows.
+        truth = jax.nn.one_hot(text[jnp.arange(len(text)), at + 1], logits.shape[-1])
+        return logits + 1e9 * truth, taken, memory
+
+    true = generation.Way(lambda given, tokens: way.prepare(given[0], tokens), following)
+
+    @jax.jit
+    def write(given, prompt, prompt_length):
+        return generation.generate(true, given, prompt, prompt_length)[0]
+
+    given = ((weights, text), text, answer.argmax(-1))
+    executable = write.lower(*given).compile()
+    return timing.Program(lambda: jax.block_until_ready(executable(*given)), 1)
+
+
+# Each is the way of that name, or why there is none.
+
+
+def _caches(config: Config, network, text) -> generation.Way:
+    return generation.with_caches(config)
+
+
+def _launched(config: Config, network, text) -> generation.Way | str:
+    if not isinstance(config.model, LoopedModel):
+        return "a stack of blocks has no loops"
+    if jax.default_backend() != "gpu":
+        return "no GPU that it is for"
+    if not network.fits_one_launch(text):
+        return "no program holds such rows"
+    return _recomputing(network, lambda network, **told: network.launched(**told)[0])
+
+
+def _scanned(config: Config, network, text) -> generation.Way:
+    # Asked for an implementation of attention, the model does not take one launch.
+    attention = "pallas" if jax.default_backend() == "gpu" else None
+    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0), attention)
+    return _recomputing(network, lambda network, **told: network(**told))
+
+
+def _recomputing(network, call: Callable) -> generation.Way:
+    definition = nnx.graphdef(network)
+
+    def run(weights, tokens):
+        told = {"tokens": tokens, "ids": addition.coupled_ids(tokens)}
+        return call(nnx.merge(definition, weights), **told), jnp.zeros(tokens.shape, jnp.int32)
+
+    return generation.recomputing(run)

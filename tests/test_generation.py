@@ -1,0 +1,220 @@
+"""Generation: caches say what recomputing says, in every scheme, and what is done is done."""
+
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import build, make_config, random_weights
+
+from spak_jax import addition, evaluate, generation, model
+from spak_jax.config import BIASED, Architecture
+
+SCHEMES = get_args(Architecture.model_fields["positions"].annotation)
+ROWS, LENGTH = 4, 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Models this small need no fast code; what is compared must not be rounded to bfloat16."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.default_matmul_precision("highest"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def config_of(scheme, kind):
+    """Every switch of the architecture is on in one of the two kinds, where there is one."""
+    depth = {"layers": 3, "mlp": "swiglu"}
+    if kind == "loop":
+        depth = {"loops": 4, "inject_input": True, "normalize_state": scheme != "rope"}
+    windowed = {"window": True, "clip": 2} if scheme in BIASED and kind == "loop" else {}
+    return make_config(kind=kind, positions=scheme, **depth, **windowed)
+
+
+def weights_of(config):
+    return nnx.state(build(config, random_weights(config)))
+
+
+def ways_of(config, halt=False):
+    """Caches, and recomputing."""
+    thresholds = thresholds_of if halt else None
+    return [
+        generation.with_caches(config, thresholds=thresholds),
+        generation.recomputing(run_of(config) if halt else evaluate.forward(config)),
+    ]
+
+
+def thresholds_of(tokens):
+    """Some tokens halt at once, some later, some never; a token's own symbol decides."""
+    return 0.6 + 0.04 * tokens
+
+
+def run_of(config):
+    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    return lambda weights, tokens: nnx.merge(definition, weights).halting_logits(
+        tokens, thresholds_of(tokens), ids=addition.coupled_ids(tokens)
+    )
+
+
+def reading(way):
+    """A program that reads a text on from each row's prompt, token by token: what is said there."""
+
+    @jax.jit
+    def read(weights, text, prompt_length):
+        def upto(at):
+            return jnp.where(jnp.arange(LENGTH) <= at[:, None], text, addition.NEWLINE)
+
+        def step(carry, _):
+            at, memory = carry
+            logits, taken, memory = way.following(weights, upto(at), at, memory)
+            return (jnp.minimum(at + 1, LENGTH - 1), memory), (logits, taken)
+
+        at = prompt_length - 1
+        memory = way.prepare(weights, upto(at))
+        return jax.lax.scan(step, (at, memory), length=LENGTH)[1]
+
+    return read
+
+
+def drawn(seed):
+    """Texts, some of them problems and some nonsense, and prompts of different lengths."""
+    random = np.random.default_rng(seed)
+    text = random.integers(0, addition.VOCABULARY_SIZE, (ROWS, LENGTH))
+    problems = addition.sample_exact(jax.random.key(seed), 4, ROWS // 2)
+    text[: ROWS // 2] = addition.render(problems, LENGTH)[0]
+    return jnp.asarray(text, jnp.int32), jnp.asarray(random.integers(1, LENGTH + 1, ROWS))
+
+
+@functools.cache
+def programs(scheme, kind, halt=False):
+    config = config_of(scheme, kind)
+    ways = ways_of(config, halt)
+    return (
+        weights_of(config),
+        [reading(way) for way in ways],
+        [jax.jit(functools.partial(generation.generate, way)) for way in ways],
+    )
+
+
+def assert_both_say_the_same(scheme, kind, seed, halt=False):
+    weights, readers, writers = programs(scheme, kind, halt)
+    text, prompt_length = drawn(seed)
+    (logits, taken), (expected, expected_taken) = (
+        read(weights, text, prompt_length) for read in readers
+    )
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(taken, expected_taken)
+    for ours, theirs in zip(
+        *(write(weights, text, prompt_length) for write in writers), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    return taken
+
+
+@pytest.mark.parametrize("kind", ["loop", "gpt"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_caches_say_what_recomputing_says(scheme, kind, seed):
+    assert_both_say_the_same(scheme, kind, seed)
+
+
+@pytest.mark.parametrize("scheme", ["rope", "coupled-bias"])
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_halted_tokens_are_seen_as_they_halted(scheme, seed):
+    taken = assert_both_say_the_same(scheme, "loop", seed, halt=True)
+    assert taken.min() == 1 and taken.max() == 4
+
+
+def test_a_bfloat16_cache_is_as_near_as_recomputing():
+    exact = config_of("rope", "gpt")
+    rounded = exact.model_copy(
+        update={"model": exact.model.model_copy(update={"dtype": "bfloat16"})}
+    )
+    text, prompt_length = drawn(0)
+    weights = weights_of(exact)
+    truth, _ = reading(ways_of(exact)[1])(weights, text, prompt_length)
+    ours, theirs = (
+        np.linalg.norm(reading(way)(weights, text, prompt_length)[0] - truth)
+        for way in ways_of(rounded)
+    )
+    assert 0 < ours < 1.5 * theirs < 0.2 * np.linalg.norm(truth)
+
+
+def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
+    """A model that always says 7, then newline after two of them."""
+    tokens = jnp.array([addition.encode("1+2=" + "9" * 6), addition.encode("11+2=" + "9" * 5)])
+
+    def run(weights, tokens):
+        sevens = (tokens == addition.ZERO + 7).cumsum(-1)
+        chosen = jnp.where(sevens < 2, addition.ZERO + 7, addition.NEWLINE)
+        return jax.nn.one_hot(chosen, 13), sevens
+
+    written, loops = generation.generate(
+        generation.recomputing(run), None, tokens, jnp.array([4, 5])
+    )
+    assert [addition.decode(row) for row in np.asarray(written)] == [
+        "1+2=77\n\n\n\n",
+        "11+2=77\n\n\n",
+    ]
+    assert loops[0].tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 0]
+
+
+def saying(texts):
+    """A way that writes what it is told, and keeps count of the tokens."""
+    calls = []
+
+    def following(weights, tokens, at, memory):
+        jax.debug.callback(lambda: calls.append(1))
+        chosen = jnp.asarray(texts)[jnp.arange(len(tokens)), at + 1]
+        return jax.nn.one_hot(chosen, addition.VOCABULARY_SIZE), at, memory
+
+    return generation.Way(lambda weights, tokens: (), following), calls
+
+
+def test_generation_ends_with_the_last_row():
+    texts = [addition.encode(text.ljust(30, "\n")) for text in ("1+2=3\n777", "99+1=001\n", "1+1=")]
+    way, calls = saying(texts)
+    prompt_length = jnp.array([4, 5, 30])
+    written, at = generation.generate(way, None, jnp.array(texts), prompt_length)
+    jax.effects_barrier()
+    # `001` and its newline; the row that is full asks for nothing.
+    assert len(calls) == 4
+    assert [addition.decode(row).rstrip("\n") for row in np.asarray(written)] == [
+        "1+2=3",
+        "99+1=001",
+        "1+1=",
+    ]
+    assert at[0].tolist() == [0, 0, 0, 0, 3, 4, *[0] * 24] and not at[2].any()
+
+
+def test_generation_ends_with_the_buffer():
+    texts = jnp.full((2, 9), addition.ZERO + 7)
+    way, calls = saying(texts)
+    written, _ = generation.generate(way, None, texts, jnp.array([3, 8]))
+    jax.effects_barrier()
+    assert (written == texts).all() and len(calls) == 6
+
+
+@pytest.mark.parametrize("way_taken", ["caches", "one launch", "too large"])
+def test_which_way_is_taken(way_taken, monkeypatch):
+    config = config_of("rope", "loop")
+    network = build(config, random_weights(config))
+    numbers = 2 * 4 * ROWS * LENGTH * 32
+    if way_taken == "one launch":
+        monkeypatch.setattr(model.LoopLM, "goes_in_one_launch", lambda self, tokens: True)
+    too_few = numbers - 1 if way_taken == "too large" else numbers
+    monkeypatch.setattr(generation, "CACHED_NUMBERS", too_few)
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+    assert generation.takes_caches(network, tokens, None) == (way_taken == "caches")
+    assert not generation.takes_caches(network, tokens, 5)
+    assert generation.most_rows(config.model, LENGTH, 1) >= ROWS
+    gpt = config_of("rope", "gpt")
+    assert generation.most_rows(gpt.model, LENGTH, None) == too_few // (2 * 3 * LENGTH * 32)
