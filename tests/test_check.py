@@ -158,7 +158,7 @@ def test_evidence_that_cannot_be_used_is_refused_by_the_name_of_the_fact(tmp_pat
         ("parametrs < 1", ["the-law", "no quantity parametrs", "parameters"]),
         ("model.depth < 1", ["no quantity model.depth", "model.loops"]),
         ("target.colour < 1", ["no quantity target.colour", "memory"]),
-        ("kernel.mlp.registers < 1", ["no quantity kernel.mlp", "attention"]),
+        ("kernel.embedding.registers < 1", ["no quantity kernel.embedding", "attention"]),
         ("kernel.gelu.colour < 1", ["registers"]),
         ('compared["gpt12"].parameters < 1', ["system.compared_with"]),
         ("system.name < 1", ["no quantity system.name"]),
