@@ -134,25 +134,20 @@ def fastest(
     Returns:
       A pure function of weights, prompt and prompt_length.
     """
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
 
     def write(weights, prompt, prompt_length):
-        caches = takes_caches(nnx.merge(definition, weights), prompt, loops)
+        caches = takes_caches(config.model, prompt.shape, loops)
         way = with_caches(config, loops=loops, thresholds=thresholds)
         return generate(way if caches else recomputing(run), weights, prompt, prompt_length)
 
     return write
 
 
-def takes_caches(network: model.GPT | model.LoopLM, prompt: jax.Array, loops: int | None) -> bool:
-    """Whether caches are the faster way for such rows on the device at hand, and not too large.
-
-    On a CPU they always are (`spak_jax.bench --generation`). On a GPU, where that has not been run,
-    all loops in one launch are taken to be where inference takes them.
-    """
-    launched = isinstance(network, model.LoopLM) and network.goes_in_one_launch(prompt)
-    rows, length = prompt.shape
-    return not launched and rows <= most_rows(network.config, length, loops)
+def takes_caches(architecture: Architecture, shape: tuple[int, int], loops: int | None) -> bool:
+    """Whether rows of a shape, their number and length, are written with caches: they are the
+    faster way (`spak_jax.bench --generation`) unless they are too large."""
+    rows, length = shape
+    return rows <= most_rows(architecture, length, loops)
 
 
 def most_rows(architecture: Architecture, length: int, loops: int | None) -> int:

@@ -84,7 +84,7 @@ def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any
         "digits": digits,
         "length": length,
         "tokens": written,
-        "taken": CACHES if generation.takes_caches(network, text, None) else recomputing,
+        "taken": CACHES if generation.takes_caches(config.model, text.shape, None) else recomputing,
         "milliseconds": milliseconds,
         "tokens_a_second": {
             name: written / times["median"] * 1e3 for name, times in milliseconds.items()

@@ -15,7 +15,8 @@ What is unusual here:
 - Halting runs the loops of the model that was trained, position information included, and only
   freezes what has been decided.
 - On a GPU, short rows of narrow models go through all loops of inference in one launch
-  (`pallas_kernels.looped`).
+  (`pallas_kernels.looped`), and training makes the gradients of all blocks' matrices in one launch
+  each (`pallas_kernels.linear`).
 """
 
 from typing import NamedTuple
@@ -48,8 +49,6 @@ from spak_jax.positions import (
 
 INIT_STD = 0.02
 EPSILON = 1e-5
-# Up to this width one launch is faster than loop by loop (`spak_jax.bench --inference` on an H100).
-WIDEST_LAUNCHED = 128
 
 
 class BlockOperands(NamedTuple):
@@ -610,7 +609,7 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
-        if key is None and self.goes_in_one_launch(tokens):
+        if key is None and self.fits_one_launch(tokens):
             return self.launched(tokens, loops=loops, positions=positions, ids=ids)[0]
         step, stream, inputs = self._loop(tokens, loops, positions, ids, key)
         stream, after = jax.lax.scan(step, stream, inputs)
@@ -712,7 +711,7 @@ class LoopLM(_Transformer):
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
-        if self.goes_in_one_launch(tokens):
+        if self.fits_one_launch(tokens):
             return self.launched(
                 tokens, thresholds, rule=rule, loops=loops, positions=positions, ids=ids
             )
@@ -772,13 +771,10 @@ class LoopLM(_Transformer):
             normalize_state=self.config.normalize_state,
         )
 
-    def goes_in_one_launch(self, tokens: jax.Array) -> bool:
-        """Whether inference takes one launch for such rows: where it fits and is the fastest."""
-        return self.config.width <= WIDEST_LAUNCHED and self.fits_one_launch(tokens)
-
     def fits_one_launch(self, tokens: jax.Array) -> bool:
-        """Whether `launched` holds such rows on the device at hand; asked for an implementation of
-        attention, the model runs its loops one by one."""
+        """Whether inference takes one launch for such rows: where a program holds them, which is
+        then the fastest (`spak_jax.bench --inference`). Asked for an implementation of attention,
+        the model runs its loops one by one."""
         config, block = self.config, self.block
         return block.attention is None and looped.takes(
             tokens.shape[1],

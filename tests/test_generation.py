@@ -203,18 +203,14 @@ def test_generation_ends_with_the_buffer():
     assert (written == texts).all() and len(calls) == 6
 
 
-@pytest.mark.parametrize("way_taken", ["caches", "one launch", "too large"])
-def test_which_way_is_taken(way_taken, monkeypatch):
-    config = config_of("rope", "loop")
-    network = build(config, random_weights(config))
+@pytest.mark.parametrize("fits", [True, False])
+def test_caches_are_taken_unless_they_are_too_large(fits, monkeypatch):
+    config, gpt = config_of("rope", "loop").model, config_of("rope", "gpt").model
     numbers = 2 * 4 * ROWS * LENGTH * 32
-    if way_taken == "one launch":
-        monkeypatch.setattr(model.LoopLM, "goes_in_one_launch", lambda self, tokens: True)
-    too_few = numbers - 1 if way_taken == "too large" else numbers
-    monkeypatch.setattr(generation, "CACHED_NUMBERS", too_few)
-    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
-    assert generation.takes_caches(network, tokens, None) == (way_taken == "caches")
-    assert not generation.takes_caches(network, tokens, 5)
-    assert generation.most_rows(config.model, LENGTH, 1) >= ROWS
-    gpt = config_of("rope", "gpt")
-    assert generation.most_rows(gpt.model, LENGTH, None) == too_few // (2 * 3 * LENGTH * 32)
+    monkeypatch.setattr(generation, "CACHED_NUMBERS", numbers if fits else numbers - 1)
+    assert generation.takes_caches(config, (ROWS, LENGTH), None) == fits
+    assert not generation.takes_caches(config, (ROWS, LENGTH), 5)
+    assert generation.most_rows(config, LENGTH, 1) >= ROWS
+    assert generation.most_rows(gpt, LENGTH, None) == (numbers - (not fits)) // (
+        2 * 3 * LENGTH * 32
+    )

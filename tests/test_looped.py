@@ -190,9 +190,6 @@ def test_models_take_it_on_a_gpu_where_it_applies(monkeypatch):
     assert network(texts(2, 64)) == "logits"
     assert network.halting_logits(texts(3, 64), jnp.zeros(())) == ("logits", "steps")
     assert taken == [(2, 64), (3, 64)]
-    # Wider models are faster loop by loop.
-    monkeypatch.setattr(model, "WIDEST_LAUNCHED", network.config.width - 1)
-    assert network.fits_one_launch(texts(2, 64)) and not network.goes_in_one_launch(texts(2, 64))
 
 
 def test_shapes_that_no_program_holds_are_named():
