@@ -32,7 +32,7 @@ def candidates() -> list[LoopedCase]:
     return [
         LoopedCase(shape, settings=_settings(*sizes))
         for shape in SHAPES
-        for sizes in itertools.product((32, 64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3))
+        for sizes in itertools.product((32, 64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3, 4))
         if _leaves_room(shape, *sizes)
     ]
 

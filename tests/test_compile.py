@@ -133,9 +133,10 @@ def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
         platforms=["cuda"],
         disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
     )(*arguments)
-    # Forward, and backward in one kernel or in two.
-    backward = getattr(case, "backward", True)
-    assert exported.mlir_module().count(TRITON) in ((2, 3) if backward else (1,))
+    # Forward, and backward in one kernel or in two; an MLP's two products, and four backward.
+    backward, operation = getattr(case, "backward", True), getattr(case, "operation", None)
+    expected = (6,) if operation == "mlp" else (2, 3) if backward else (1,)
+    assert exported.mlir_module().count(TRITON) in expected
 
 
 @pytest.mark.parametrize(
