@@ -68,6 +68,10 @@ def test_kernels_drop_and_sum_over_devices_as_on_one(found):
     assert max(found["kernels"]["differences"]) < 1e-5
 
 
+def test_gradients_made_at_once_are_those_of_one_device(found):
+    assert max(found["gradients_at_once"]["differences"]) < 1e-5
+
+
 def test_too_few_devices_are_told(found):
     assert "parallel.data = 16" in found["too_many"]["refused"]
     assert "there are 8" in found["too_many"]["refused"]
