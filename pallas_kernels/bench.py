@@ -216,10 +216,7 @@ def measure(
         missing[TORCH] = str(reason)
     except Exception as error:
         missing[TORCH] = _limit(error)
-    microseconds = {
-        name: dict(zip(("low", "median", "high"), (1e6 * x for x in values), strict=True))
-        for name, values in timing.medians(programs, rounds).items()
-    }
+    microseconds = timing.quartiles(programs, rounds, 1e6)
     examples = [name for name in microseconds if name.startswith(EXAMPLE)]
     for name in sorted(examples, key=lambda name: microseconds[name]["median"])[1:]:
         del microseconds[name]

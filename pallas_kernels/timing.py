@@ -133,6 +133,18 @@ def medians(programs: dict[str, Program], rounds: int) -> dict[str, tuple[float,
     return {name: tuple(statistics.quantiles(values, n=4)) for name, values in seconds.items()}
 
 
+def quartiles(
+    programs: dict[str, Program], rounds: int, units_a_second: float
+) -> dict[str, dict[str, float]]:
+    """`medians` by name, `low`, `median` and `high`, in units such as milliseconds (1e3)."""
+    return {
+        name: dict(
+            zip(("low", "median", "high"), (units_a_second * x for x in values), strict=True)
+        )
+        for name, values in medians(programs, rounds).items()
+    }
+
+
 def copy_speed() -> float:
     """Bytes a second, read and written, of a copy of 1 GiB on the GPU at hand."""
     x = jnp.zeros(2**28, jnp.float32)

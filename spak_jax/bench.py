@@ -228,10 +228,7 @@ def _milliseconds(runs: dict[str, Callable[[int], None]]) -> dict[str, dict[str,
         pace = (time.perf_counter() - start) / 2
         count = max(1, min(round(SECONDS_A_ROUND / pace), LONGEST_ROUND))
         programs[name] = timing.Program(functools.partial(run, count), count)
-    return {
-        name: dict(zip(("low", "median", "high"), (1e3 * x for x in values), strict=True))
-        for name, values in timing.medians(programs, ROUNDS).items()
-    }
+    return timing.quartiles(programs, ROUNDS, 1e3)
 
 
 def _training_steps(config: Config, attention: str) -> tuple[Callable[[int], None], int]:

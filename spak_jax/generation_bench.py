@@ -73,10 +73,7 @@ def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any
             missing[name] = way
         else:
             programs[name] = _program(way, nnx.state(network), text, answer)
-    milliseconds = {
-        name: dict(zip(("low", "median", "high"), (1e3 * x for x in values), strict=True))
-        for name, values in timing.medians(programs, ROUNDS).items()
-    }
+    milliseconds = timing.quartiles(programs, ROUNDS, 1e3)
     written = int(answer.sum())
     recomputing = SCANNED if LAUNCHED in missing else LAUNCHED
     return {

@@ -154,10 +154,7 @@ def _timed(config: Config, rows: int, loops: int, passes: int) -> dict[str, Any]
     for name in (LAUNCHED, SCANNED, PLAIN):
         made = _program(config, name, rows, loops, passes)
         (missing if isinstance(made, str) else programs)[name] = made
-    milliseconds = {
-        name: dict(zip(("low", "median", "high"), (1e3 * x for x in values), strict=True))
-        for name, values in timing.medians(programs, ROUNDS).items()
-    }
+    milliseconds = timing.quartiles(programs, ROUNDS, 1e3)
     return {
         "rows": rows,
         "length": LENGTH,
