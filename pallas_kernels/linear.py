@@ -134,15 +134,6 @@ def mlp(
     return _mlp(flat, inner, outer, operands, _options(dtype, operands)).reshape(x.shape)
 
 
-def gradients(operands: Sequence[Operands]) -> jax.Array:
-    """The product of every pair of operands of one size, all in one launch.
-
-    Returns:
-      float32 `[pairs, parts, inputs, outputs]`: sums over parts of the tokens, to be added up.
-    """
-    return weight_gradients(*zip(*operands, strict=True), interpret=not targets.on_gpu())
-
-
 def _options(dtype, operands) -> _Options:
     return _Options(jnp.dtype(dtype).name, operands is not None, not targets.on_gpu())
 
@@ -196,7 +187,8 @@ def _of_matrix(x, d_y, options: _Options):
     """The gradient of a matrix that made y of x, and the operands of it: one of the two."""
     if options.deferred:
         return None, Operands(x, d_y)
-    return weight_gradients([x], [d_y], interpret=options.interpret).sum((0, 1)), None
+    pair = Operands(x, d_y)
+    return gradients([pair], interpret=options.interpret).sum((0, 1)), None
 
 
 def product(a: jax.Array, b: jax.Array, *, transpose_b: bool = False, interpret: bool) -> jax.Array:
@@ -267,8 +259,18 @@ def _times_kernel(total, by_ref, out_ref):
     plgpu.store(out_ref, (total * by).astype(out_ref.dtype))
 
 
-def weight_gradients(xs: Sequence, d_ys: Sequence, *, interpret: bool) -> jax.Array:
-    """As `gradients`: xs are `[tokens, inputs]`, d_ys as many `[tokens, outputs]`."""
+def gradients(operands: Sequence[Operands], *, interpret: bool | None = None) -> jax.Array:
+    """The product of every pair of operands of one size, all in one launch.
+
+    Args:
+      operands: the pairs.
+      interpret: whether the kernel is interpreted; None where there is no GPU.
+
+    Returns:
+      float32 `[pairs, parts, inputs, outputs]`: sums over parts of the tokens, to be added up.
+    """
+    interpret = not targets.on_gpu() if interpret is None else interpret
+    xs, d_ys = map(list, zip(*operands, strict=True))
     (count, inputs), outputs = xs[0].shape, d_ys[0].shape[1]
     cut = GRADIENT._replace(
         block_rows=math.gcd(GRADIENT.block_rows, inputs),
@@ -298,7 +300,7 @@ def weight_gradients(xs: Sequence, d_ys: Sequence, *, interpret: bool) -> jax.Ar
         compiler_params=_compiler_params(cut),
         interpret=interpret,
         name="weight_gradients",
-    )(list(xs), list(d_ys))
+    )(xs, d_ys)
 
 
 def _gradients_kernel(x_refs, d_y_refs, out_ref, *, cut: Tile):

@@ -52,11 +52,12 @@ EPSILON = 1e-5
 
 
 class BlockOperands(NamedTuple):
-    """Of the gradients of a block's matrices; None asks for the gradient itself (`linear`)."""
+    """Of the gradients of a block's matrices, as `Block.matrices` gives these."""
 
-    qkv: Operands | None = None
-    attention_out: Operands | None = None
-    mlp: tuple[Operands, Operands] | None = None
+    qkv: Operands
+    attention_out: Operands
+    mlp_in: Operands
+    mlp_out: Operands
 
 
 class Seen(NamedTuple):
@@ -146,9 +147,8 @@ class Block(nnx.Module):
         """
         batch, length, width = x.shape
         keys = (None, None, None) if key is None else key
-        asked = BlockOperands() if operands is None else operands
         x, normed = self._add_and_norm(x, update, self.norm1, keys[0], shift)
-        qkv = self._linear(normed, self.qkv, asked.qkv)
+        qkv = self._linear(normed, self.qkv, operands and operands.qkv)
         mixed = attention(
             qkv.reshape(batch, length, 3, self.heads, -1),
             positions=where.turned_by,
@@ -160,31 +160,29 @@ class Block(nnx.Module):
             implementation=self.attention,
         )
         mixed = mixed.reshape(batch, length, width)
-        mixed = self._linear(mixed, self.attention_out, asked.attention_out)
+        mixed = self._linear(mixed, self.attention_out, operands and operands.attention_out)
         x, normed = self._add_and_norm(x, mixed, self.norm2, keys[2])
-        return x, self._mlp(normed, asked.mlp)
+        return x, self._mlp(normed, operands and operands[2:])
 
     def no_operands(self, tokens: int) -> BlockOperands | None:
         """What to ask for operands with, for so many tokens; None where there is nothing to ask."""
-        width, hidden = self.mlp_in.kernel.shape[-2:]
-        sizes = (width, 3 * width), (width, width), (width, hidden), (hidden, width)
+        sizes = [matrix.shape[-2:] for matrix in self.matrices()]
         if self.gated or not all(linear.takes(tokens, *size, self.dtype) for size in sizes):
             return None
-        qkv, attention_out, *mlp = (linear.no_operands(tokens, *size, self.dtype) for size in sizes)
-        return BlockOperands(qkv, attention_out, tuple(mlp))
+        return BlockOperands(*(linear.no_operands(tokens, *size, self.dtype) for size in sizes))
 
-    def add_gradients(self, operands: list[BlockOperands], looped: bool) -> None:
+    def add_gradients(self, operands: list[BlockOperands]) -> None:
         """To this block, whose weights are gradients, adds those that are still to be made.
 
-        Args:
-          operands: of each loop, or of each layer of a stack.
-          looped: whether all are of the same weights.
+        operands: of each loop; of a stack, whose matrices have an axis for them, of each layer.
         """
-        qkv, attention_out, mlp = zip(*operands, strict=True)
-        of_each = (qkv, attention_out, *zip(*mlp, strict=True))
+        for matrix, pairs in zip(self.matrices(), zip(*operands, strict=True), strict=True):
+            matrix[...] += linear.gradients(pairs).sum((0, 1) if matrix.ndim == 2 else 1)
+
+    def matrices(self) -> tuple[nnx.Param, ...]:
+        """Those that every kind of block has."""
         layers = self.qkv, self.attention_out, self.mlp_in, self.mlp_out
-        for layer, pairs in zip(layers, of_each, strict=True):
-            layer.kernel[...] += linear.gradients(pairs).sum((0, 1) if looped else 1)
+        return tuple(layer.kernel for layer in layers)
 
     def keys_and_values(self, x, update, where: Places, shift=None) -> tuple[jax.Array, jax.Array]:
         """What later tokens see of these in this block.
@@ -451,14 +449,14 @@ class _Transformer(nnx.Module):
             dropout_key=key,
         )
 
-    def _gradients_at_once(self, block: Block, tokens, given):
+    def _gradients_at_once(self, name: str, depth: int, tokens, given):
         """`self._losses(tokens, *given)`, whose gradient makes those of all blocks' matrices in one
         launch each, where kernels are for the batch.
 
-        Nothing is told of the gradients of `given`: they are 0.
+        The blocks are the attribute `name`, gone through `depth` times. Nothing is told of the
+        gradients of `given`: they are 0.
         """
-        looped = isinstance(self, LoopLM)
-        none = block.no_operands(tokens.size)
+        none = getattr(self, name).no_operands(tokens.size)
         if none is None:
             return self._losses(tokens, *given)
         definition, weights = nnx.split(self)
@@ -471,14 +469,12 @@ class _Transformer(nnx.Module):
             def asking(weights, operands):
                 return nnx.merge(definition, weights)._losses(tokens, *given, operands)
 
-            depth = self.loops if looped else self.layers
             return jax.vjp(asking, weights, [none] * depth)
 
         def backward(pull, d_losses):
             d_weights, operands = pull(d_losses)
             gradients = nnx.merge(definition, d_weights)
-            of_block = gradients.block if looped else gradients.blocks
-            of_block.add_gradients(operands, looped)
+            getattr(gradients, name).add_gradients(operands)
             return nnx.state(gradients), None, None
 
         losses.defvjp(forward, backward)
@@ -544,7 +540,7 @@ class GPT(_Transformer):
         by; the rest as in a plain call.
         """
         given = targets, weights, ids, key, progress
-        return self._gradients_at_once(self.blocks, tokens, given)
+        return self._gradients_at_once("blocks", self.layers, tokens, given)
 
     def _losses(self, tokens, targets, weights, ids, key, progress, operands=None):
         """`supervised_losses`, and operands as of a block, of each layer."""
@@ -644,7 +640,7 @@ class LoopLM(_Transformer):
           float32 `[loops - loops // 2]`: weighted sums of the cross-entropies.
         """
         given = targets, weights, ids, key, progress
-        return self._gradients_at_once(self.block, tokens, given)
+        return self._gradients_at_once("block", self.loops, tokens, given)
 
     def _losses(self, tokens, targets, weights, ids, key, progress, operands=None):
         """`supervised_losses`, and operands as of a block, of each loop."""
