@@ -211,6 +211,5 @@ def test_caches_are_taken_unless_they_are_too_large(fits, monkeypatch):
     assert generation.takes_caches(config, (ROWS, LENGTH), None) == fits
     assert not generation.takes_caches(config, (ROWS, LENGTH), 5)
     assert generation.most_rows(config, LENGTH, 1) >= ROWS
-    assert generation.most_rows(gpt, LENGTH, None) == (numbers - (not fits)) // (
-        2 * 3 * LENGTH * 32
-    )
+    of_a_row = 2 * 3 * LENGTH * 32
+    assert generation.most_rows(gpt, LENGTH, None) == (numbers - (not fits)) // of_a_row
