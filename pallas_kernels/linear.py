@@ -9,7 +9,8 @@ Three things are done that XLA leaves undone:
   GPU, and has to be cut along its sum and added up again.
 - Nothing is tried out while compiling, as XLA does with its own products.
 
-Tiles are whole: sizes that are no multiples of them are left to XLA.
+Tiles are whole: sizes that are no multiples of them are left to XLA, as are those that it is faster
+at.
 """
 
 import functools
@@ -26,6 +27,10 @@ from pallas_kernels import activation, targets, tile
 
 # What every side must be a multiple of, and the longest: longer ones are large enough for cuBLAS.
 NARROWEST, LONGEST = 64, 1024
+# Tokens up to which kernels are taken, and up to which, those of all seeds together, they make
+# plain products, too. On an H200 XLA's own products are faster at 16,384 tokens, its whole block at
+# 32,768.
+MOST_TOKENS, MOST_OF_A_PRODUCT = 2**14, 2**13
 
 
 class Tile(NamedTuple):
@@ -42,10 +47,12 @@ class Tile(NamedTuple):
 
 
 # All fit the 99 KiB of shared memory that a block of the smallest target has. Chosen by time on an
-# H100 and an H200 at 8,192 tokens of 256 channels, where other tiles, and programs that follow one
-# another along columns first, made little difference.
-PRODUCT = Tile(128, 128, 64, num_warps=8, num_stages=3)
-GELU = Tile(64, 256, 32, num_warps=8, num_stages=4)
+# H200 at 8,192 tokens of 256 channels, for one seed and five side by side. Small tiles let one
+# program's GELU run beside another's product; long sums (from `DEEP_FROM` on) want more stages.
+PRODUCT = Tile(128, 128, 64, num_warps=4, num_stages=2)
+DEEP, DEEP_FROM = Tile(64, 128, 64, num_warps=4, num_stages=4), 512
+GELU = Tile(64, 64, 64, num_warps=4, num_stages=3)
+TIMES = Tile(64, 128, 64, num_warps=4, num_stages=2)
 GRADIENT = Tile(128, 128, 64, num_warps=4, num_stages=3)
 # Programs that keep every multiprocessor busy with gradients of weights.
 ENOUGH_PROGRAMS = 96
@@ -77,7 +84,7 @@ class _Options(NamedTuple):
 def takes(tokens: int, inputs: int, outputs: int, dtype) -> bool:
     """Whether the kernels are for a product of such sizes on the device at hand."""
     whole = all(size % NARROWEST == 0 and size <= LONGEST for size in (inputs, outputs))
-    whole = whole and tokens % PRODUCT.block_rows == 0
+    whole = whole and tokens % PRODUCT.block_rows == 0 and tokens <= MOST_TOKENS
     return whole and targets.kernels_run() and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
@@ -193,7 +200,31 @@ def _of_matrix(x, d_y, options: _Options):
 
 def product(a: jax.Array, b: jax.Array, *, transpose_b: bool = False, interpret: bool) -> jax.Array:
     """`a @ b`, or `a @ b.T`, in the dtype of a: `[rows, inner]` times `[inner, columns]`."""
-    return _call(_product_kernel, "product", PRODUCT, a, b, (), transpose_b, 1, interpret)[0]
+    return _product(transpose_b, interpret)(a, b)
+
+
+@functools.cache
+def _product(transpose_b: bool, interpret: bool):
+    """`product` of two arrays. Several seeds side by side are enough work for XLA's own."""
+
+    def of_seeds(count):
+        def run(a, b):
+            if count * len(a) > MOST_OF_A_PRODUCT:
+                return a @ (b.T if transpose_b else b)
+            deep = a.shape[1] >= DEEP_FROM
+            name, cut = ("deep_product", DEEP) if deep else ("product", PRODUCT)
+            return _call(_product_kernel, name, cut, a, b, (), transpose_b, 1, interpret)[0]
+
+        return run
+
+    alone = jax.custom_batching.custom_vmap(of_seeds(1))
+
+    @alone.def_vmap
+    def together(count, batched, a, b):
+        axes = tuple(0 if each else None for each in batched)
+        return jax.vmap(of_seeds(count), axes)(a, b), True
+
+    return alone
 
 
 def gelu_product(a: jax.Array, b: jax.Array, *, slopes: bool, interpret: bool) -> list[jax.Array]:
@@ -204,22 +235,23 @@ def gelu_product(a: jax.Array, b: jax.Array, *, slopes: bool, interpret: bool) -
 
 def product_times(a: jax.Array, b: jax.Array, by: jax.Array, *, interpret: bool) -> jax.Array:
     """`(a @ b.T) * by`, in the dtype of a."""
-    return _call(_times_kernel, "product_times", PRODUCT, a, b, (by,), True, 1, interpret)[0]
+    return _call(_times_kernel, "product_times", TIMES, a, b, (by,), True, 1, interpret)[0]
 
 
 def _call(kernel, name, cut: Tile, a, b, beside, transpose_b: bool, outputs: int, interpret: bool):
     """A kernel over all tiles of a product; `beside` and the outputs are cut as the product is."""
     (count, inner), columns = a.shape, b.shape[0 if transpose_b else 1]
     cut = cut._replace(block_columns=math.gcd(cut.block_columns, columns))
-    made = pl.BlockSpec((cut.block_rows, cut.block_columns), lambda i, j: (i, j))
+    # Programs that share rows follow one another: what they read of `a` is still in the cache.
+    made = pl.BlockSpec((cut.block_rows, cut.block_columns), lambda j, i: (i, j))
     if transpose_b:
-        right = pl.BlockSpec((cut.block_columns, inner), lambda i, j: (j, 0))
+        right = pl.BlockSpec((cut.block_columns, inner), lambda j, i: (j, 0))
     else:
-        right = pl.BlockSpec((inner, cut.block_columns), lambda i, j: (0, j))
+        right = pl.BlockSpec((inner, cut.block_columns), lambda j, i: (0, j))
     return pl.pallas_call(
         lambda a_ref, b_ref, *refs: kernel(_sum(a_ref, b_ref, cut, transpose_b), *refs),
-        grid=(count // cut.block_rows, columns // cut.block_columns),
-        in_specs=[pl.BlockSpec((cut.block_rows, inner), lambda i, j: (i, 0)), right]
+        grid=(columns // cut.block_columns, count // cut.block_rows),
+        in_specs=[pl.BlockSpec((cut.block_rows, inner), lambda j, i: (i, 0)), right]
         + [made] * len(beside),
         out_specs=[made] * outputs,
         out_shape=[jax.ShapeDtypeStruct((count, columns), a.dtype)] * outputs,

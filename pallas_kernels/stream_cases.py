@@ -18,7 +18,7 @@ OPERATIONS = {
     "add_and_score": ("add_and_score_forward", "add_and_score_backward"),
     "gelu": ("gelu_forward", "gelu_backward"),
     "linear": ("product", "weight_gradients"),
-    "mlp": ("gelu_product", "product_times"),
+    "mlp": ("gelu_product", "deep_product", "product_times"),
 }
 # Those that are for some widths only, and the narrowest and widest.
 WIDTHS = {

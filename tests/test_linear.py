@@ -94,7 +94,10 @@ def test_a_training_step_has_the_same_gradients(name, taken):
         np.testing.assert_allclose(one, other, atol=2e-6 + 2e-5 * float(jnp.abs(other).max()))
 
 
-def test_seeds_side_by_side_have_their_own_gradients():
+@pytest.mark.parametrize("most", [2**13, 0])
+def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
+    """Whether their products are kernels or XLA's."""
+    monkeypatch.setattr(linear, "MOST_OF_A_PRODUCT", most)
     config = small("loop12", "model.loops=2")
     draw = drawer(0)
     weights = nnx.state(model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0)))
