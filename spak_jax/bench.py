@@ -251,11 +251,12 @@ def _scoring_passes(config: Config) -> Callable[[int], None]:
     one = one_by_one(config)[0]
     trained = evaluate.Trained(one, initial_state(one).weights, 0)
     scorer = evaluate.Scorer(trained, evaluate.Settings((SCORED_DIGITS,), 1, 0))
-    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, _scored_rows())
+    rows = _scored_rows()
+    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, rows)
 
     def run(count: int) -> None:
-        for _ in range(count):
-            scorer(problems)
+        # All in one call, as in `evaluate`: batches are prepared while others are scored.
+        scorer(jax.tree.map(lambda x: np.resize(x, (count * rows, *x.shape[1:])), problems))
 
     return run
 
