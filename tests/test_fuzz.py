@@ -1,5 +1,7 @@
 """Fuzzing: the readers stand it for a while, and a reader that does not is found."""
 
+from pathlib import Path
+
 import pytest
 
 from spak_jax import fuzz
@@ -19,7 +21,8 @@ def test_a_reader_takes_or_refuses(name):
     ("harm", "said"),
     [
         (lambda text, folder: int("x"), "ValueError"),
-        (lambda text, folder: (folder.parent / "elsewhere").read_bytes(), "it did open"),
+        (lambda text, folder: Path("/etc/passwd").read_bytes(), "it did open"),
+        (lambda text, folder: refusing(folder.parent / "elsewhere"), "it did open"),
     ],
 )
 def test_what_a_reader_must_not_do_is_found_with_the_smallest_input(monkeypatch, harm, said):
@@ -33,6 +36,14 @@ def test_what_a_reader_must_not_do_is_found_with_the_smallest_input(monkeypatch,
     monkeypatch.setitem(fuzz.READERS, "odd", reader)
     found = fuzz.fuzz("odd", 200, seed=1)
     assert said in found.broken and "'aaa'" in found.broken
+
+
+def refusing(path):
+    """Looks for a file where no reader may look, and refuses its input as there is none."""
+    try:
+        path.read_bytes()
+    except OSError as error:
+        raise InputError(str(error)) from None
 
 
 def test_a_refusal_is_one_line(monkeypatch):
