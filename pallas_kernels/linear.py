@@ -200,31 +200,24 @@ def _of_matrix(x, d_y, options: _Options):
 
 def product(a: jax.Array, b: jax.Array, *, transpose_b: bool = False, interpret: bool) -> jax.Array:
     """`a @ b`, or `a @ b.T`, in the dtype of a: `[rows, inner]` times `[inner, columns]`."""
-    return _product(transpose_b, interpret)(a, b)
-
-
-@functools.cache
-def _product(transpose_b: bool, interpret: bool):
-    """`product` of two arrays. Several seeds side by side are enough work for XLA's own."""
-
-    def of_seeds(count):
-        def run(a, b):
-            if count * len(a) > MOST_OF_A_PRODUCT:
-                return a @ (b.T if transpose_b else b)
-            deep = a.shape[1] >= DEEP_FROM
-            name, cut = ("deep_product", DEEP) if deep else ("product", PRODUCT)
-            return _call(_product_kernel, name, cut, a, b, (), transpose_b, 1, interpret)[0]
-
-        return run
-
-    alone = jax.custom_batching.custom_vmap(of_seeds(1))
+    made = functools.partial(_product_of_seeds, transpose_b=transpose_b, interpret=interpret)
+    alone = jax.custom_batching.custom_vmap(functools.partial(made, 1))
 
     @alone.def_vmap
-    def together(count, batched, a, b):
+    def together(seeds, batched, a, b):
         axes = tuple(0 if each else None for each in batched)
-        return jax.vmap(of_seeds(count), axes)(a, b), True
+        return jax.vmap(functools.partial(made, seeds), axes)(a, b), True
 
-    return alone
+    return alone(a, b)
+
+
+def _product_of_seeds(seeds: int, a, b, *, transpose_b: bool, interpret: bool) -> jax.Array:
+    """`product` of one of so many seeds side by side: several are enough work for XLA's own."""
+    if seeds * len(a) > MOST_OF_A_PRODUCT:
+        return a @ (b.T if transpose_b else b)
+    deep = a.shape[1] >= DEEP_FROM
+    name, cut = ("deep_product", DEEP) if deep else ("product", PRODUCT)
+    return _call(_product_kernel, name, cut, a, b, (), transpose_b, 1, interpret)[0]
 
 
 def gelu_product(a: jax.Array, b: jax.Array, *, slopes: bool, interpret: bool) -> list[jax.Array]:

@@ -22,7 +22,10 @@ FORWARD_NUMBERS_A_PROGRAM, FORWARD_NUM_WARPS = 2048, 8
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def run_kernels(x, update, scale, shift, seed, options: Options):
-    """The new stream and its norm; of x, update `[rows, width]` and `reference.dropout_words`."""
+    """The new stream and its norm; of x, update `[rows, width]` and `reference.dropout_words`.
+
+    What `options` says of programs is of the way back.
+    """
     return _forward(x, update, scale, shift, seed, options)[0]
 
 
