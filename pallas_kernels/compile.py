@@ -49,7 +49,7 @@ from pallas_kernels.shapes import (
     parse_shape,
 )
 from pallas_kernels.stream_cases import DROPOUT, STREAM_CASES, StreamCase
-from pallas_kernels.targets import TARGETS
+from pallas_kernels.targets import TARGETS, compiling_for
 from pallas_kernels.tile import Extras, Options, table_dtype
 
 # Bytes that a thread may store for want of registers, which hold 1,020 of them. A quarter of that
@@ -57,6 +57,9 @@ from pallas_kernels.tile import Extras, Options, table_dtype
 # on the smallest target, beside their tiles. What is more goes out to L2, every time.
 MOST_SPILLED = 256
 CLIP = 15
+# XLA writes out a kernel's code only where it is asked for since JAX 0.11. All else it could write
+# of a kernel is hundreds of megabytes.
+WRITTEN_OUT = {"xla_dump_emitter_re": "ptx"}
 # The products of matrices on Hopper, on data-centre Blackwell, and on all other chips.
 TENSOR_CORE_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 # Each takes a core and some 400 MB.
@@ -395,7 +398,9 @@ def _compiled(target: str, case: AnyCase, assembler: str) -> list[Report]:
     arguments = placed(arguments, target)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        jax.jit(function).lower(*arguments).compile(compiler_options={"xla_dump_to": folder})
+        with compiling_for(target):
+            lowered = jax.jit(function).lower(*arguments)
+        lowered.compile(compiler_options=WRITTEN_OUT | {"xla_dump_to": folder})
         seconds = time.perf_counter() - start
         shared_memory = dict(_launches(Path(folder)))
         code = dict(_entries(Path(folder)))

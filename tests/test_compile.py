@@ -128,11 +128,12 @@ def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
 )
 def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
     function, arguments = aot.program(case, target)
-    exported = export.export(
-        jax.jit(function),
-        platforms=["cuda"],
-        disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
-    )(*arguments)
+    with targets.compiling_for(target):
+        exported = export.export(
+            jax.jit(function),
+            platforms=["cuda"],
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
+        )(*arguments)
     # Forward, and backward in one kernel or in two; an MLP's two products, and four backward.
     backward, operation = getattr(case, "backward", True), getattr(case, "operation", None)
     expected = (6,) if operation == "mlp" else (2, 3) if backward else (1,)
