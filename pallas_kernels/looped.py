@@ -313,6 +313,7 @@ def _extras(positions, ids, bias_table, length, options: Options, dtype, packed)
     cos = sin = segment_ids = None
     if positions is not None:
         tables = reference.rope_tables(jnp.atleast_2d(positions), heads.head_dim)
+        tables = (_padded(table, (*table.shape[:2], heads.padded_half)) for table in tables)
         cos, sin = (
             packed(table if len(table) > 1 else jnp.repeat(table, heads.length // length, axis=0))
             for table in (table.astype(tile.table_dtype(dtype)) for table in tables)

@@ -104,10 +104,10 @@ def run_kernels(x, update, scale, table, wanted, weights, seed, options: Options
 def _forward(x, update, scale, table, wanted, weights, seed, options):
     block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
     stream, scores = rows.call(
-        functools.partial(_forward_kernel, options=options),
+        functools.partial(_forward_kernel, options=options, vocabulary=len(table)),
         "add_and_score_forward",
         options,
-        in_specs=[block, block, *map(rows.whole_spec, (scale, table)), scalars, scalars]
+        in_specs=[block, block, *_specs(scale, table, options), scalars, scalars]
         + [rows.whole_spec(seed)],
         out_specs=[block, pl.BlockSpec((1,), lambda i: (i,))],
         out_shape=[
@@ -121,15 +121,15 @@ def _forward(x, update, scale, table, wanted, weights, seed, options):
 
 def _forward_kernel(
     x_ref, update_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
-    stream_ref, score_ref, *, options,
+    stream_ref, score_ref, *, options, vocabulary,
 ):  # fmt: skip
     update = rows.dropped(rows.load(update_ref, options), seed_ref, options)
     x = rows.load(x_ref, options) + update
     rows.store(stream_ref, x, options)
     normed, _ = rows.normed(x, options)
-    head = _load_table(table_ref, options)
+    head = _load_table(table_ref, vocabulary, options)
     scaled = normed * rows.load_channels(scale_ref, options)
-    logits = _logits(scaled.astype(head.dtype), head, table_ref)
+    logits = _logits(scaled.astype(head.dtype), head, vocabulary)
     right, weight = _load_wanted(wanted_ref, weights_ref, head.shape[0], options)
     largest = logits.max(axis=1)
     entropy = largest + jnp.log(jnp.exp(logits - largest[:, None]).sum(axis=1))
@@ -143,18 +143,16 @@ def _backward(options, saved, gradients):
     block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
     vocabulary = len(table)
     d_x, d_update, d_scale, d_table = rows.call(
-        functools.partial(_backward_kernel, options=options),
+        functools.partial(_backward_kernel, options=options, vocabulary=vocabulary),
         "add_and_score_backward",
         options,
         in_specs=[block, block, pl.BlockSpec((1,), lambda i: (0,))]
-        + [*map(rows.whole_spec, (scale, table)), scalars, scalars, rows.whole_spec(seed)],
+        + [*_specs(scale, table, options), scalars, scalars, rows.whole_spec(seed)],
         out_specs=[
             block,
             block,
             rows.sums_spec(options, 1),
-            pl.BlockSpec(
-                (None, pl.next_power_of_2(vocabulary), options.padded_width), lambda i: (i, 0, 0)
-            ),
+            pl.BlockSpec((None, _padded(vocabulary), options.padded_width), lambda i: (i, 0, 0)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct(stream.shape, stream.dtype),
@@ -169,21 +167,21 @@ def _backward(options, saved, gradients):
 
 def _backward_kernel(
     stream_ref, d_stream_ref, d_score_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
-    d_x_ref, d_update_ref, d_scale_ref, d_table_ref, *, options,
+    d_x_ref, d_update_ref, d_scale_ref, d_table_ref, *, options, vocabulary,
 ):  # fmt: skip
     stream, d_stream = (rows.load(ref, options) for ref in (stream_ref, d_stream_ref))
     normed, deviation = rows.normed(stream, options)
-    head = _load_table(table_ref, options)
+    head = _load_table(table_ref, vocabulary, options)
     scale = rows.load_channels(scale_ref, options)
     scaled = (normed * scale).astype(head.dtype)
-    logits = _logits(scaled, head, table_ref)
+    logits = _logits(scaled, head, vocabulary)
     right, weight = _load_wanted(wanted_ref, weights_ref, head.shape[0], options)
     odds = jnp.exp(logits - logits.max(axis=1)[:, None])
     probability = odds / odds.sum(axis=1)[:, None]
     d_logits = (probability - jnp.where(right, 1.0, 0.0)) * (weight * d_score_ref[0])[:, None]
     d_logits = d_logits.astype(head.dtype)
     d_table = tile.dot(d_logits, scaled, transpose_a=True)
-    mask = (jnp.arange(head.shape[0]) < table_ref.shape[0])[:, None]
+    mask = (jnp.arange(head.shape[0]) < vocabulary)[:, None]
     mask = jnp.broadcast_to(mask & rows.channels(options)[None, :], head.shape)
     plgpu.store(
         d_table_ref.at[pl.ds(0, head.shape[0]), pl.ds(0, options.padded_width)], d_table, mask=mask
@@ -199,18 +197,26 @@ def _backward_kernel(
 run_kernels.defvjp(_forward, _backward)
 
 
-def _load_table(ref, options: Options):
+def _specs(scale, table, options: Options) -> list[pl.BlockSpec]:
+    """What every program reads of the norm's scale and of the table."""
+    width = options.padded_width
+    return [rows.whole_spec(scale, width), rows.whole_spec(table, _padded(len(table)), width)]
+
+
+def _padded(vocabulary: int) -> int:
+    """Rows of a table on the chip: a power of two that tensor cores accept."""
+    return max(tile.NARROWEST, pl.next_power_of_2(vocabulary))
+
+
+def _load_table(ref, vocabulary: int, options: Options):
     """`[padded vocabulary, padded width]`, zero beyond the real ones."""
-    vocabulary, _ = ref.shape
-    tokens = max(tile.NARROWEST, pl.next_power_of_2(vocabulary))
-    mask = (jnp.arange(tokens) < vocabulary)[:, None] & rows.channels(options)[None, :]
-    source = ref.at[pl.ds(0, tokens), pl.ds(0, options.padded_width)]
-    return plgpu.load(source, mask=mask, other=0)
+    mask = (jnp.arange(len(ref)) < vocabulary)[:, None] & rows.channels(options)[None, :]
+    return plgpu.load(ref, mask=mask, other=0)
 
 
-def _logits(scaled, head, table_ref):
+def _logits(scaled, head, vocabulary: int):
     logits = tile.dot(scaled, head, transpose_b=True)
-    real = (jnp.arange(head.shape[0]) < table_ref.shape[0])[None, :]
+    real = (jnp.arange(head.shape[0]) < vocabulary)[None, :]
     return jnp.where(real, logits, tile.MASKED)
 
 

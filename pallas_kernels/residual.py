@@ -42,7 +42,9 @@ def _forward(x, update, scale, shift, seed, options):
         in_specs=[
             block,
             None if update is None else block,
-            *map(rows.whole_spec, (scale, shift, seed)),
+            rows.whole_spec(scale, options.padded_width),
+            rows.whole_spec(shift, options.padded_width),
+            rows.whole_spec(seed),
         ],
         out_specs=[block if changed else None, block],
         out_shape=[
@@ -77,7 +79,13 @@ def _backward(options, saved, gradients):
         functools.partial(_backward_kernel, options=options),
         "add_and_norm_backward",
         options,
-        in_specs=[block, block, block, *map(rows.whole_spec, (scale, seed))],
+        in_specs=[
+            block,
+            block,
+            block,
+            rows.whole_spec(scale, options.padded_width),
+            rows.whole_spec(seed),
+        ],
         out_specs=[block, block if updated else None, rows.sums_spec(options, count)],
         out_shape=[
             jax.ShapeDtypeStruct(stream.shape, stream.dtype),

@@ -21,10 +21,11 @@ class Target:
     """One GPU product.
 
     chip: in words. known_as: the name of a chip of the same capability that Pallas knows.
-    capability: compute capability, major and minor. multiprocessors: their number. shared_memory: bytes that one block can ask for at most. shared_memory_per_core: bytes
-    of a multiprocessor. threads_per_core: that a multiprocessor can hold. l2, memory: bytes.
-    bandwidth: of the memory, bytes a second. clock_ghz: boost clock. products: dense bfloat16
-    products on the tensor cores with sums in float32, operations a second.
+    capability: compute capability, major and minor. multiprocessors: their number. shared_memory:
+    bytes that one block can ask for at most. shared_memory_per_core: bytes of a multiprocessor.
+    threads_per_core: that a multiprocessor can hold. l2, memory: bytes. bandwidth: of the memory,
+    bytes a second. clock_ghz: boost clock. products: dense bfloat16 products on the tensor cores
+    with sums in float32, operations a second.
     """
 
     chip: str
@@ -165,7 +166,9 @@ def _absent(name: str) -> jax.sharding.AbstractMesh:
     device = jax.sharding.AbstractDevice(
         device_kind=TARGETS[name].known_as, num_cores=None, platform="gpu"
     )
-    return jax.sharding.AbstractMesh((1,), ("gpu",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+    return jax.sharding.AbstractMesh(
+        (1,), ("gpu",), (jax.sharding.AxisType.Auto,), abstract_device=device
+    )
 
 
 # Whether programs are traced as where there are no kernels.
