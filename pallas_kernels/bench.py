@@ -29,6 +29,7 @@ from rich.table import Table
 
 from pallas_kernels import attention, timing
 from pallas_kernels.shapes import LONG, TRAINING, Shape, parse_shape
+from pallas_kernels.targets import expect_no_libraries
 
 # The quickstart's shape is no work for a GPU.
 SHAPES = tuple(shape for shape in TRAINING + LONG if shape.head_dim >= 32)
@@ -274,6 +275,7 @@ def table(results: dict) -> Table:
 
 
 def main() -> None:
+    expect_no_libraries()
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
     parser.add_argument("--shape", type=parse_shape, action="append", help="BxTxHxD; repeatable")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")

@@ -7,6 +7,7 @@ clocks of the products: as named beside each.
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -143,6 +144,20 @@ def name_of(capability: str) -> str | None:
         if target.capability == (int(major), int(minor)):
             return name
     return MOST_CAUTIOUS
+
+
+# By any of these JAX takes it that there is a GPU of NVIDIA's.
+DEVICE_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+
+
+def expect_no_libraries() -> None:
+    """For a program, before it uses JAX: where there is no GPU, its libraries are not missed.
+
+    JAX's plugin is also installed to compile for absent GPUs. Without one JAX leaves it alone, but
+    not before it has looked for cuDNN and printed a traceback because that is not there.
+    """
+    if not any(map(os.path.exists, DEVICE_FILES)):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 # The chip that is compiled for, where it is not the one at hand.

@@ -44,7 +44,7 @@ from pallas_kernels import (
 from pallas_kernels.design_space import Declared
 from pallas_kernels.laws import LawError
 from pallas_kernels.shapes import Shape
-from pallas_kernels.targets import TARGETS, target_at_hand
+from pallas_kernels.targets import TARGETS, expect_no_libraries, target_at_hand
 from pallas_kernels.tile import Extras
 
 DTYPE = "bfloat16"
@@ -397,6 +397,7 @@ def _preference(report: compile.Report) -> tuple:
 
 
 def main() -> None:
+    expect_no_libraries()
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
     parser.add_argument(
         "--target",

@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pallas_kernels import targets
+
 # Off a terminal rich would wrap tables at 80 columns; a log or a pipe wants them whole.
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True)
 
@@ -38,6 +40,7 @@ class InputError(Failure):
 
 def run_program(main: Callable[[], None]) -> None:
     """Runs `main`; a `Failure` ends the process with its message and status, no traceback."""
+    targets.expect_no_libraries()
     try:
         main()
     except Failure as error:

@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 from pallas_kernels import attention, choose, dispatch, reference, targets, tiles
 from pallas_kernels.tile import Extras, Options
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiling():

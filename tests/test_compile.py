@@ -171,6 +171,29 @@ def test_a_missing_assembler_is_named(tmp_path):
     assert_refused(run_program("pallas_kernels.compile", env=environment), "ptxas")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "pallas_kernels.tune"),
+        ("-m", "pallas_kernels.bench"),
+        ("-c", "import jax; from spak_jax import command_line as c; c.run_program(jax.devices)"),
+    ],
+    ids=["tune", "bench", "run_program"],
+)
+@pytest.mark.skipif(
+    any(map(os.path.exists, targets.DEVICE_FILES)), reason="needs a machine without a GPU"
+)
+def test_no_program_misses_libraries_of_a_gpu_that_is_not_there(command):
+    chosen_by_jax = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
+    chosen_by_jax.pop("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", None)
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=chosen_by_jax, capture_output=True, text=True
+    )
+    assert "Traceback" not in result.stderr and "plugin" not in result.stderr
+    refused = "JAX's backend here is cpu" in result.stderr
+    assert refused if command[0] == "-m" else not result.stderr
+
+
 def test_chips_get_the_tiles_of_their_own_target_or_the_most_cautious():
     named = {capability: targets.name_of(capability) for capability in ("9.0", "10.0", "12.0")}
     assert named == {"9.0": "h100", "10.0": "b200", "12.0": "rtx5070"}

@@ -13,6 +13,8 @@ from test_model import build, make_config, random_weights
 from pallas_kernels import looped, targets, tiles
 from spak_jax import addition, evaluate, model
 
+pytestmark = pytest.mark.gpu
+
 FRONTIER = {
     "positions": "coupled-bias",
     "window": True,

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import add_and_norm, add_and_score, gelu, reference
 
+pytestmark = pytest.mark.gpu
+
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 KEY = jax.random.key(7)
 
