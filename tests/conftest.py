@@ -25,6 +25,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # On a GPU the workers share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import jax  # noqa: E402
+
 from spak_jax.config import Config, parse_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +55,13 @@ checkpoint_every = 4
 digits = [1, 2, 7]
 examples = 20
 """
+
+
+@pytest.fixture(scope="module")
+def exact_products():
+    """Products of float32 as they are meant: XLA's on a GPU are in tf32 unless told."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture

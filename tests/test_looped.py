@@ -13,7 +13,7 @@ from test_model import build, make_config, random_weights
 from pallas_kernels import looped, targets, tiles
 from spak_jax import addition, evaluate, model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
 FRONTIER = {
     "positions": "coupled-bias",
@@ -29,9 +29,7 @@ def quick_compiling():
     """Interpreted kernels compile slowly and run in no time; the GPU compiles what users get."""
     on_cpu = jax.default_backend() == "cpu"
     jax.config.update("jax_disable_most_optimizations", on_cpu)
-    # A GPU multiplies float32 in tf32 unless told.
-    with jax.default_matmul_precision("highest"):
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -17,18 +17,12 @@ from spak_jax.config import read_config
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("exact_products"),
     pytest.mark.skipif(
         jax.default_backend() != "gpu", reason="compares what is compiled for a GPU; needs one"
     ),
 ]
 FEW_ROWS = "train.batch=4"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact():
-    """A GPU multiplies float32 in tf32 unless told."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.mark.parametrize("asked", ["training", "call"])
