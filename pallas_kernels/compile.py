@@ -214,11 +214,12 @@ def program(case: AnyCase, target: str) -> tuple[Callable, tuple]:
 
 def _whole(case: Case, options: Options) -> Callable:
     def forward(q, k, v, extras, *_):
-        return dispatch.run_kernels((q, k, v), extras, options)
+        given = (q, k, v), extras.bias
+        return dispatch.run_kernels(given, extras._replace(bias=None), options)
 
     def both(q, k, v, extras, lse, delta, d_out):
         def attend(q, k, v, bias):
-            return dispatch.run_kernels((q, k, v), extras._replace(bias=bias), options)
+            return dispatch.run_kernels(((q, k, v), bias), extras._replace(bias=None), options)
 
         out, gradients = jax.vjp(attend, q, k, v, extras.bias)
         return out, gradients(d_out)

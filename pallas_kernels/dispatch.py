@@ -1,12 +1,12 @@
 """Attention with RoPE, dropout, learned biases and windows inside: `attention(q, k, v, ...)`."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import long, reference, short, targets, tiles
+from pallas_kernels.derivatives import by_vjp, differentiable
 from pallas_kernels.tile import Extras, Options, table_dtype
 
 IMPLEMENTATIONS = ("pallas", "xla", "cudnn")
@@ -83,6 +83,7 @@ def attention(
     clip = window if bias_table is None else bias_table.shape[1] // 2 - 1
     scale = head_dim**-0.5 if scale is None else scale
     dropping = dropout_key is not None and dropout_rate > 0
+    words = reference.dropout_words(dropout_key, q.shape[0] * q.shape[-2]) if dropping else None
     plain = segment_ids is None and ids is None and not dropping
     if ids is not None and jnp.issubdtype(ids.dtype, jnp.floating):
         if implementation not in ("xla", None):
@@ -99,9 +100,7 @@ def attention(
         q, k, v = _apart(qkv)
         if positions is not None:
             q, k = reference.rotate(q, positions), reference.rotate(k, positions)
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, implementation="cudnn"
-        )
+        return _cudnn((q, k, v), (), (causal, scale))
     if implementation == "xla":
         return reference.attention(
             *_apart(qkv),
@@ -112,7 +111,7 @@ def attention(
             window=window,
             clip=clip,
             dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
+            words=words,
             scale=scale,
             causal=causal,
         )
@@ -132,9 +131,9 @@ def attention(
         sin=sin,
         ids=ids,
         segment_ids=segment_ids,
-        bias=None if bias_table is None else bias_table.astype(jnp.float32),
-        seed=reference.dropout_words(dropout_key, q.shape[0] * q.shape[-2]) if dropping else None,
+        seed=words,
     )
+    bias = None if bias_table is None else bias_table.astype(jnp.float32)
     options = Options(
         length=length,
         head_dim=head_dim,
@@ -146,7 +145,7 @@ def attention(
         target=target,
         interpret=not targets.on_gpu(),
     )
-    return run_kernels(qkv, extras, options)
+    return run_kernels((qkv, bias), extras, options)
 
 
 def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
@@ -173,29 +172,22 @@ def _cudnn_takes(head_dim: int, dtype) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= LARGEST_HEAD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def run_kernels(qkv: tuple[jax.Array, ...], extras: Extras, options: Options):
-    """The kernels that `options` chooses, forward, and backward where a gradient is asked for.
-
-    qkv: q, k and v, or one array with all three, as `attention` takes them.
-    """
-    return _forward(qkv, extras, options)[0]
-
-
-def _forward(qkv, extras, options):
+def _forward(given, extras, options):
+    qkv, bias = given
+    extras = extras._replace(bias=bias)
     whole_row = _whole_row("short_forward", extras, options, qkv[0])
     if whole_row:
         out, lse = short.forward(qkv, extras, options, **whole_row)
         # The backward pass of a whole row makes all else again.
-        return out, (qkv, extras, None, lse)
+        return out, (None, lse)
     q, k, v = _apart(qkv)
     out, lse = long.forward(q, k, v, extras, options, _long_tile("long_forward", options, q))
-    return out, (qkv, extras, out, lse)
+    return out, (out, lse)
 
 
-def _backward(options, saved, d_out):
-    qkv, extras, out, lse = saved
-    d_out = d_out.astype(qkv[0].dtype)
+def _backward(given, extras, kept, d_out, options):
+    (qkv, bias), (out, lse) = given, kept
+    extras = extras._replace(bias=bias)
     if out is None:
         whole_row = _whole_row("short_backward", extras, options, qkv[0])
         d_qkv, d_bias = short.backward(qkv, extras, lse, d_out, options, **whole_row)
@@ -208,15 +200,61 @@ def _backward(options, saved, d_out):
         )  # fmt: skip
         if len(qkv) == 1:
             d_qkv = [jnp.stack(d_qkv, axis=2)]
-    return tuple(d_qkv), Extras(bias=d_bias)
+    return tuple(d_qkv), d_bias
+
+
+def _plain(given, extras, options):
+    qkv, bias = given
+    q, k, v = _apart(qkv)
+    if extras.cos is not None:
+        cos, sin = (table[:, :, None].astype(jnp.float32) for table in (extras.cos, extras.sin))
+        q, k = reference.turn(q, cos, sin), reference.turn(k, cos, sin)
+    return reference.attention(
+        q,
+        k,
+        v,
+        positions=None,
+        segment_ids=extras.segment_ids,
+        ids=extras.ids,
+        bias_table=bias,
+        window=options.clip if options.windowed else None,
+        clip=options.clip,
+        dropout_rate=options.rate,
+        words=extras.seed,
+        scale=options.scale,
+        causal=options.causal,
+    )
+
+
+# The kernels that `options` chooses, of `((qkv, bias), extras, options)`: q, k and v, or one array
+# with all three, as `attention` takes them, and what else there is, without the bias.
+run_kernels = differentiable(
+    lambda *given: _forward(*given)[0], _plain, gradient=(_forward, _backward)
+)
+
+
+def _run_cudnn(qkv, _, told):
+    causal, scale = told
+    return jax.nn.dot_product_attention(
+        *qkv, is_causal=causal, scale=scale, implementation="cudnn"
+    )
+
+
+def _cudnn_plain(qkv, _, told):
+    causal, scale = told
+    return reference.attention(
+        *qkv, positions=None, segment_ids=None, ids=None, bias_table=None, window=None, clip=None,
+        dropout_rate=0.0, words=None, scale=scale, causal=causal,
+    )  # fmt: skip
+
+
+# Of `(qkv, (), (causal, scale))`.
+_cudnn = differentiable(_run_cudnn, _cudnn_plain, gradient=by_vjp(_run_cudnn))
 
 
 def _apart(qkv):
     """q, k and v as three arrays."""
     return qkv if len(qkv) == 3 else tuple(jnp.moveaxis(qkv[0], 2, 0))
-
-
-run_kernels.defvjp(_forward, _backward)
 
 
 def _whole_row(kernel: str, extras: Extras, options: Options, q: jax.Array):

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import reference, rows, targets, tile
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.rows import Options
 
 NUMBERS_A_PROGRAM = 8192
@@ -37,8 +38,7 @@ def add_and_score(
 ) -> tuple[jax.Array, jax.Array]:
     """`x + dropout(update)`, and the weighted sum of its tokens' cross-entropies.
 
-    The logits are `layer_norm(stream) * scale` times the embedding of each token. Gradients flow
-    to x, update, scale and table.
+    The logits are `layer_norm(stream) * scale` times the embedding of each token.
 
     Args:
       x: the residual stream, float32 `[..., width]`.
@@ -71,14 +71,10 @@ def add_and_score(
         dtype=table.dtype.name,
         interpret=not targets.on_gpu(),
     )
+    seed = reference.dropout_words(dropout_key, options.rows) if dropping else None
     stream, score = run_kernels(
-        x.reshape(-1, width),
-        update.reshape(-1, width),
-        scale,
-        table,
-        wanted.reshape(-1).astype(jnp.int32),
-        weights.reshape(-1),
-        reference.dropout_words(dropout_key, options.rows) if dropping else None,
+        (x.reshape(-1, width), update.reshape(-1, width), scale, table),
+        (wanted.reshape(-1).astype(jnp.int32), weights.reshape(-1), seed),
         options,
     )
     return stream.reshape(x.shape), score
@@ -95,13 +91,8 @@ def num_warps(width: int) -> int:
     return 4 if numbers_held(width) <= 32 * width else 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def run_kernels(x, update, scale, table, wanted, weights, seed, options: Options):
-    """As `add_and_score`, on `[rows, width]`; seed is as `reference.dropout_words` or None."""
-    return _forward(x, update, scale, table, wanted, weights, seed, options)[0]
-
-
-def _forward(x, update, scale, table, wanted, weights, seed, options):
+def _forward(given, others, options):
+    (x, update, scale, table), (wanted, weights, seed) = given, others
     block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
     stream, scores = rows.call(
         functools.partial(_forward_kernel, options=options),
@@ -116,7 +107,7 @@ def _forward(x, update, scale, table, wanted, weights, seed, options):
             jax.ShapeDtypeStruct((options.programs,), jnp.float32),
         ],
     )(x, update, scale, table, wanted, weights, seed)
-    return (stream, scores.sum()), (stream, scale, table, wanted, weights, seed)
+    return (stream, scores.sum()), stream
 
 
 def _forward_kernel(
@@ -137,8 +128,8 @@ def _forward_kernel(
     plgpu.store(score_ref.at[:], (entropy * weight).sum()[None])
 
 
-def _backward(options, saved, gradients):
-    stream, scale, table, wanted, weights, seed = saved
+def _backward(given, others, stream, gradients, options):
+    (_, _, scale, table), (wanted, weights, seed) = given, others
     d_stream, d_score = gradients
     block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
     vocabulary = len(table)
@@ -164,7 +155,7 @@ def _backward(options, saved, gradients):
         ],
     )(stream, d_stream, d_score[None], scale, table, wanted, weights, seed)
     d_table = d_table.sum(0).astype(table.dtype)
-    return d_x, d_update, d_scale.sum(0)[0], d_table, None, None, None
+    return d_x, d_update, d_scale.sum(0)[0], d_table
 
 
 def _backward_kernel(
@@ -196,7 +187,17 @@ def _backward_kernel(
     rows.store(d_update_ref, rows.dropped(d_x, seed_ref, options), options)
 
 
-run_kernels.defvjp(_forward, _backward)
+def _plain(given, others, options):
+    (x, update, scale, table), (wanted, weights, seed) = given, others
+    x = x + reference.dropped(update, options.rate, seed)
+    return x, reference.score(x, scale, table, wanted, weights, rows.EPSILON)
+
+
+# As `add_and_score`, of `((x, update, scale, table), (wanted, weights, seed), options)`, x and
+# update `[rows, width]`, seed as `reference.dropout_words` or None.
+run_kernels = differentiable(
+    lambda *given: _forward(*given)[0], _plain, gradient=(_forward, _backward)
+)
 
 
 def _load_table(ref, options: Options):

@@ -1,5 +1,7 @@
 """The plain `jnp` truth: what every kernel here computes, written to be read and run anywhere."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -115,9 +117,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     `dropout_bits` decides, with the index of the row, counted over all leading axes (and over all
     devices that rows are split over), and of the channel.
     """
-    count = x.size // x.shape[-1]
-    rows = jnp.arange(count).reshape(*x.shape[:-1], 1) + shards.first_row(count)
-    bits = dropout_bits(*dropout_seed(key), rows, jnp.arange(x.shape[-1]))
+    return dropped(x, rate, dropout_words(key, math.prod(x.shape[:-1])))
+
+
+def dropped(x: jax.Array, rate: float, words: jax.Array | None) -> jax.Array:
+    """`dropout` told its `dropout_words`; the identity without them."""
+    if words is None:
+        return x
+    rows = jnp.arange(math.prod(x.shape[:-1])).reshape(*x.shape[:-1], 1)
+    bits = dropout_bits_of(words, rows, jnp.arange(x.shape[-1]))
     kept = bits >= jnp.uint32(dropout_threshold(rate))
     return jnp.where(kept, x / (1 - rate), 0)
 
@@ -150,22 +158,20 @@ def attention(
     v: jax.Array,
     *,
     dropout_rate: float,
-    dropout_key: jax.Array | None,
+    words: jax.Array | None,
     **told,
 ) -> jax.Array:
     """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments.
 
-    Ids may also be float32: biases are then interpolated between the entries of the table, and the
+    words: `dropout_words` of all heads' rows, None without dropout. Ids may also be float32: biases are then interpolated between the entries of the table, and the
     window ends half way to the next difference.
     """
     probabilities = attention_weights(q, k, **told)
     batch, length, heads, _ = q.shape
-    if dropout_key is not None and dropout_rate > 0:
+    if words is not None:
         place = jnp.arange(length)
         row = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
-        row += shards.first_row(batch * heads)
-        counter = place[:, None] * length + place
-        bits = dropout_bits(*dropout_seed(dropout_key), row, counter)
+        bits = dropout_bits_of(words, row, place[:, None] * length + place)
         kept = bits >= jnp.uint32(dropout_threshold(dropout_rate))
         probabilities = jnp.where(kept, probabilities / (1 - dropout_rate), 0)
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)

@@ -29,6 +29,7 @@ from pallas_kernels import (
     add_and_norm,
     add_and_score,
     attention,
+    derivatives,
     linear,
     looped,
     looped_block,
@@ -453,32 +454,32 @@ class _Transformer(nnx.Module):
         """`self._losses(tokens, *given)`, whose gradient makes those of all blocks' matrices in one
         launch each, where kernels are for the batch.
 
-        The blocks are the attribute `name`, gone through `depth` times. Nothing is told of the
-        gradients of `given`: they are 0.
+        The blocks are the attribute `name`, gone through `depth` times.
         """
-        none = getattr(self, name).no_operands(tokens.size)
-        if none is None:
+        if getattr(self, name).no_operands(tokens.size) is None:
             return self._losses(tokens, *given)
         definition, weights = nnx.split(self)
 
-        @jax.custom_vjp
-        def losses(weights, tokens, given):
-            return nnx.merge(definition, weights)._losses(tokens, *given)
+        def losses(weights, given, _):
+            return nnx.merge(definition, weights)._losses(*given)
 
-        def forward(weights, tokens, given):
+        def forward(weights, given, _):
+            none = getattr(nnx.merge(definition, weights), name).no_operands(tokens.size)
+
             def asking(weights, operands):
-                return nnx.merge(definition, weights)._losses(tokens, *given, operands)
+                return nnx.merge(definition, weights)._losses(*given, operands)
 
             return jax.vjp(asking, weights, [none] * depth)
 
-        def backward(pull, d_losses):
+        def backward(weights, given, pull, d_losses, _):
             d_weights, operands = pull(d_losses)
             gradients = nnx.merge(definition, d_weights)
             getattr(gradients, name).add_gradients(operands)
-            return nnx.state(gradients), None, None
+            return nnx.state(gradients)
 
-        losses.defvjp(forward, backward)
-        return losses(weights, tokens, given)
+        # Derivatives of other kinds are those of the same losses, a matrix at a time.
+        derived = derivatives.differentiable(losses, losses, gradient=(forward, backward))
+        return derived(weights, (tokens, *given), None)
 
     def _whole(self, stream, key):
         """The stream with what was still to be added to it."""

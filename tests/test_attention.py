@@ -110,7 +110,7 @@ def test_tiles_of_every_target(length, target):
         target=target, interpret=jax.default_backend() == "cpu",
     )  # fmt: skip
     q, k, v, d_out = (normal(i, (1, length, 2, 32)) for i in range(4))
-    out, pull = jax.vjp(lambda *x: dispatch.run_kernels(x, Extras(), options), q, k, v)
+    out, pull = jax.vjp(lambda *x: dispatch.run_kernels((x, None), Extras(), options), q, k, v)
     plain = lambda *x: attention(*x, scale=0.2, implementation="xla")  # noqa: E731
     with jax.default_matmul_precision("highest"):
         truth, pull_truth = jax.vjp(plain, q, k, v)
