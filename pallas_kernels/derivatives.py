@@ -4,16 +4,16 @@ JAX differentiates no kernel. By hand it can be told how gradients go back (`jax
 forbids forward mode, or how tangents go forward (`jax.custom_jvp`), which kernels have no part in.
 Here tangents are told, as one linear operation: evaluated, it is plain `jnp`; transposed, it is the
 backward kernels. What is differentiated further is plain `jnp`.
+
+Tangents are told of an operation of JAX's own kind (`_call`), since JAX (0.10 and 0.11) forgets a
+`jax.custom_jvp` inside a scan where that is differentiated twice.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
@@ -22,7 +22,7 @@ def differentiable(
 ) -> Callable:
     """`run` with derivatives.
 
-    All functions here take `(given, others, options)`: two pytrees of arrays, and what is hashable.
+    All functions here take `(given, others, options)`: two pytrees of arrays, and what is fixed.
 
     Args:
       run: gives a pytree of arrays; taken where nothing is differentiated.
@@ -37,74 +37,76 @@ def differentiable(
       mode and all higher derivatives from `plain`.
     """
 
+    def function(given, others, options):
+        def rule(given, others):
+            if gradient is None or not given.values:
+                return _pushed(lambda *arguments: plain(*arguments, options), given, others)
+            out, kept = keeping(given.tree, others.tree, options)
+            return out, tangents(given, others, out, kept, options)
+
+        return _call(lambda *arguments: run(*arguments, options), rule, (given, others))
+
     def keeping(given, others, options):
-        """What forward gives. What it keeps has no derivative: `pulled` needs none."""
-        structure = []
+        """What forward gives. What it keeps gets no tangents: `pulled` asks for none."""
 
-        @jax.custom_jvp
-        def flat(given, others):
-            out, kept = gradient[0](given, others, options)
-            leaves, structure[:] = jax.tree.flatten(kept)[0], [jax.tree.structure(kept)]
-            return out, leaves
+        def rule(given, others):
+            out, kept = keeping(given.tree, others.tree, options)
+            still = jax.tree.map(lambda _: _STILL, kept)
+            return (out, kept), (tangents(given, others, out, kept, options), still)
 
-        @functools.partial(flat.defjvp, symbolic_zeros=True)
-        def _(primals, tangents):
-            out, kept = keeping(*primals, options)
-            leaves = jax.tree.leaves(kept)
-            d_out = tangents_of(*map(_Moved, primals, tangents), out, kept, options)
-            return (out, leaves), (d_out, [_zeros(x) for x in leaves])
+        return _call(lambda *arguments: gradient[0](*arguments, options), rule, (given, others))
 
-        out, leaves = flat(given, others)
-        return out, jax.tree.unflatten(structure[0], leaves)
+    def tangents(given: _Moved, others: _Moved, out, kept, options):
+        """Those of the outputs."""
+        parts = []
+        if given.values:
+            parts.append(linear(given, others.tree, out, kept, options))
+        if others.values:
+            plainly = lambda others: plain(given.tree, others, options)  # noqa: E731
+            parts.append(_pushed(plainly, others)[1])
+        return jax.tree.map(lambda *x: sum(x[1:], x[0]), *parts)
 
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+    def linear(given: _Moved, others, out, kept, options):
+        """What those of given, as one operation, add to the tangents of the outputs."""
+        places, structure = given.places, jax.tree.structure(out)
+
+        def push(residuals, moved):
+            tree, others, _ = residuals
+            at = _Leaves(tree, places)
+            plainly = lambda values: plain(at.replaced(values), others, options)  # noqa: E731
+            return jax.tree.leaves(jax.jvp(plainly, [at.values], [moved])[1])
+
+        def pull(residuals, d_out):
+            return pulled(*residuals, jax.tree.unflatten(structure, d_out), places, options)
+
+        rule = lambda *moved: _pushed(push, *moved)  # noqa: E731
+        arguments = (given.tree, others, kept), given.tangents
+        return jax.tree.unflatten(structure, _call(push, rule, arguments, transposed=pull))
+
     def pulled(given, others, kept, d_out, places, options):
-        """The gradients of those leaves of given that stand at `places`."""
-        made = gradient[1](given, others, kept, d_out, options)
-        filled = jax.tree.map(
-            lambda made, given: jax.tree.map(jnp.zeros_like, given) if made is None else made,
-            made,
-            given,
-            is_leaf=lambda made: made is None,
-        )
-        leaves = jax.tree.leaves(filled)
-        return [leaves[place] for place in places]
+        """Gradients of those leaves of given that stand at `places`."""
 
-    @functools.partial(pulled.defjvp, symbolic_zeros=True)
-    def _(places, options, primals, tangents):
-        def again(primals):
-            given, others, d_out = primals
+        def run(given, others, kept, d_out):
+            made = gradient[1](given, others, kept, d_out, options)
+            filled = jax.tree.map(
+                lambda made, given: jax.tree.map(jnp.zeros_like, given) if made is None else made,
+                made,
+                given,
+                is_leaf=lambda made: made is None,
+            )
+            return _Leaves(filled, places).values
+
+        def plainly(given, others, d_out):
             at = _Leaves(given, places)
-            _, pull = jax.vjp(lambda x: plain(at.replaced(x), others, options), at.values)
+            _, pull = jax.vjp(lambda values: plain(at.replaced(values), others, options), at.values)
             return pull(d_out)[0]
 
-        made = pulled(*primals, places, options)
-        # What was kept follows from the rest, of which all is made again.
-        given, others, _, d_out = primals
-        d_given, d_others, _, d_d_out = tangents
-        moved = _Moved((given, others, d_out), (d_given, d_others, d_d_out))
-        return made, moved.pushed(again)[1]
+        def rule(given, others, kept, d_out):
+            # What was kept follows from the rest, of which all is made again.
+            made = pulled(given.tree, others.tree, kept.tree, d_out.tree, places, options)
+            return made, _pushed(plainly, given, others, d_out)[1]
 
-    def tangents_of(given, others, out, kept, options):
-        """The tangents of the outputs; of given and of others, which of them are `_Moved`."""
-        parts = [jax.tree.map(_zeros, out)]
-        if given.values:
-            parts.append(_linear(given, others.tree, kept, out, plain, pulled, options))
-        if others.values:
-            parts.append(others.pushed(lambda others: plain(given.tree, others, options))[1])
-        return jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts[1:] or parts)
-
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-    def function(given, others, options):
-        return run(given, others, options)
-
-    @functools.partial(function.defjvp, symbolic_zeros=True)
-    def _(options, primals, tangents):
-        given, others = map(_Moved, primals, tangents)
-        if gradient is None or not given.values:
-            return _Moved(primals, tangents).pushed(lambda primals: plain(*primals, options))
-        out, kept = keeping(*primals, options)
-        return out, tangents_of(given, others, out, kept, options)
+        return _call(run, rule, (given, others, kept, d_out))
 
     return function
 
@@ -125,9 +127,9 @@ class _Leaves:
     """Some leaves of a pytree, by their places."""
 
     def __init__(self, tree, places):
-        self.tree, self.places = tree, tuple(places)
+        self.tree, self.places = tree, places
         self._leaves, self._structure = jax.tree.flatten(tree)
-        self.values = [self._leaves[place] for place in self.places]
+        self.values = [self._leaves[place] for place in places]
 
     def replaced(self, values):
         """The tree with others in their places."""
@@ -138,103 +140,124 @@ class _Leaves:
 
 
 class _Moved(_Leaves):
-    """The leaves of a pytree that have a tangent, and these tangents."""
+    """The leaves of a pytree that have a tangent, and these tangents; `_STILL` is none."""
 
     def __init__(self, tree, tangents):
-        tangents = jax.tree.leaves(tangents)
-        moved = [not isinstance(x, SymbolicZero) and x.dtype != jax.dtypes.float0 for x in tangents]
-        super().__init__(tree, np.flatnonzero(moved).tolist())
+        super().__init__(tree, [i for i, tangent in enumerate(tangents) if tangent is not _STILL])
         self.tangents = [tangents[place] for place in self.places]
 
-    def pushed(self, function: Callable):
-        """What a function gives for the tree, and the tangents of that."""
-        return jax.jvp(lambda values: function(self.replaced(values)), [self.values], [self.tangents])
+
+# In the place of a tangent of what does not move.
+_STILL = object()
 
 
-def _zeros(x):
-    """The tangent of what does not move."""
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(x.shape, jax.dtypes.float0)
+def _pushed(function: Callable, *arguments: _Moved):
+    """What a function gives for the trees of its arguments, and the tangents of that."""
 
+    def of_moved(*values):
+        return function(*(x.replaced(y) for x, y in zip(arguments, values, strict=True)))
 
-def _linear(given: _Moved, others, kept, out, plain, pulled, options):
-    """The tangents of the outputs of `plain`, transposed by `pulled`."""
-    residuals, structure = jax.tree.flatten((given.tree, others, kept))
-    places, of_out = given.places, jax.tree.structure(out)
-
-    def push(residuals, tangents):
-        tree, others, _ = jax.tree.unflatten(structure, residuals)
-        at = _Leaves(tree, places)
-        moved = jax.jvp(lambda x: plain(at.replaced(x), others, options), [at.values], [tangents])
-        return jax.tree.leaves(moved[1])
-
-    def pull(residuals, d_out):
-        tree, others, kept = jax.tree.unflatten(structure, residuals)
-        return pulled(tree, others, kept, jax.tree.unflatten(of_out, d_out), places, options)
-
-    made = _linear_p.bind(
-        *residuals,
-        *given.tangents,
-        push=push,
-        pull=pull,
-        count=len(residuals),
-        avals=tuple(map(jax.typeof, jax.tree.leaves(out))),
+    out, tangents = jax.jvp(
+        of_moved, [x.values for x in arguments], [x.tangents for x in arguments]
     )
-    return jax.tree.unflatten(of_out, made)
+    still = lambda x: _STILL if x.dtype == jax.dtypes.float0 else x  # noqa: E731
+    return out, jax.tree.map(still, tangents)
 
 
-# Linear in what follows the first `count` arguments: `push(residuals, tangents)`, whose transpose
-# is `pull(residuals, gradients)`. avals: types of what it gives.
-_linear_p = Primitive("linear_by_kernels")
-_linear_p.multiple_results = True
+def _call(run: Callable, rule: Callable, arguments: tuple, transposed: Callable | None = None):
+    """`run(*arguments)` as one operation that JAX does not look into to differentiate it.
+
+    Args:
+      run: gives a pytree of arrays.
+      rule: given each argument as `_Moved`, gives the same and its tangents.
+      arguments: pytrees of arrays.
+      transposed: of an operation that is linear in the last of two arguments: of the first one and
+        the gradients of what `run` gives, a list, the gradients of the last one, a list too.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def flat_run(*leaves):
+        return run(*jax.tree.unflatten(structure, leaves))
+
+    def flat_rule(primals, tangents):
+        moved, tangents = [], list(tangents)
+        for argument in jax.tree.unflatten(structure, primals):
+            count = len(jax.tree.leaves(argument))
+            moved.append(_Moved(argument, tangents[:count]))
+            del tangents[:count]
+        return list(map(jax.tree.leaves, rule(*moved)))
+
+    fixed, pull = 0, None
+    if transposed is not None:
+        first = jax.tree.structure(arguments[0])
+        fixed = first.num_leaves
+        pull = lambda residuals, d_out: transposed(jax.tree.unflatten(first, residuals), d_out)  # noqa: E731
+    jaxpr, out = jax.make_jaxpr(flat_run, return_shape=True)(*leaves)
+    made = _call_p.bind(*leaves, jaxpr=jaxpr, rule=flat_rule, pull=pull, fixed=fixed)
+    return jax.tree.unflatten(jax.tree.structure(out), made)
 
 
-def _evaluated(*arguments, push, pull, count, avals):
-    return push(list(arguments[:count]), list(arguments[count:]))
+# jaxpr: what is computed. rule: of primals and tangents. pull: of the first, `fixed` arguments and
+# gradients of what is computed, the gradients of the others; None where it is not linear in these.
+_call_p = Primitive("call_of_kernels")
+_call_p.multiple_results = True
 
 
-_linear_p.def_impl(_evaluated)
-_linear_p.def_abstract_eval(lambda *_, avals, **__: avals)
-mlir.register_lowering(_linear_p, mlir.lower_fun(_evaluated, multiple_results=True))
+def _evaluated(*arguments, jaxpr, **_):
+    return jaxpr_as_fun(jaxpr)(*arguments)
 
 
-def _jvp(primals, tangents, **fixed):
-    place = [i for i, x in enumerate(tangents) if type(x) is not ad.Zero]
-    at = _Leaves(list(primals), place)
-    evaluated = lambda values: _evaluated(*at.replaced(values), **fixed)  # noqa: E731
-    moved = jax.jvp(evaluated, [at.values], [[tangents[i] for i in place]])
-    return _linear_p.bind(*primals, **fixed), moved[1]
+def _differentiated(primals, tangents, *, rule, **_):
+    moved = [_STILL if type(tangent) is ad.Zero else tangent for tangent in tangents]
+    out, tangents = rule(primals, moved)
+    return out, [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if tangent is _STILL else tangent
+        for x, tangent in zip(out, tangents, strict=True)
+    ]
 
 
-def _transposed(d_out, *arguments, push, pull, count, avals):
-    gradients = pull(list(arguments[:count]), [ad.instantiate_zeros(x) for x in d_out])
-    return [None] * count + [
+def _transposed(d_out, *arguments, pull, fixed, **_):
+    gradients = pull(list(arguments[:fixed]), list(map(ad.instantiate_zeros, d_out)))
+    return [None] * fixed + [
         gradient if ad.is_undefined_primal(x) else None
-        for x, gradient in zip(arguments[count:], gradients, strict=True)
+        for x, gradient in zip(arguments[fixed:], gradients, strict=True)
     ]
 
 
-def _batched(arguments, axes, *, push, pull, count, avals):
-    residuals, of_residuals = list(arguments[:count]), list(axes[:count])
-    size = next(
-        x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None
-    )
-    tangents = [
-        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        for x, axis in zip(arguments[count:], axes[count:], strict=True)
-    ]
-    made = _linear_p.bind(
-        *residuals,
-        *tangents,
-        push=jax.vmap(push, (of_residuals, 0)),
-        pull=jax.vmap(pull, (of_residuals, 0)),
-        count=count,
-        avals=tuple(jax.core.ShapedArray((size, *x.shape), x.dtype) for x in avals),
-    )
+def _batched(arguments, axes, *, jaxpr, rule, pull, fixed):
+    size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
+    arguments, axes = list(arguments), list(axes)
+    if pull is not None:
+        for i in range(fixed, len(axes)):
+            x, axis = arguments[i], axes[i]
+            wide = (size, *x.shape)
+            arguments[i] = jnp.broadcast_to(x, wide) if axis is None else jnp.moveaxis(x, axis, 0)
+            axes[i] = 0
+        pull = jax.vmap(pull, (axes[:fixed], 0))
+
+    def of_all(primals, tangents):
+        places = [i for i, tangent in enumerate(tangents) if tangent is not _STILL]
+
+        def of_one(primals, moved):
+            everywhere = [_STILL] * len(primals)
+            for place, tangent in zip(places, moved, strict=True):
+                everywhere[place] = tangent
+            out, tangents = rule(primals, everywhere)
+            return out, [None if tangent is _STILL else tangent for tangent in tangents]
+
+        moved = [tangents[place] for place in places]
+        of_moved = [axes[place] for place in places]
+        out, tangents = jax.vmap(of_one, (axes, of_moved))(list(primals), moved)
+        return out, [_STILL if tangent is None else tangent for tangent in tangents]
+
+    jaxpr = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(jaxpr), tuple(axes)))(*arguments)
+    made = _call_p.bind(*arguments, jaxpr=jaxpr, rule=of_all, pull=pull, fixed=fixed)
     return made, [0] * len(made)
 
 
-ad.primitive_jvps[_linear_p] = _jvp
-ad.primitive_transposes[_linear_p] = _transposed
-batching.primitive_batchers[_linear_p] = _batched
+_call_p.def_impl(_evaluated)
+_call_p.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+mlir.register_lowering(_call_p, mlir.lower_fun(_evaluated, multiple_results=True))
+ad.primitive_jvps[_call_p] = _differentiated
+ad.primitive_transposes[_call_p] = _transposed
+batching.primitive_batchers[_call_p] = _batched

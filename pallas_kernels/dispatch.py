@@ -235,9 +235,7 @@ run_kernels = differentiable(
 
 def _run_cudnn(qkv, _, told):
     causal, scale = told
-    return jax.nn.dot_product_attention(
-        *qkv, is_causal=causal, scale=scale, implementation="cudnn"
-    )
+    return jax.nn.dot_product_attention(*qkv, is_causal=causal, scale=scale, implementation="cudnn")
 
 
 def _cudnn_plain(qkv, _, told):

@@ -4,7 +4,7 @@ One program takes the tokens of a row, or of a few short ones, through all loops
 state lives in its registers from the first loop to the last; weights come tile by tile from the L2
 cache, where all programs find the same ones; queries, keys and values of a loop pass through a
 buffer of its own, which the caches hold (104 KiB at a width of 256). A program stops as soon as all
-of its tokens have halted, whatever its neighbours do. Forward only.
+of its tokens have halted, whatever its neighbours do. Derivatives go loop by loop.
 
 The state stands on its side, `[channels, tokens]`, in blocks of channels: weights are then the left
 operands of all products and the normed state the right one. That one Triton keeps in shared memory,
@@ -33,7 +33,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import activation, reference, targets, tile, tiles
+from pallas_kernels import activation, linear, reference, targets, tile, tiles
+from pallas_kernels.derivatives import differentiable
+from pallas_kernels.dispatch import attention
+from pallas_kernels.residual import add_and_norm
 from pallas_kernels.rows import EPSILON
 from pallas_kernels.tile import LEAST, NARROWEST, Columns, Extras
 
@@ -194,11 +197,14 @@ def looped_block(
             interpret=not targets.on_gpu(),
         ),
     )
-    return run(x, weights, positions, ids, thresholds, options, dtype, cut)
+    given = x, weights, positions, ids if clip is not None else None, thresholds
+    return run(given, (), (options, jnp.dtype(dtype).name, cut))
 
 
-def run(x, weights: Weights, positions, ids, thresholds, options: Options, dtype, cut: Tile):
+def _run(given, _, chosen):
     """`looped_block` with all that is chosen: packs rows into programs and launches them."""
+    x, weights, positions, ids, thresholds = given
+    options, dtype, cut = chosen
     batch, length, width = x.shape
     tokens = options.attention.length
     packed = functools.partial(_packed, rows=tokens // length, tokens=tokens)
@@ -219,6 +225,65 @@ def run(x, weights: Weights, positions, ids, thresholds, options: Options, dtype
     if steps is None:
         return logits, jnp.full((batch, length), options.loops, jnp.int32)
     return logits, jnp.abs(unpacked(steps))
+
+
+def _loop_by_loop(given, _, chosen):
+    """The same by the functions that a training runs, which can be differentiated."""
+    x, weights, positions, ids, thresholds = given
+    options, dtype, _ = chosen
+    (batch, length, width), told = x.shape, options.attention
+    linear_of = functools.partial(linear.linear, dtype=dtype)
+    norm_of = functools.partial(add_and_norm, dtype=jnp.dtype(dtype))
+
+    def mlp(normed):
+        if weights.mlp_value is None:
+            return linear.mlp(normed, weights.mlp_in, weights.mlp_out, dtype=dtype)
+        gate = jax.nn.silu(linear_of(normed, weights.mlp_in))
+        return linear_of(gate * linear_of(normed, weights.mlp_value), weights.mlp_out)
+
+    def one_loop(state, shift):
+        if options.normalized:
+            state = reference.layer_norm(state, 1.0, EPSILON)
+        state = state + x if options.injected else state
+        state, normed = norm_of(state, None, weights.norm1, shift=shift)
+        mixed = attention(
+            linear_of(normed, weights.qkv).reshape(batch, length, 3, options.heads, -1),
+            positions=positions,
+            ids=ids,
+            bias_table=weights.bias_table,
+            window=told.clip if told.windowed else None,
+        )
+        mixed = linear_of(mixed.reshape(batch, length, width), weights.attention_out)
+        state, normed = norm_of(state, mixed, weights.norm2)
+        return state + mlp(normed)
+
+    def readout(state):
+        normed = reference.layer_norm(state, weights.final_norm, EPSILON).astype(dtype)
+        head = weights.head.astype(dtype)
+        return jnp.einsum("...d,vd->...v", normed, head, preferred_element_type=jnp.float32)
+
+    def step(carry, shift):
+        state, halted, steps = carry
+        new = jnp.where(halted[..., None], state, one_loop(state, shift))
+        if options.rule == "sure":
+            halts = jax.nn.softmax(readout(new)).max(-1) >= thresholds
+        elif options.rule == "still":
+            moved, size = ((v * v).sum(-1) for v in (new - state, new))
+            settled = has_settled(moved, size, thresholds)
+            halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
+        else:
+            halts = halted
+        return (new, halted | halts, steps + ~halted), None
+
+    index = jnp.minimum(jnp.arange(options.loops), len(weights.steps) - 1)
+    nothing = jnp.zeros((batch, length), bool)
+    first = x, nothing, nothing.astype(jnp.int32)
+    (state, _, steps), _ = jax.lax.scan(step, first, weights.steps[index])
+    return readout(state), steps
+
+
+# Of `((x, weights, positions, ids, thresholds), (), (options, dtype, cut))`.
+run = differentiable(_run, _loop_by_loop)
 
 
 def takes(length: int, width: int, heads: int, vocabulary: int, dtype, *, with_ids: bool) -> bool:

@@ -163,8 +163,9 @@ def attention(
 ) -> jax.Array:
     """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments.
 
-    words: `dropout_words` of all heads' rows, None without dropout. Ids may also be float32: biases are then interpolated between the entries of the table, and the
-    window ends half way to the next difference.
+    words: `dropout_words` of all heads' rows, None without dropout. Ids may also be float32: biases
+    are then interpolated between the entries of the table, and the window ends half way to the next
+    difference.
     """
     probabilities = attention_weights(q, k, **told)
     batch, length, heads, _ = q.shape

@@ -244,7 +244,7 @@ def test_the_evaluator_scores_the_same_in_one_launch(half_trained, halt, monkeyp
     settings = evaluate.Settings((1,), 300, 0, halt=halt)
     launched = evaluate.Scorer(trained, settings)(problems)
     evaluate._compiled_rows.cache_clear()
-    monkeypatch.setattr(model.LoopLM, "fits_one_launch", lambda self, tokens: False)
+    monkeypatch.setattr(model.LoopLM, "_fits_one_launch", lambda self, tokens: False)
     scanned = evaluate.Scorer(trained, settings)(problems)
     evaluate._compiled_rows.cache_clear()
     # A probability at its threshold, or two of the same size, may come out the other way round.
