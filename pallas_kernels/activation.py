@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import targets, tile
+from pallas_kernels import arguments, targets, tile
 from pallas_kernels.derivatives import differentiable
 
 NUMBERS_A_PROGRAM = 4096
@@ -32,10 +32,15 @@ def gelu(u: jax.Array, implementation: str | None = None) -> jax.Array:
 
     Returns:
       As u, computed in float32 by the kernels, to 2e-7 times u.
+
+    Raises:
+      ValueError: u is of another dtype, or the implementation unknown.
     """
+    arguments.require_dtype("u", u, *arguments.FLOATS)
+    arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
     if implementation is None:
         implementation = "pallas" if targets.kernels_run() else "xla"
-    if implementation == "xla":
+    if implementation == "xla" or u.size == 0:
         return jax.nn.gelu(u, approximate=False)
     return run_kernels(u.reshape(-1), (), not targets.on_gpu()).reshape(u.shape)
 

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import long, reference, short, targets, tiles
+from pallas_kernels import arguments, long, reference, short, targets, tiles
 from pallas_kernels.derivatives import by_vjp, differentiable
 from pallas_kernels.tile import Extras, Options, table_dtype
 
@@ -50,11 +51,11 @@ def attention(
         where they lie.
       positions: int `[length]` or `[batch, length]`; q and k are turned by them (RoPE, base
         10,000). None turns nothing.
-      segment_ids: int32 `[batch, length]`; a token sees its own segment only.
-      ids: int32 `[batch, length]`, never negative; what `bias_table` and `window` speak of. A key
+      segment_ids: int `[batch, length]`; a token sees its own segment only.
+      ids: int `[batch, length]`, never negative; what `bias_table` and `window` speak of. A key
         with 0 has no place, and every query sees it. On the plain path also float32, with a
         gradient: biases are interpolated, the window ends half way to the next difference, and may
-        be a scalar array.
+        be a scalar array. Integers of all kinds here may be of any type, below 2^31.
       bias_table: `[heads, 2 * clip + 2]`, added to the scores: entry `clip + difference` for a
         query's id minus a key's, clipped to plus and minus `clip`; the last for keys without a
         place.
@@ -76,10 +77,12 @@ def attention(
       ValueError: shapes, dtypes or arguments that do not go together, naming them.
     """
     qkv = (q,) if k is None and v is None else (q, k, v)
-    _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate)
+    arguments.require_one_of("implementation", implementation, (*IMPLEMENTATIONS, None))
+    arguments.require_dropout(dropout_rate, dropout_key)
+    positions, segment_ids, ids = _checked(qkv, positions, segment_ids, ids, bias_table, window)
     length, head_dim = q.shape[1], q.shape[-1]
-    if implementation not in (*IMPLEMENTATIONS, None):
-        raise ValueError(f"implementation = {implementation!r}: one of {IMPLEMENTATIONS} or None")
+    if q.size == 0:
+        return jnp.zeros((q.shape[0], length, *q.shape[-2:]), q.dtype)
     clip = window if bias_table is None else bias_table.shape[1] // 2 - 1
     scale = head_dim**-0.5 if scale is None else scale
     dropping = dropout_key is not None and dropout_rate > 0
@@ -278,9 +281,14 @@ def _long_tile(kernel: str, options: Options, q: jax.Array) -> long.Tile:
     )
 
 
-def _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate) -> None:
+def _checked(qkv, positions, segment_ids, ids, bias_table, window):
+    """Positions, segment_ids and ids, whole ones as int32.
+
+    Raises:
+      ValueError: as `attention` does.
+    """
     q = qkv[0]
-    given = [None if x is None else x.shape for x in qkv]
+    given = [None if x is None else jnp.shape(x) for x in qkv]
     together = len(qkv) == 1 and q.ndim == 5 and q.shape[2] == 3
     apart = len(qkv) == 3 and q.ndim == 4 and given == [q.shape] * 3
     if not (together or apart):
@@ -288,29 +296,49 @@ def _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate) -
             f"q, k, v are {', '.join(map(str, given))}: expected one shape"
             " [batch, length, heads, head_dim], or q alone [batch, length, 3, heads, head_dim]"
         )
-    dtypes = [x.dtype for x in qkv]
-    if dtypes != [q.dtype] * len(qkv) or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    dtypes = [x.dtype.name for x in qkv]
+    if dtypes != [q.dtype.name] * len(qkv) or q.dtype.name not in arguments.FLOATS:
         raise ValueError(
-            f"q, k, v are {', '.join(map(str, dtypes))}: expected one of float32, bfloat16,"
-            " float16 for all"
+            f"q, k, v are {', '.join(dtypes)}: expected one of {', '.join(arguments.FLOATS)}"
+            " for all"
         )
     (batch, length), (heads, head_dim) = q.shape[:2], q.shape[-2:]
-    if head_dim % 2:
-        raise ValueError(f"head_dim = {head_dim}: must be even")
-    if positions is not None and positions.shape not in ((length,), (1, length), (batch, length)):
-        raise ValueError(f"positions are {positions.shape}: expected [{length}] or [batch, length]")
-    for name, values in (("segment_ids", segment_ids), ("ids", ids)):
-        if values is not None and values.shape != (batch, length):
-            raise ValueError(f"{name} are {values.shape}: expected {(batch, length)}")
+    if head_dim % 2 or head_dim == 0:
+        raise ValueError(f"head_dim = {head_dim}: must be even, and at least 2")
+    if positions is not None:
+        shapes = (length,), (1, length), (batch, length)
+        words = f"[{length}] or [batch, length]"
+        arguments.require_shape("positions", positions, *shapes, words=words)
+        positions = arguments.whole_numbers("positions", positions)
+    if segment_ids is not None:
+        arguments.require_shape("segment_ids", segment_ids, (batch, length))
+        segment_ids = arguments.whole_numbers("segment_ids", segment_ids)
+    soft = ids is not None and jnp.result_type(ids) == jnp.float32
+    if ids is not None:
+        arguments.require_shape("ids", ids, (batch, length))
+        if not soft and not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+            raise ValueError(f"ids are {jnp.result_type(ids).name}: expected integers or float32")
+        ids = ids if soft else arguments.whole_numbers("ids", ids)
     if (bias_table is not None or window is not None) and ids is None:
         raise ValueError("bias_table and window need ids")
-    if bias_table is not None:
-        if bias_table.shape[0] != heads or bias_table.shape[1] % 2 or bias_table.shape[1] < 2:
-            raise ValueError(f"bias_table is {bias_table.shape}: expected [{heads}, 2 * clip + 2]")
-        whole = ids is None or jnp.issubdtype(ids.dtype, jnp.integer)
-        if whole and window is not None and window != bias_table.shape[1] // 2 - 1:
+    if bias_table is not None and not _is_table(bias_table, heads):
+        raise ValueError(
+            f"bias_table is {bias_table.dtype.name} {list(bias_table.shape)}: expected floating"
+            f" point [{heads}, 2 * clip + 2]"
+        )
+    if window is not None and not soft:
+        if not isinstance(window, int | np.integer) or window < 0:
+            raise ValueError(
+                f"window = {window!r}: with ids of integers, a number from 0 on, no array"
+            )
+        if bias_table is not None and window != bias_table.shape[1] // 2 - 1:
             raise ValueError(
                 f"window = {window}: must be the clip of bias_table, {bias_table.shape[1] // 2 - 1}"
             )
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate = {dropout_rate}: must be at least 0 and below 1")
+    return positions, segment_ids, ids
+
+
+def _is_table(table, heads: int) -> bool:
+    if table.ndim != 2 or table.shape[0] != heads or not jnp.issubdtype(table.dtype, jnp.floating):
+        return False
+    return table.shape[1] >= 2 and table.shape[1] % 2 == 0

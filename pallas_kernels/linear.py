@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import activation, targets, tile
+from pallas_kernels import activation, arguments, targets, tile
 from pallas_kernels.derivatives import differentiable
 
 # What every side must be a multiple of, and the longest: longer ones are large enough for cuBLAS.
@@ -85,7 +85,7 @@ class _Options(NamedTuple):
 def takes(tokens: int, inputs: int, outputs: int, dtype) -> bool:
     """Whether the kernels are for a product of such sizes on the device at hand."""
     whole = all(size % NARROWEST == 0 and size <= LONGEST for size in (inputs, outputs))
-    whole = whole and tokens % PRODUCT.block_rows == 0 and tokens <= MOST_TOKENS
+    whole = whole and tokens % PRODUCT.block_rows == 0 and 0 < tokens <= MOST_TOKENS
     return whole and targets.kernels_run() and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
@@ -108,9 +108,12 @@ def linear(
 
     Returns:
       `[..., outputs]` in `dtype`.
+
+    Raises:
+      ValueError: shapes that do not go together, naming them.
     """
-    inputs, outputs = weights.shape
-    if not takes(x.size // inputs, inputs, outputs, dtype):
+    inputs, outputs = _sides("weights", weights, x)
+    if not takes(math.prod(x.shape[:-1]), inputs, outputs, dtype):
         return x.astype(dtype) @ weights.astype(dtype)
     flat = x.reshape(-1, inputs).astype(dtype)
     made = _linear((flat, weights, operands), (), _options(dtype, operands))
@@ -134,13 +137,25 @@ def mlp(
 
     Returns:
       As x, in `dtype`.
+
+    Raises:
+      ValueError: shapes that do not go together, naming them.
     """
-    width, hidden = inner.shape
-    if not takes(x.size // width, width, hidden, dtype):
+    width, hidden = _sides("inner", inner, x)
+    arguments.require_shape("outer", outer, (hidden, width))
+    if not takes(math.prod(x.shape[:-1]), width, hidden, dtype):
         made = x.astype(dtype) @ inner.astype(dtype)
         return activation.gelu(made) @ outer.astype(dtype)
     flat = x.reshape(-1, width).astype(dtype)
     return _mlp((flat, inner, outer, operands), (), _options(dtype, operands)).reshape(x.shape)
+
+
+def _sides(name: str, matrix, x) -> tuple[int, int]:
+    """Inputs and outputs of a matrix that multiplies the last axis of x."""
+    inputs = jnp.shape(x)[-1] if jnp.ndim(x) else None
+    if jnp.ndim(matrix) != 2 or matrix.shape[0] != inputs:
+        raise ValueError(f"{name} is {list(jnp.shape(matrix))}: expected [{inputs}, outputs]")
+    return matrix.shape
 
 
 def _options(dtype, operands) -> _Options:

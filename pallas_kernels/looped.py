@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import activation, linear, reference, targets, tile, tiles
+from pallas_kernels import activation, arguments, linear, reference, targets, tile, tiles
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import attention
 from pallas_kernels.residual import add_and_norm
@@ -148,7 +148,7 @@ def looped_block(
       loops: at most.
       dtype: of the products, bfloat16 or float32; sums, norms and the state are float32.
       positions: int `[length]` or `[batch, length]`; queries and keys are turned by them (RoPE).
-      ids, window: as `attention` takes them, ids int32 alone.
+      ids, window: as `attention` takes them, ids integers alone.
       thresholds: float, broadcastable to `[batch, length]`; None runs all loops.
       rule: of `RULES`.
       inject_input, normalize_state: as above.
@@ -159,9 +159,17 @@ def looped_block(
       took, `[batch, length]`.
 
     Raises:
-      ValueError: the shape is none that a program can hold here (`takes`), or rule is unknown.
+      ValueError: the shape is none that a program can hold here (`takes`); shapes, dtypes or
+        arguments that do not go together, naming them.
     """
+    clip = window if weights.bias_table is None else weights.bias_table.shape[1] // 2 - 1
+    positions, ids, thresholds = _checked(
+        x, weights, heads, loops, positions, ids, window, thresholds, rule
+    )
     batch, length, width = x.shape
+    if batch * length == 0:
+        logits = jnp.zeros((batch, length, len(weights.head)), jnp.float32)
+        return logits, jnp.full((batch, length), loops, jnp.int32)
     target = targets.target_at_hand()
     told_ids = window is not None or weights.bias_table is not None
     if cut is None and target is not None:
@@ -171,9 +179,6 @@ def looped_block(
             f"x is {x.shape}, {jnp.dtype(dtype).name}: no program on {target or 'this device'}"
             f" holds {length} tokens of {width} channels through all loops"
         )
-    if rule not in RULES:
-        raise ValueError(f"rule = {rule!r}: one of {RULES}")
-    clip = window if weights.bias_table is None else weights.bias_table.shape[1] // 2 - 1
     options = Options(
         width=width,
         heads=heads,
@@ -201,6 +206,58 @@ def looped_block(
     return run(given, (), (options, jnp.dtype(dtype).name, cut))
 
 
+def _checked(x, weights: Weights, heads, loops, positions, ids, window, thresholds, rule):
+    """Positions and ids as int32, and thresholds as float32 `[batch, length]`.
+
+    Raises:
+      ValueError: as `looped_block` does.
+    """
+    arguments.require_dtype("x", x, jnp.float32)
+    if jnp.ndim(x) != 3:
+        raise ValueError(f"x is {list(jnp.shape(x))}: expected [batch, length, width]")
+    batch, length, width = x.shape
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads = {heads}: must divide the width, {width}")
+    if loops < 0:
+        raise ValueError(f"loops = {loops}: must be at least 0")
+    arguments.require_one_of("rule", rule, RULES)
+    hidden = jnp.shape(weights.mlp_in)[-1]
+    for name, shape in {
+        "norm1": (width,), "qkv": (width, 3 * width), "attention_out": (width, width),
+        "norm2": (width,), "mlp_in": (width, hidden), "mlp_out": (hidden, width),
+        "final_norm": (width,), "head": (jnp.shape(weights.head)[0], width),
+        "steps": (jnp.shape(weights.steps)[0], width), "mlp_value": (width, hidden),
+    }.items():  # fmt: skip
+        if getattr(weights, name) is not None:
+            arguments.require_shape(f"weights.{name}", getattr(weights, name), shape)
+    table = weights.bias_table
+    if (table is not None or window is not None) and ids is None:
+        raise ValueError("weights.bias_table and window need ids")
+    if table is not None:
+        columns = table.shape[1] if table.ndim == 2 and table.shape[1] % 2 == 0 else 4
+        arguments.require_shape("weights.bias_table", table, (heads, columns))
+        if window is not None and window != columns // 2 - 1:
+            raise ValueError(
+                f"window = {window}: must be the clip of bias_table, {columns // 2 - 1}"
+            )
+    if positions is not None:
+        shapes = (length,), (1, length), (batch, length)
+        words = f"[{length}] or [batch, length]"
+        arguments.require_shape("positions", positions, *shapes, words=words)
+        positions = arguments.whole_numbers("positions", positions)
+    if ids is not None:
+        arguments.require_shape("ids", ids, (batch, length))
+        ids = arguments.whole_numbers("ids", ids)
+    if thresholds is not None:
+        try:
+            thresholds = jnp.broadcast_to(thresholds, (batch, length)).astype(jnp.float32)
+        except ValueError:
+            shape = list(jnp.shape(thresholds))
+            words = f"expected what broadcasts to [{batch}, {length}]"
+            raise ValueError(f"thresholds is {shape}: {words}") from None
+    return positions, ids, thresholds
+
+
 def _run(given, _, chosen):
     """`looped_block` with all that is chosen: packs rows into programs and launches them."""
     x, weights, positions, ids, thresholds = given
@@ -209,7 +266,6 @@ def _run(given, _, chosen):
     tokens = options.attention.length
     packed = functools.partial(_packed, rows=tokens // length, tokens=tokens)
     if thresholds is not None:
-        thresholds = jnp.broadcast_to(thresholds, (batch, length)).astype(jnp.float32)
         # Where there is no token, one loop is enough.
         thresholds = packed(thresholds, filling=AT_ONCE[options.rule])
     logits, steps = run_kernel(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import reference, rows, targets, tile
+from pallas_kernels import arguments, reference, rows, targets, tile
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.rows import Options
 
@@ -53,13 +53,28 @@ def add_and_score(
 
     Returns:
       The new stream in float32, and a float32 scalar.
+
+    Raises:
+      ValueError: shapes, dtypes or arguments that do not go together, naming them.
     """
+    arguments.require_dtype("x", x, jnp.float32)
+    width = jnp.shape(x)[-1] if jnp.ndim(x) else None
+    if jnp.ndim(table) != 2 or table.shape[1] != width or len(table) == 0:
+        raise ValueError(f"table is {list(jnp.shape(table))}: expected [vocabulary, {width}]")
+    arguments.require_dtype("table", table, *arguments.FLOATS)
+    arguments.require_shape("update", update, x.shape)
+    arguments.require_shape("scale", scale, (width,))
+    arguments.require_shape("wanted", wanted, x.shape[:-1])
+    arguments.require_shape("weights", weights, x.shape[:-1])
+    wanted = arguments.whole_numbers("wanted", wanted)
+    arguments.require_dropout(dropout_rate, dropout_key)
+    arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
     dropping = dropout_key is not None and dropout_rate > 0
-    vocabulary, width = table.shape
+    vocabulary = len(table)
     if implementation is None:
         fits = width <= LARGEST_WIDTH and vocabulary <= LARGEST_VOCABULARY
         implementation = "pallas" if targets.kernels_run() and fits else "xla"
-    if implementation == "xla":
+    if implementation == "xla" or x.size == 0:
         x = x + (reference.dropout(update, dropout_rate, dropout_key) if dropping else update)
         return x, reference.score(x, scale, table, wanted, weights, rows.EPSILON)
     options = Options(
@@ -74,7 +89,7 @@ def add_and_score(
     seed = reference.dropout_words(dropout_key, options.rows) if dropping else None
     stream, score = run_kernels(
         (x.reshape(-1, width), update.reshape(-1, width), scale, table),
-        (wanted.reshape(-1).astype(jnp.int32), weights.reshape(-1), seed),
+        (wanted.reshape(-1), weights.reshape(-1), seed),
         options,
     )
     return stream.reshape(x.shape), score

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, rows, targets
+from pallas_kernels import arguments, reference, rows, targets
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.rows import Options
 
@@ -143,18 +143,31 @@ def add_and_norm(
 
     Returns:
       The new stream in float32, and its norm in `dtype`.
+
+    Raises:
+      ValueError: shapes, dtypes or arguments that do not go together, naming them.
     """
+    width = jnp.shape(x)[-1] if jnp.ndim(x) else None
+    arguments.require_dtype("x", x, jnp.float32)
+    arguments.require_dtype("dtype", jnp.zeros((), dtype), *arguments.FLOATS)
+    if update is not None:
+        arguments.require_shape("update", update, x.shape)
+        arguments.require_dtype("update", update, *arguments.FLOATS)
+    for name, channels in (("scale", scale), ("shift", shift)):
+        if channels is not None:
+            arguments.require_shape(name, channels, (width,))
+    arguments.require_dropout(dropout_rate, dropout_key)
+    arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
     dropping = update is not None and dropout_key is not None and dropout_rate > 0
     if implementation is None:
         usable = targets.kernels_run() and x.shape[-1] <= rows.LARGEST_WIDTH
         implementation = "pallas" if usable else "xla"
-    if implementation == "xla":
+    if implementation == "xla" or x.size == 0:
         if update is not None:
             x = x + (reference.dropout(update, dropout_rate, dropout_key) if dropping else update)
         if shift is not None:
             x = x + shift
         return x, reference.layer_norm(x, scale, rows.EPSILON).astype(dtype)
-    width = x.shape[-1]
     options = Options(
         rows=x.size // width,
         width=width,
