@@ -279,7 +279,9 @@ def main() -> None:
         description="Draw the figures and write the table that results files hold.",
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("figures"))
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs") / "figures", help="(%(default)s)"
+    )
     arguments = parser.parse_args()
     export(arguments.results, arguments.out)
 

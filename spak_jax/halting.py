@@ -4,10 +4,10 @@ Two rules stop a token (`LoopLM.halting_logits`): it is "sure", or it is "still"
 number here, the doubt that is left: a sure token's largest probability is at least one minus the
 doubt, a still one's state and those of all before it have moved by no more than that share of
 themselves in a loop. The number is calibrated on problems of the training law alone, as the one
-that saves most loops and loses at most a tenth of a point there; then both rules, and the
-original's thresholds, are scored at lengths that were not looked at for it: answers right, and
-loops by token, by number of carries and by row. A row's loops are those of its slowest token: so
-many a program of `pallas_kernels.looped` runs.
+that saves most loops and loses at most a tenth of a point there, or the least that is tried where
+none loses so little; then both rules, and the original's thresholds, are scored at lengths that
+were not looked at for it: answers right, and loops by token, by number of carries and by row. A
+row's loops are those of its slowest token: so many a program of `pallas_kernels.looped` runs.
 """
 
 import argparse
@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1_000, help="problems a length")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument("--loops", type=int, help="at most, instead of the trained number")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("figures") / "halting")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs") / "halting")
     arguments = parser.parse_intermixed_args()
     digits = evaluate.parse_digits(arguments.digits)
     evaluate.check_range("--examples", arguments.examples, 1, 1_000_000)

@@ -440,7 +440,7 @@ def _train_and_score(arguments: argparse.Namespace) -> None:
         require_lawful(specification, Path(config_path))
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
-        parallel.by_first(lambda: _move_aside(run_path))
+        parallel.by_first(lambda: move_aside(run_path))
     states = train(config, run_path)
     if not parallel.is_first():
         return
@@ -639,7 +639,7 @@ class _Runs:
         return TrainState(weights, optimizer_state, jnp.int32(restored.step), seed)
 
 
-def _move_aside(run_path: Path) -> None:
+def move_aside(run_path: Path) -> None:
     if not run_path.exists():
         return
     number = 1

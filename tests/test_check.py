@@ -268,7 +268,9 @@ check = "kernel.short_forward.spilled <= 8"
 """
 
 
-def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tmp_path, monkeypatch):
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """The file of a specification whose laws forbid one tile, and a table of tiles beside it."""
     path = tmp_path / "configs" / "tiny.toml"
     path.parent.mkdir()
     path.write_text(TINY + SPACE)
@@ -281,7 +283,14 @@ def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tmp_path, m
     monkeypatch.setattr(compile, "measure", measure)
     monkeypatch.chdir(tmp_path)
     table = tmp_path / "tiles.toml"
-    words = ["tune", "--spec", str(path), "--target", "rtx5070", "--table", str(table)]
+    table.write_text(tiles.FILE.read_text())
+    monkeypatch.setattr(tiles, "FILE", table)
+    return path, table
+
+
+def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tuned, tmp_path, monkeypatch):
+    path, table = tuned
+    words = ["tune", "--spec", str(path), "--target", "rtx5070", "--write"]
     monkeypatch.setattr(sys, "argv", words)
     for _ in range(2):
         tune.main()
@@ -298,6 +307,34 @@ def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tmp_path, m
     told["chosen"]["short_forward"]["spilled"] = 5
     evidence.write_text(json.dumps(told))
     assert check.judge_facts(specification, path.parent)[0].verdict.holds is False
+
+
+def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, monkeypatch, capsys):
+    path, table = tuned
+    before = path.read_bytes(), table.read_bytes()
+    words = ["tune", "--spec", str(path), "--target", "rtx5070"]
+    for more, folder in (([], "runs/tuned"), (["--out", "mine"], "mine")):
+        monkeypatch.setattr(sys, "argv", words + more)
+        tune.main()
+        assert (path.read_bytes(), table.read_bytes()) == before
+        found = tmp_path / folder
+        assert {file.name for file in found.iterdir()} == {"tiles.toml", "tuned_tiny_rtx5070.json"}
+        assert "num_warps = 4" in (found / "tiles.toml").read_text()
+        told = capsys.readouterr().out
+        assert "num_warps=4" in told and f"{folder}/tiles.toml; the kernels read their own" in told
+    assert {file.name for file in tmp_path.iterdir()} == {"configs", "mine", "runs", "tiles.toml"}
+
+    # What was found before stays; what is no table is not replaced.
+    (tmp_path / "mine" / "tiles.toml").write_text(
+        table.read_text().replace("[rtx5070.short_forward]", '[rtx5070.short_forward]\n"own" = {}')
+    )
+    tune.main()
+    assert '"own" = {  }' in (tmp_path / "mine" / "tiles.toml").read_text()
+    for text in ("no = table", "[rtx5070]", "a = 1"):
+        (tmp_path / "mine" / "tiles.toml").write_text(text)
+        with pytest.raises(SystemExit):
+            tune.main()
+        assert (tmp_path / "mine" / "tiles.toml").read_text() == text
 
 
 def test_no_tile_within_the_laws_is_an_error_that_names_them(tmp_path, monkeypatch):
