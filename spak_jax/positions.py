@@ -56,8 +56,9 @@ class Pointer(nnx.Module):
     """Ids that a model finds itself: a counter over the row that each token moves or starts anew.
 
     `id_t = gate_t (id_{t-1} + 1)`, the gate a sigmoid of what is learned for each token of the
-    vocabulary: nothing here knows what a digit is, or where numbers start. (Contextual position
-    encoding, Golovneva et al. 2024, counts by gates too, of query and key, without starting anew.)
+    vocabulary: nothing here knows what a digit is, or where numbers start, but for the first of a
+    row, which begins with the counter at 0. (Contextual position encoding, Golovneva et al. 2024,
+    counts by gates too, of query and key, without starting anew.)
 
     A token that starts anew has the id 0, no place: every query sees it. Attention over a window
     needs such a one to weigh the others against, or two equal digits look like one.
