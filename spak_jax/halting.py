@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from flax import nnx
@@ -26,8 +25,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from pallas_kernels import timing
-from pallas_kernels.looped import AT_ONCE, RULES
-from spak_jax import addition, evaluate, figures, model
+from pallas_kernels.looped import RULES
+from spak_jax import addition, evaluate, figures, jax_settings, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
@@ -37,7 +36,8 @@ from spak_jax.command_line import (
     writable_folder,
     write_file,
 )
-from spak_jax.config import LoopedModel
+from spak_jax.config import Config, LoopedModel
+from spak_jax.evaluate import Halting
 
 # Tried in the calibration, and drawn.
 DOUBTS = {
@@ -47,26 +47,14 @@ DOUBTS = {
 # A share of the answers, against no halting, on problems of the training law.
 MOST_LOST = 0.001
 CALIBRATED_ON = 4_000
+CALIBRATION_SEED = 0
 DRAWN_PROBLEMS = 8
 TIMED_PASSES = 5
 NONE, SEED, FIXED = "none", "seed", "fixed"
 
 
-class Halting(NamedTuple):
-    """A rule and its thresholds before the `=` of a problem and from it on."""
-
-    rule: str
-    before: float
-    after: float
-
-    @classmethod
-    def with_doubt(cls, rule: str, doubt: float) -> "Halting":
-        threshold = 1 - doubt if rule == "sure" else doubt
-        return cls(rule, threshold, threshold)
-
-
 NEVER = Halting("sure", 2.0, 2.0)
-ORIGINAL = Halting("sure", evaluate.HALT_BEFORE_EQUALS, evaluate.HALT_FROM_EQUALS)
+ORIGINAL = evaluate.PUBLISHED_HALTING
 
 
 class Outcome(NamedTuple):
@@ -110,8 +98,7 @@ class Thinker:
 
         def run(weights, batch: Batch, rule: str, before, after):
             tokens = batch.tokens
-            thresholds = jnp.where(addition.from_equals_on(tokens), after, before)
-            thresholds = jnp.where(addition.ended(tokens), AT_ONCE[rule], thresholds)
+            thresholds = evaluate.thresholds(tokens, Halting(rule, before, after))
             logits, steps = nnx.merge(definition, weights).halting_logits(
                 tokens, thresholds, rule=rule, loops=loops, ids=addition.coupled_ids(tokens)
             )
@@ -150,6 +137,40 @@ class Thinker:
         return Outcome(*(np.concatenate(x)[: problems.count] for x in zip(*parts, strict=True)))
 
 
+@jax_settings.fixed()
+def calibrated(trained: evaluate.Trained, rule: str, loops: int | None = None) -> Halting:
+    """A rule with the doubt that `measure` would choose for it, without all that it tries.
+
+    Args:
+      trained: a looped model.
+      rule: of `RULES`.
+      loops: at most; None for as many as in training.
+
+    Raises:
+      InputError: the model does not loop.
+    """
+    think = Thinker(trained, loops or _looped(trained.config).loops)
+    law = _law(trained.config, jax_settings.key(CALIBRATION_SEED))
+    # The more doubt, the fewer loops: the first that loses little is the one that saves most.
+    doubts = sorted(DOUBTS[rule], reverse=True)
+    with progress_bar("calibrating") as progress:
+        bar = progress.add_task("", total=len(doubts) + 1, status="")
+
+        def right(way: Halting) -> float:
+            found = float(think(law, way).correct.mean())
+            progress.advance(bar)
+            return found
+
+        least = right(NEVER) - MOST_LOST
+        for doubt in doubts:
+            way = Halting.with_doubt(rule, doubt)
+            # Counts of problems, so that rounding decides nothing.
+            if right(way) >= least - 1e-9:
+                break
+    return way
+
+
+@jax_settings.fixed()
 def measure(
     trained: evaluate.Trained, digits: Sequence[int], examples: int, seed: int, loops: int | None
 ) -> dict[str, Any]:
@@ -169,12 +190,10 @@ def measure(
       InputError: the model does not loop.
     """
     config = trained.config
-    if not isinstance(config.model, LoopedModel):
-        raise InputError(f"{config.name} is a stack of blocks: it has no loops to stop")
-    loops = loops or config.model.loops
+    loops = loops or _looped(config).loops
     think = Thinker(trained, loops)
-    key, task = jax.random.key(seed), config.data.task
-    law = addition.sample_law(jax.random.fold_in(key, 0), config.data, (CALIBRATED_ON,))
+    key, task = jax_settings.key(seed), config.data.task
+    law = _law(config, key)
     scored = {
         n: addition.sample_exact(jax.random.fold_in(key, n), n, examples, task) for n in digits
     }
@@ -214,6 +233,17 @@ def measure(
         "drawn": _drawn(think, trained, digits[-1], ways, seed),
         "milliseconds": _milliseconds(think, scored[digits[-1]], ways),
     }
+
+
+def _looped(config: Config) -> LoopedModel:
+    if not isinstance(config.model, LoopedModel):
+        raise InputError(f"{config.name} is a stack of blocks: it has no loops to stop")
+    return config.model
+
+
+def _law(config: Config, key: jax.Array) -> Problems:
+    """The problems that rules are calibrated on."""
+    return addition.sample_law(jax.random.fold_in(key, 0), config.data, (CALIBRATED_ON,))
 
 
 def _swept(think: Thinker, problems: Problems, outcomes: Callable) -> dict[str, Any]:
@@ -266,7 +296,7 @@ def _scored(outcome: Outcome, carries: np.ndarray) -> dict[str, Any]:
 def _drawn(think: Thinker, trained, digits: int, ways: dict[str, Halting], seed: int):
     """Loops of every token of a few problems, under the calibrated rules: few carries to many."""
     task = trained.config.data.task
-    many = addition.sample_exact(jax.random.key(seed + 1), digits, 40 * DRAWN_PROBLEMS, task)
+    many = addition.sample_exact(jax_settings.key(seed + 1), digits, 40 * DRAWN_PROBLEMS, task)
     order = np.argsort(np.asarray(addition.carries(many, task)), kind="stable")
     picked = order[np.linspace(0, len(order) - 1, DRAWN_PROBLEMS).astype(int)]
     problems = Problems(*(np.asarray(x)[picked] for x in many))
@@ -397,16 +427,19 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1_000, help="problems a length")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument("--loops", type=int, help="at most, instead of the trained number")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("figures") / "halting")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the pictures (default: RUN/halting)"
+    )
     arguments = parser.parse_intermixed_args()
     digits = evaluate.parse_digits(arguments.digits)
     evaluate.check_range("--examples", arguments.examples, 1, 1_000_000)
     evaluate.check_range("--seed", arguments.seed, 0, 2**31 - 2)
     evaluate.check_range("--loops", arguments.loops, 1, evaluate.MAX_LOOPS)
     trained = evaluate.load(arguments.run)
-    writable_folder(arguments.out)
+    out = writable_folder(arguments.out or arguments.run / "halting")
     found = measure(trained, digits, arguments.examples, arguments.seed, arguments.loops)
     show(found)
+    evaluate.warn_of_loops(found["config"]["model"], found["loops"])
     files = {"halting.json": json.dumps(found, indent=1) + "\n"}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -414,8 +447,8 @@ def main() -> None:
         drawn = draw(found)
         files |= {f"halting.{kind}": figures.saved(drawn, kind) for kind in ("png", "pdf")}
     for name, content in files.items():
-        write_file(arguments.out / name, content)
-        console.print(f"wrote {arguments.out / name}", markup=False)
+        write_file(out / name, content)
+        console.print(f"wrote {out / name}", markup=False)
 
 
 if __name__ == "__main__":

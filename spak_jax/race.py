@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from spak_jax import addition, evaluate
+from spak_jax import addition, evaluate, jax_settings
 from spak_jax.command_line import Failure, InputError, console, run_program, write_file
 from spak_jax.config import Config, read_config
 from spak_jax.train import TrainState, compiled, first_state, first_supply
@@ -27,6 +27,7 @@ EXAMPLES = 10_000
 FIRST_EXAMPLES = 256
 
 
+@jax_settings.fixed()
 def race(config: Config, digits: int, every: int) -> dict[str, Any]:
     """Trains until `ACCURACY` of additions of `digits` digits are right.
 

@@ -21,7 +21,16 @@ import optax
 from flax import nnx
 
 from pallas_kernels import shards
-from spak_jax import addition, checkpoint, evaluate, interruption, metrics, model, parallel
+from spak_jax import (
+    addition,
+    checkpoint,
+    evaluate,
+    interruption,
+    jax_settings,
+    metrics,
+    model,
+    parallel,
+)
 from spak_jax.command_line import (
     Failure,
     InputError,
@@ -58,7 +67,7 @@ OVER_SEEDS = TrainState(weights=0, optimizer=0, step=None, seed=0)
 class Told(NamedTuple):
     """What a call tells of each of its steps, float32: the loss, and the norm of its gradient.
 
-    Arrays of `train.steps_per_call`, or one such row a seed; NaN beyond the steps that were taken.
+    Arrays of `train.steps_per_call`, or one such row a seed; 0 beyond the steps that were taken.
     """
 
     loss: jax.Array
@@ -213,7 +222,7 @@ def make_training(
             state, of_step = every_seed(state, supply)
             return state, jax.tree.map(lambda x, value: x.at[..., i].set(value), told, of_step)
 
-        none = jnp.full((*state.seed.shape, config.train.steps_per_call), jnp.nan, jnp.float32)
+        none = jnp.zeros((*state.seed.shape, config.train.steps_per_call), jnp.float32)
         return jax.lax.fori_loop(0, count, body, (state, Told(none, none)))
 
     return run_steps
@@ -287,6 +296,7 @@ def compiled_steps(config: Config) -> Callable:
     return run_steps.lower(*_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
+@jax_settings.fixed()
 def train(config: Config, run_path: Path, until: int | None = None) -> list[TrainState]:
     """Trains to the last step, from the newest checkpoint in the run folder if there is one.
 
@@ -467,7 +477,7 @@ def _next_stop(step: int, pace: int, last: int, train: Train) -> int:
 def _key(seed: jax.Array | int, purpose: str) -> jax.Array:
     """The PRNG key of one purpose; different purposes never share random numbers."""
     purposes = ("weights", "data", "dropout", "validation")
-    return jax.random.split(jax.random.key(seed), 4)[purposes.index(purpose)]
+    return jax.random.split(jax_settings.key(seed), 4)[purposes.index(purpose)]
 
 
 def _apart(state: TrainState) -> list[TrainState]:

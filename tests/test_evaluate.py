@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,10 @@ def test_teacher_forcing_equals_generation(strength, salt):
         assert 0 < forced.mean() < 1
 
 
-@pytest.mark.parametrize("halt", [False, True])
+STILL = evaluate.Halting("still", 0.2, 0.2)
+
+
+@pytest.mark.parametrize("halt", [None, evaluate.PUBLISHED_HALTING, STILL])
 def test_decoding_a_trained_model_equals_teacher_forcing(half_trained, halt):
     trained = evaluate.load(half_trained)
     problems = addition.sample_exact(jax.random.key(0), 1, 300)
@@ -132,7 +136,7 @@ def test_a_stack_has_no_loops_to_choose():
 
     gpt = parse_config(values, "test")
     trained = evaluate.Trained(gpt, nnx.state(model.build(gpt, 13, jax.random.key(0))), 0)
-    for options in ({"loops": 3}, {"halt": True}):
+    for options in ({"loops": 3}, {"halt": evaluate.PUBLISHED_HALTING}):
         with pytest.raises(InputError, match="stack of 2 blocks"):
             evaluate.forward(trained.config, **options)
     results = evaluate.score(trained, evaluate.Settings((1,), 5, 0))
@@ -226,7 +230,8 @@ def test_the_command_line(half_trained, tmp_path):
         "1": 1,
         "2": 1,
     }
-    assert "wrong: 99+1=100" in result.stdout
+    (written,) = re.findall(r"^wrong: 99\+1=(.*), right: 100$", result.stdout, re.MULTILINE)
+    assert written == solve(evaluate.load(half_trained), [(99, 1)])[0].text != "100"
 
 
 def test_kinds_and_long_numbers_are_scored(half_trained):
@@ -322,8 +327,8 @@ def test_solve_writes_what_scoring_finds_right(half_trained):
     right = [answer.text == str(a + b) for (a, b), answer in zip(pairs, answers, strict=True)]
     assert right == outcome.correct.tolist() and any(right)
     for answer in answers:
-        assert len(answer.loops) == len(answer.text)
-        assert all(1 <= loops <= 3 for loops in answer.loops)
+        assert len(answer.settled) == len(answer.text)
+        assert all(1 <= loops <= 3 for loops in answer.settled)
 
 
 @pytest.mark.parametrize("name", ["frontier", "frontier-tiny", "pointer"])

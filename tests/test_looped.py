@@ -165,7 +165,7 @@ def test_what_follows_a_problem_is_not_waited_for():
     tokens = jnp.array([addition.encode("1+2=3\n\n\n"), addition.encode("7+9=61\n\n")])
     over = addition.ended(tokens)
     assert over.tolist() == [[False] * 5 + [True] * 3, [False] * 6 + [True] * 2]
-    _, steps = evaluate.forward(config, halt=True)(weights, tokens)
+    _, steps = evaluate.forward(config, halt=evaluate.PUBLISHED_HALTING)(weights, tokens)
     assert (steps[over] == 1).all() and (steps[~over] > 1).any()
 
 
@@ -241,7 +241,7 @@ def test_compiled_equals_the_scanned_model(width, length):
 def test_the_evaluator_scores_the_same_in_one_launch(half_trained, halt, monkeypatch):
     trained = evaluate.load(half_trained)
     problems = addition.sample_exact(jax.random.key(0), 1, 300)
-    settings = evaluate.Settings((1,), 300, 0, halt=halt)
+    settings = evaluate.Settings((1,), 300, 0, halt=evaluate.PUBLISHED_HALTING if halt else None)
     launched = evaluate.Scorer(trained, settings)(problems)
     evaluate._compiled_rows.cache_clear()
     monkeypatch.setattr(model.LoopLM, "fits_one_launch", lambda self, tokens: False)
