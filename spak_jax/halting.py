@@ -151,23 +151,23 @@ def calibrated(trained: evaluate.Trained, rule: str, loops: int | None = None) -
     """
     think = Thinker(trained, loops or _looped(trained.config).loops)
     law = _law(trained.config, jax_settings.key(CALIBRATION_SEED))
-    # The more doubt, the fewer loops: the first that loses little is the one that saves most.
-    doubts = sorted(DOUBTS[rule], reverse=True)
     with progress_bar("calibrating") as progress:
-        bar = progress.add_task("", total=len(doubts) + 1, status="")
+        bar = progress.add_task("", total=len(DOUBTS[rule]) + 1, status="")
 
-        def right(way: Halting) -> float:
-            found = float(think(law, way).correct.mean())
+        def outcome(way: Halting) -> dict[str, float]:
+            found = think(law, way).summary()
             progress.advance(bar)
             return found
 
-        least = right(NEVER) - MOST_LOST
-        for doubt in doubts:
-            way = Halting.with_doubt(rule, doubt)
-            # Counts of problems, so that rounding decides nothing.
-            if right(way) >= least - 1e-9:
+        calibration = {NONE: outcome(NEVER), rule: []}
+        # The less doubt, the more loops: once those that lose little take more, all the others do.
+        for doubt in sorted(DOUBTS[rule], reverse=True):
+            found = {"doubt": doubt, **outcome(Halting.with_doubt(rule, doubt))}
+            calibration[rule].append(found)
+            kept = _keeping(calibration, rule)
+            if kept and found["row_loops"] > min(x["row_loops"] for x in kept):
                 break
-    return way
+    return Halting.with_doubt(rule, _chosen(calibration, rule))
 
 
 @jax_settings.fixed()
@@ -261,11 +261,16 @@ def _swept(think: Thinker, problems: Problems, outcomes: Callable) -> dict[str, 
     return found
 
 
-def _chosen(calibration: dict[str, Any], rule: str) -> float:
-    """The doubt with the fewest loops of those that lose little; the least of all if none does."""
+def _keeping(calibration: dict[str, Any], rule: str) -> list[dict[str, float]]:
+    """What was found of the doubts that lose little."""
     least = calibration[NONE]["accuracy"] - MOST_LOST
     # Counts of problems, so that rounding decides nothing.
-    kept = [x for x in calibration[rule] if x["accuracy"] >= least - 1e-9]
+    return [x for x in calibration[rule] if x["accuracy"] >= least - 1e-9]
+
+
+def _chosen(calibration: dict[str, Any], rule: str) -> float:
+    """The doubt with the fewest loops of those that lose little; the least of all if none does."""
+    kept = _keeping(calibration, rule)
     if not kept:
         return min(DOUBTS[rule])
     return min(kept, key=lambda x: (x["row_loops"], x["doubt"]))["doubt"]
