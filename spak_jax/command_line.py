@@ -39,7 +39,15 @@ class InputError(Failure):
 def run_program(main: Callable[[], None]) -> None:
     """Runs `main`; a `Failure` ends the process with its message and status, no traceback."""
     try:
-        main()
+        try:
+            main()
+        except (AssertionError, RuntimeError):
+            # What a JAX without devices raises, anywhere.
+            if "jax" in sys.modules:
+                from spak_jax.parallel import require_devices
+
+                require_devices()
+            raise
     except Failure as error:
         print(f"{error.label}: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None

@@ -32,9 +32,6 @@ def release(run: Path, out: Path) -> int:
         released = checkpoint.Run(out)
         released.save(restored.step, restored.config, restored.weights)
         released.close()
-        # Orbax notes in them where on this machine it wrote; only remote stores are read by them.
-        for note in out.rglob("commit_success.txt"):
-            note.unlink()
         results = run / checkpoint.RESULTS
         if results.is_file():
             write_file(out / checkpoint.RESULTS, results.read_bytes())
