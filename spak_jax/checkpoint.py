@@ -36,7 +36,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from spak_jax import parallel
-from spak_jax.command_line import Failure, InputError, first_line, writable_folder
+from spak_jax.command_line import (
+    Failure,
+    InputError,
+    first_line,
+    require_devices,
+    writable_folder,
+)
 from spak_jax.config import Config, parse_config
 
 CHECKPOINTS = "checkpoints"
@@ -190,6 +196,7 @@ class Run:
         It counts once all of it has been read back.
 
         Raises:
+          InputError: no path to the folder serves (`_plainly_named`).
           Failure: the disk is full, the folder gone or no longer writable, or something else came
             back than was written; older checkpoints are as they were.
         """
@@ -215,6 +222,8 @@ class Run:
                 )
             _require_saved(unseen, description, arrays)
             parallel.by_first(lambda: self._keep(unseen, step))
+        except InputError:
+            raise
         except Exception as error:  # noqa: BLE001  a full disk surfaces as any error of any layer
             if parallel.is_of_another_process(error):
                 raise
@@ -285,7 +294,7 @@ def restore(run: Path, *, optimizer: bool = False, at_most: int | None = None) -
       InputError: there is none, it is damaged, or it cannot be read; the message names it, and the
         cause. Where it is damaged, also the good one before it.
     """
-    parallel.require_devices()
+    require_devices()
     while True:
         steps = [step for step in steps_in(run) if at_most is None or step <= at_most]
         if not steps:

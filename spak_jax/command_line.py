@@ -44,8 +44,6 @@ def run_program(main: Callable[[], None]) -> None:
         except (AssertionError, RuntimeError):
             # What a JAX without devices raises, anywhere.
             if "jax" in sys.modules:
-                from spak_jax.parallel import require_devices
-
                 require_devices()
             raise
     except Failure as error:
@@ -54,6 +52,27 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped: SIGINT", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def require_devices() -> None:
+    """Starts JAX's platform, which everything that computes needs.
+
+    Raises:
+      InputError: it does not start; the message says which was asked for, and what is there.
+    """
+    # Here: most programs tell their help without it.
+    import jax
+
+    try:
+        jax.devices()
+    # It asserts where none of the platforms asked for is there.
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms
+        why = first_line(error) if str(error) else "it finds no device of that kind"
+        raise InputError(
+            f"JAX cannot start {f'on JAX_PLATFORMS={asked}' if asked else 'here'} ({why}):"
+            " JAX_PLATFORMS=cpu is there on every machine; unset, JAX takes what it finds"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

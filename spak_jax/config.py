@@ -26,8 +26,11 @@ LARGEST_SPECIFICATION = 2**15
 OPERANDS = {"addition": 2, "three-operands": 3, "subtraction": 2}
 
 Digits = Annotated[int, Field(ge=1, le=MAX_DIGITS)]
-Positive = Annotated[int, Field(ge=1)]
+# Sizes and steps are int32 where they reach arrays.
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Of a mean over steps; with 1 nothing would ever enter it.
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 # Position schemes that have a learned bias for differences of ids: `spak_jax.positions`.
@@ -165,7 +168,7 @@ class Train(Section):
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay_steps: Positive = 15_000
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: Seed = 0
@@ -181,6 +184,15 @@ class Train(Section):
             raise ValueError(
                 f"train.decay_steps = {self.decay_steps} must exceed train.warmup_steps ="
                 f" {self.warmup_steps}: it counts from the first step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_seed_is_one(self) -> Self:
+        if self.seed + self.seeds > 2**31:
+            raise ValueError(
+                f"train.seeds = {self.seeds} from train.seed = {self.seed} on: the last,"
+                f" {self.seed + self.seeds - 1}, must be less than {2**31}"
             )
         return self
 
@@ -387,10 +399,19 @@ def _validated(kind: type[Whole], values: Mapping[str, Any], source: str) -> Who
         raise InputError(f"{source}: {first_line(error)}") from None
 
 
-def first_difference(stored: Config, asked: Config) -> str | None:
-    """The first field that differs, with both values, or None where the two are equal."""
-    pairs = dict(leaves(stored.model_dump()))
+def first_difference(stored: Config, asked: Config, but: Sequence[str] = ()) -> str | None:
+    """The first field that differs, with both values, or None where the two are equal.
+
+    Args:
+      stored: one configuration.
+      asked: the other.
+      but: fields, and whole sections, that may differ.
+    """
+    counts = lambda key: not any(f"{key}.".startswith(f"{each}.") for each in but)  # noqa: E731
+    pairs = {key: value for key, value in leaves(stored.model_dump()) if counts(key)}
     for key, value in leaves(asked.model_dump()):
+        if not counts(key):
+            continue
         if key not in pairs or pairs[key] != value:
             return f"{key} is {pairs.get(key, 'absent')!r} there and {value!r} here"
         del pairs[key]

@@ -154,7 +154,9 @@ def main() -> None:
         description="Import a checkpoint of the original PyTorch system into a run folder.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as ckpt.pt")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder to make")
+    parser.add_argument(
+        "run", type=checkpoint.run_folder, metavar="RUN", help="the run folder to make"
+    )
     parser.add_argument(
         "--inject-input",
         action="store_true",

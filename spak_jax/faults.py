@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spak_jax import checkpoint, convert, evaluate, metrics
+from spak_jax import checkpoint, convert, evaluate, interruption, metrics
 from spak_jax.command_line import (
     Failure,
     InputError,
@@ -97,10 +97,10 @@ def killed(folder: Path, times: int, moments: Moments) -> Iterator[str]:
 
 
 def asked_to_stop(folder: Path, times: int, moments: Moments) -> Iterator[str]:
-    """SIGTERM and SIGINT, one and two of them."""
+    """Each signal that is heeded, one and two of them."""
     run = folder / "asked"
     for i in range(times):
-        number, twice = (signal.SIGTERM, signal.SIGINT)[i % 2], i // 2 % 2 == 1
+        number, twice = interruption.HEEDED[i % 3], i // 3 % 2 == 1
         with _training(run, *ENDLESS) as process:
             _await_checkpoint(run, process)
             time.sleep(moments.uniform(0, 0.5))
@@ -322,7 +322,7 @@ class Campaign(NamedTuple):
 
 CAMPAIGN = {
     "killed": Campaign(killed, "SIGKILL at a random moment", 50),
-    "signals": Campaign(asked_to_stop, "SIGTERM or SIGINT, once or twice", 12),
+    "signals": Campaign(asked_to_stop, "SIGTERM, SIGINT or SIGHUP, once or twice", 12),
     "damage": Campaign(
         damaged, "one file of a checkpoint truncated, emptied, removed, flipped", 15
     ),

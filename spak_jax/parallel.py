@@ -185,24 +185,6 @@ def one_of_several() -> Iterator[None]:
         os._exit(error.status if isinstance(error, Failure) else 1)
 
 
-def require_devices() -> None:
-    """Starts JAX's platform, which everything that computes needs.
-
-    Raises:
-      InputError: it does not start; the message says which was asked for, and what is there.
-    """
-    try:
-        jax.devices()
-    # It asserts where none of the platforms asked for is there.
-    except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms
-        why = first_line(error) if str(error) else "it finds no device of that kind"
-        raise InputError(
-            f"JAX cannot start {f'on JAX_PLATFORMS={asked}' if asked else 'here'} ({why}):"
-            " JAX_PLATFORMS=cpu is there on every machine; unset, JAX takes what it finds"
-        ) from None
-
-
 def is_first() -> bool:
     """Whether this process writes: the first, or the only one."""
     return jax.process_index() == 0

@@ -42,8 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.release", description="Keep what others need of a run."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("out", type=Path, metavar="DIR", help="the folder to make")
+    folder = checkpoint.run_folder
+    parser.add_argument("run", type=folder, metavar="RUN", help="a run folder")
+    parser.add_argument("out", type=folder, metavar="DIR", help="the folder to make")
     arguments = parser.parse_args()
     step = release(arguments.run, arguments.out)
     console.print(f"{arguments.out}: the weights of step {step:,}", markup=False)
