@@ -22,14 +22,12 @@ import functools
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from pallas_kernels import (
     attention,
@@ -43,6 +41,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.design_space import Declared
 from pallas_kernels.laws import LawError
+from pallas_kernels.programs import console, named_file, run_program
 from pallas_kernels.shapes import Shape
 from pallas_kernels.targets import TARGETS, target_at_hand
 from pallas_kernels.tile import Extras
@@ -407,9 +406,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--kernel",
-        choices=(*tiles.KERNELS, tiles.LOOPED, CUDNN),
+        choices=(choices := (*tiles.KERNELS, tiles.LOOPED, CUDNN)),
         action="append",
-        help=f"repeatable (default: all but the last two; {CUDNN} uses the table as it is)",
+        metavar="NAME",
+        help=f"of {', '.join(choices)}; repeatable (default: all but the last two; {CUDNN} uses"
+        " the table as it is)",
     )
     parser.add_argument(
         "--spec", type=Path, help="choose from what this specification declares, within its laws"
@@ -421,9 +422,14 @@ def main() -> None:
     names = arguments.target
     if not names and jax.default_backend() != "gpu":
         parser.error(f"needs a GPU or --target; JAX's backend here is {jax.default_backend()}")
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     if arguments.spec:
-        _tune_by(arguments.spec, names, arguments.table, parser, console.print)
+        _tune_by(
+            named_file(arguments.spec, Path("configs")),
+            names,
+            arguments.table,
+            parser,
+            console.print,
+        )
         return
     kernels = arguments.kernel or tiles.KERNELS
     if names and tiles.LOOPED in kernels:
@@ -495,4 +501,4 @@ def _kept(kernels: dict, kernel: str, tried: Sequence[Candidate]) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

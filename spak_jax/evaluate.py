@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.table import Table
 
 from spak_jax import addition, checkpoint, generation, metrics, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
+    Table,
     console,
-    progress_bar,
+    progress,
     run_program,
     writable_folder,
     write_file,
@@ -50,6 +50,11 @@ FULL_DIGITS = 100
 SEED_COLUMNS_FACTOR = 10
 CURVE_POINTS = 400
 MAX_LOOPS = 10_000
+# Of waiting for scores.
+INSTEAD = (
+    "fewer problems (--examples; evaluation.examples of a training) or shorter ones (--digits;"
+    " evaluation.digits) take less"
+)
 LONGEST_PROBLEM = max(addition.text_length(MAX_DIGITS, task) for task in OPERANDS)
 
 _problem_rows = jax.jit(addition.problem_rows, static_argnums=(1, 2))
@@ -242,9 +247,8 @@ def score(trained: Trained, settings: Settings) -> dict[str, Any]:
     lengths, kinds, outcomes, carries = {}, {kind: {} for kind in settings.kinds}, [], []
     of_kind = {kind: {n: _of_kind(kind, count) for n, count in counts.items()} for kind in kinds}
     total = sum(sum(each.values()) for each in (counts, *of_kind.values())) + column_problems.count
-    with progress_bar("scoring") as progress:
-        task_bar = progress.add_task("", total=total, status="")
-        advance = lambda n: progress.advance(task_bar, n)  # noqa: E731
+    with progress("scoring", total, unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+        advance = told.advance
         for digits, count in counts.items():
             problems = addition.sample_exact(jax.random.fold_in(key, digits), digits, count, task)
             outcome = scorer(problems, advance)
@@ -283,9 +287,8 @@ def score_own_problems(
     """
     problems = addition.problems_from_integers(own)
     scorer = Scorer(trained, settings)
-    with progress_bar("scoring") as progress:
-        task_bar = progress.add_task("", total=len(own), status="")
-        outcome = scorer(problems, lambda n: progress.advance(task_bar, n))
+    with progress("scoring", len(own), unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+        outcome = scorer(problems, told.advance)
     longest, task = trained.config.data.longest, trained.config.data.task
     results = _description(trained, settings) | {"examples": len(own), "problems": source}
     results["lengths"] = _by(np.asarray(addition.longest_operand(problems)), outcome, longest)
@@ -380,6 +383,11 @@ def print_results(results: Mapping[str, Any]) -> None:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes a results file."""
     write_file(path, json.dumps(results, indent=1) + "\n")
+
+
+def or_a_gpu(instead: str) -> str:
+    """What to do instead of waiting; without a GPU also that one would do."""
+    return instead if jax.default_backend() == "gpu" else f"{instead}; a GPU is far faster"
 
 
 def device_name() -> str:

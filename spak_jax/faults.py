@@ -33,6 +33,7 @@ from spak_jax.command_line import (
     console,
     found_before,
     named,
+    progress,
     run_program,
     write_file,
 )
@@ -356,7 +357,10 @@ def attempt(name: str, folder: Path, times: int | None = None) -> dict[str, Any]
     tries, words, most = CAMPAIGN[name]
     outcomes, broken, missing, started = Counter(), None, None, time.monotonic()
     try:
-        outcomes.update(tries(folder, most if times is None else times, random.Random(SEED)))
+        with progress(name, unit="outcomes") as told:
+            for outcome in tries(folder, most if times is None else times, random.Random(SEED)):
+                outcomes[outcome] += 1
+                told.advance()
     except Broken as error:
         broken = str(error)
     except NotTried as error:
@@ -429,7 +433,7 @@ def _config(overrides: Sequence[str]) -> Config:
 
 
 def _command(run: Path, *overrides: str) -> list[str]:
-    words = ["-m", "spak_jax.train", CONFIG, *overrides, "--despite-laws", "--run", str(run)]
+    words = ["-m", "spak_jax.train", CONFIG, *overrides, "--run", str(run)]
     return [sys.executable, *words]
 
 

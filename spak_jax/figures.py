@@ -293,13 +293,13 @@ def export(paths: Sequence[Path], out: Path) -> None:
     evaluated, repeats = gather([(path, read_results(path)) for path in paths])
     files = {out / name: content for name, content in render(evaluated).items()}
     for sentence in repeats:
-        console.print(sentence, markup=False)
+        console.print(sentence)
     for path in files:
         if path.is_dir():
             raise InputError(f"cannot write {path}: it is a folder")
     for path, content in files.items():
         write_file(path, content)
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {path}")
 
 
 def saved(figure: Figure, kind: str) -> bytes:

@@ -41,6 +41,7 @@ from spak_jax.command_line import (
     console,
     found_before,
     named,
+    progress,
     run_program,
     write_file,
 )
@@ -122,13 +123,15 @@ def fuzz(name: str, count: int, seed: int) -> Found:
                 tally["refused"] += 1
                 message = str(error)
                 assert message and "\n" not in message.strip(), f"not one line: {message!r}"
+            told.advance()
             took = time.process_time() - started
             tally["slowest"] = max(tally["slowest"], took)
             assert took < SECONDS_AN_INPUT, f"took {took:.1f} s"
 
         broken = None
         try:
-            attempt()
+            with progress(name, count, unit="inputs") as told:
+                attempt()
         except Exception as error:  # noqa: BLE001  whatever else comes out is what we look for
             notes = " ".join(" ".join(getattr(error, "__notes__", [])).split())
             broken = f"{type(error).__name__}: {error} {notes}"[:2_000]
@@ -413,7 +416,6 @@ def main() -> None:
         console.print(
             f"{name}: {each.tried:,} inputs, {each.taken:,} taken, {each.refused:,} refused,"
             f" slowest {each.slowest_seconds:.2f} s{broken}",
-            markup=False,
         )
         told[name] = each._asdict() | origin
         if arguments.json:

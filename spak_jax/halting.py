@@ -23,7 +23,6 @@ import numpy as np
 from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from pallas_kernels import timing
 from pallas_kernels.looped import AT_ONCE, RULES
@@ -31,8 +30,9 @@ from spak_jax import addition, evaluate, figures, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
+    Table,
     console,
-    progress_bar,
+    progress,
     run_program,
     writable_folder,
     write_file,
@@ -178,16 +178,15 @@ def measure(
     scored = {
         n: addition.sample_exact(jax.random.fold_in(key, n), n, examples, task) for n in digits
     }
-    with progress_bar("halting") as progress:
-        bar = progress.add_task(
-            "", total=2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(digits), status=""
-        )
+    total = 2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(digits)
+    instead = evaluate.or_a_gpu("fewer problems (--examples) or shorter ones (--digits) take less")
+    with progress("halting", total, unit="scorings", instead=instead) as told:
 
         def outcomes(problems: Problems, ways: Iterable[Halting]) -> list[Outcome]:
             found = []
             for way in ways:
                 found.append(think(problems, way))
-                progress.advance(bar)
+                told.advance()
             return found
 
         calibration = _swept(think, law, outcomes)
@@ -415,7 +414,7 @@ def main() -> None:
         files |= {f"halting.{kind}": figures.saved(drawn, kind) for kind in ("png", "pdf")}
     for name, content in files.items():
         write_file(arguments.out / name, content)
-        console.print(f"wrote {arguments.out / name}", markup=False)
+        console.print(f"wrote {arguments.out / name}")
 
 
 if __name__ == "__main__":

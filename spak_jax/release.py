@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="DIR", help="the folder to make")
     arguments = parser.parse_args()
     step = release(arguments.run, arguments.out)
-    console.print(f"{arguments.out}: the weights of step {step:,}", markup=False)
+    console.print(f"{arguments.out}: the weights of step {step:,}")
 
 
 if __name__ == "__main__":

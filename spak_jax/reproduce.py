@@ -59,7 +59,7 @@ def reproduce(experiment: Experiment, run_path: Path, out: Path, study: Study) -
                 kinds=addition.KINDS if scoring.kinds else (),
             )
             evaluate.write_results(path, evaluate.score_run(trained, settings, folders[i]))
-            console.print(f"wrote {path}", markup=False)
+            console.print(f"wrote {path}")
 
 
 def _is_done(path: Path, config: Config, examples: int) -> bool:
@@ -88,7 +88,11 @@ def main() -> None:
     )
     named = [name for name in studies.STUDIES if not name.startswith(TABLE)]
     parser.add_argument(
-        "--study", choices=[TABLE, *named], default=TABLE, help="(the seed's table)"
+        "--study",
+        choices=[TABLE, *named],
+        default=TABLE,
+        metavar="NAME",
+        help=f"of {', '.join(named)} (the seed's table)",
     )
     parser.add_argument("--width", type=int, choices=(256, 768), help="of the table (256)")
     parser.add_argument("--seeds", type=int, help="trainings of each system (the study's)")
@@ -123,7 +127,7 @@ def main() -> None:
     for experiment in study.experiments:
         system = experiment.config.name
         if system in (arguments.system or systems):
-            console.print(f"{system}, {seeds} seeds", markup=False)
+            console.print(f"{system}, {seeds} seeds")
             reproduce(experiment, runs_path / system, out, study)
             # After each system there is a table to look at.
             figures.export(_results_there(study.experiments, out), out)

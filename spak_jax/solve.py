@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from spak_jax import addition, evaluate
-from spak_jax.command_line import InputError, console, run_program
+from spak_jax.command_line import InputError, Table, console, progress, run_program
 from spak_jax.config import LoopedModel
 
 
@@ -69,7 +68,8 @@ def main() -> None:
         asked = [addition.parse_problem(text, task) for text in arguments.problems]
     except ValueError as error:
         raise InputError(str(error)) from None
-    answers = solve(trained, asked)
+    with progress("answering"):
+        answers = solve(trained, asked)
     table = Table()
     for heading in ("problem", "answer", "", "loops for each digit"):
         table.add_column(heading, overflow="fold")

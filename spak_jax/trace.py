@@ -18,7 +18,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from spak_jax import addition, evaluate, figures, model
-from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
+from spak_jax.command_line import (
+    InputError,
+    console,
+    progress,
+    run_program,
+    writable_folder,
+    write_file,
+)
 from spak_jax.config import LoopedModel
 
 # What a picture can show, a pixel or two a token.
@@ -145,7 +152,8 @@ def main() -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     writable_folder(arguments.out)
-    traced = trace(trained, numbers, arguments.loops)
+    with progress("tracing"):
+        traced = trace(trained, numbers, arguments.loops)
     files = {"trace.json": json.dumps(traced) + "\n"}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -154,7 +162,7 @@ def main() -> None:
         files |= {f"trace.{kind}": figures.saved(drawn, kind) for kind in ("png", "pdf")}
     for name, content in files.items():
         write_file(arguments.out / name, content)
-        console.print(f"wrote {arguments.out / name}", markup=False)
+        console.print(f"wrote {arguments.out / name}")
 
 
 def _symbols(axis, text: str) -> None:

@@ -27,15 +27,27 @@ from spak_jax.command_line import (
     InputError,
     console,
     first_line,
-    progress_bar,
+    progress,
     run_program,
 )
-from spak_jax.config import Config, Parallel, Train, first_difference, read_specification
+from spak_jax.config import (
+    Config,
+    Parallel,
+    Train,
+    add_words,
+    file_and_overrides,
+    first_difference,
+    read_specification,
+)
 
-DEFAULT_CONFIG = Path("configs/quickstart.toml")
 VALIDATION_BATCHES = 8
 # A compiled call that takes longer leaves its user without news.
 SECONDS_PER_CALL = 2.0
+# Of waiting for a training.
+INSTEAD = (
+    "it can be stopped at any time, and goes on when it is asked for again; for a trial take fewer"
+    " steps, such as train.steps=200, or the configuration quickstart"
+)
 
 
 class TrainState(NamedTuple):
@@ -326,7 +338,8 @@ def _train(
     state = runs.begin(last)
     supply = first_supply(config)
     started = time.monotonic()
-    run_steps, validation_loss = compiled(config)
+    with progress("compiling"):
+        run_steps, validation_loss = compiled(config)
     seeds = config.train.seeds
     console.print(
         f"{config.system}: {model.parameter_count(state.weights) // seeds:,} parameters,"
@@ -337,10 +350,12 @@ def _train(
     )
 
     learning_rate = schedule(config.train)
-    printed, pace = time.monotonic(), 1
+    pace = 1
     (asked,) = parallel.of_all(request.signal)
-    with progress_bar(config.name) as progress:
-        task = progress.add_task("", total=last, completed=runs.step, status="")
+    instead = evaluate.or_a_gpu(INSTEAD)
+    with progress(config.name, last, runs.step, "steps", instead) as shown:
+        # Compiled already: the first step tells the pace.
+        shown.advance(0)
         while runs.step < last and not any(asked):
             step, target = runs.step, _next_stop(runs.step, pace, last, config.train)
             started = time.monotonic()
@@ -380,11 +395,8 @@ def _train(
             if due or any(asked):
                 runs.save(state)
             runs.step = target
-            status = f"loss {sum(losses) / seeds:.4f}  rate {rate:.1e}  {1 / seconds:.1f} steps/s"
-            progress.update(task, completed=target, status=status)
-            if progress.disable and (time.monotonic() - printed > 10 or target >= last):
-                printed = time.monotonic()
-                console.print(f"step {target:,} of {last:,}  {status}")
+            status = f"loss {sum(losses) / seeds:.4f}, learning rate {rate:.1e}"
+            shown.advance(target - step, status)
     runs.close()
     if any(asked):
         raise interruption.Stopped(
@@ -400,21 +412,10 @@ def main() -> None:
         prog="python -m spak_jax.train",
         description="Train a model, or go on with a training, and score it.",
     )
-    parser.add_argument(
-        "config", nargs="?", help="a TOML file (default: %(default)s)", default=str(DEFAULT_CONFIG)
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="changes to it, in TOML, such as model.loops=24",
-    )
+    add_words(parser, default="quickstart")
     parser.add_argument("--run", type=Path, help="the run folder (default: runs/NAME)")
     parser.add_argument(
         "--fresh", action="store_true", help="start over; a run that is there is moved aside"
-    )
-    parser.add_argument(
-        "--despite-laws", action="store_true", help="train although a law of the file is broken"
     )
     parser.add_argument(
         "--distributed",
@@ -428,16 +429,13 @@ def main() -> None:
 
 
 def _train_and_score(arguments: argparse.Namespace) -> None:
-    config_path, overrides = arguments.config, arguments.overrides
-    if "=" in config_path:
-        config_path, overrides = str(DEFAULT_CONFIG), [config_path, *overrides]
-    specification = read_specification(Path(config_path), overrides)
+    path, overrides = file_and_overrides(arguments)
+    specification = read_specification(path, overrides)
     config = specification.config
-    if not arguments.despite_laws:
-        # Here, as it compiles training steps of this module.
-        from spak_jax.check import require_lawful
+    # Here, as it compiles training steps of this module.
+    from spak_jax.check import require_lawful
 
-        require_lawful(specification, Path(config_path))
+    require_lawful(specification, path, overrides)
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
         parallel.by_first(lambda: _move_aside(run_path))

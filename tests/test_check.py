@@ -193,14 +193,38 @@ def test_results_decide_laws_of_accuracy(tmp_path):
     assert (found.holds, found.reason) == (None, 'accuracy["99"] was not scored')
 
 
-def test_training_refuses_a_broken_law_unless_told(tmp_path):
-    path = lawful(tmp_path, "parameters <= 100")
+def test_training_refuses_what_its_file_breaks(tmp_path):
+    path = lawful(tmp_path, "parameters <= 1_000")
     run = tmp_path / "run"
-    refused = run_program("spak_jax.train", path, "--run", run)
-    assert_refused(refused, "the-law", "parameters = ", "--despite-laws")
-    assert not run.exists()
-    told = ("spak_jax.train", path, "train.steps=2", "--run", run, "--despite-laws")
-    assert run_program(*told).returncode == 0
+    for overrides in ((), ("train.steps=2",)):
+        refused = run_program("spak_jax.train", path, *overrides, "--run", run)
+        assert_refused(refused, "the-law", "parameters = ")
+        assert not run.exists()
+    # What the run is counts, not what it would have been.
+    mended = run_program("spak_jax.train", path, "model.width=4", "train.steps=2", "--run", run)
+    assert mended.returncode == 0 and "no longer true" not in mended.stdout, mended.stderr
+
+
+@pytest.mark.parametrize(
+    ("law", "override", "status"),
+    [
+        ("train.steps == 12", "train.steps=2", 1),
+        ("model.loops >= 3 and parameters > 0", "model.loops=2", 1),
+        # It cannot even be judged any more.
+        ("1 / (model.loops - 2) == 1", "model.loops=2", 2),
+    ],
+)
+def test_an_override_may_break_what_the_file_claims(tmp_path, law, override, status):
+    path = lawful(tmp_path, law)
+    steps = "train.steps=2"
+    words = ("spak_jax.train", path, *dict.fromkeys((override, steps)), "--run", tmp_path / "run")
+    trained = run_program(*words)
+    assert trained.returncode == 0, trained.stderr
+    [said] = [line for line in trained.stdout.splitlines() if "no longer true" in line]
+    assert override in said and "the-law" in said and law in said
+    asked = run_program("spak_jax.check", path, override)
+    assert asked.returncode == status and "the-law" in asked.stderr
+    assert run_program("spak_jax.check", path).returncode == 0
 
 
 def test_halting_that_forgets_positions_breaks_its_law(tmp_path, monkeypatch):
