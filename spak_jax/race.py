@@ -97,6 +97,8 @@ def main() -> None:
     config = read_config(*file_and_overrides(arguments))
     if config.train.seeds > 1:
         raise InputError(f"train.seeds = {config.train.seeds}: a race is run by one seed")
+    # The time is one with compiling in it, the second time too.
+    jax.config.update("jax_enable_compilation_cache", False)
     result = race(config, arguments.digits, arguments.every)
     console.print(
         f"{config.system}, {result['parameters']:,} parameters, on {result['device']}:"
