@@ -481,11 +481,17 @@ def _end(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
+def alone(script: str, *words: Any) -> list[str]:
+    """The command of a script, up to its last words, that may mount file systems of its own."""
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    return [*alone, *map(str, words)]
+
+
 def _alone(script: str, *words: Any) -> tuple[int, str]:
     """Runs a script where it may mount file systems that nobody else sees."""
     try:
         result = subprocess.run(
-            ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *map(str, words)],
+            alone(script, *words),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

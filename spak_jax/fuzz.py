@@ -312,8 +312,8 @@ def checkpoints(st, folder: Path) -> Reader:
     return Reader(inputs, read)
 
 
-def pytorch(st, folder: Path) -> Reader:
-    """PyTorch checkpoints: the whole file, the pickle in it, and what that holds."""
+def original() -> dict[str, Any]:
+    """What the original system saves of the smallest LoopLM; needs PyTorch."""
     import torch
 
     width = 4
@@ -329,7 +329,14 @@ def pytorch(st, folder: Path) -> Reader:
         "transformer.h.mlp.c_proj.weight": torch.ones(width, 4 * width),
     }
     arguments = {"n_layer": 1, "n_head": 2, "n_embd": width, "bias": False, "dropout": 0.1}
-    valid = {"model": tensors, "model_args": arguments, "iter_num": 3, "num_loops": 1, "config": {}}
+    return {"model": tensors, "model_args": arguments, "iter_num": 3, "num_loops": 1, "config": {}}
+
+
+def pytorch(st, folder: Path) -> Reader:
+    """PyTorch checkpoints: the whole file, the pickle in it, and what that holds."""
+    import torch
+
+    valid = original()
 
     def written(contents: Any) -> bytes:
         buffer = io.BytesIO()
