@@ -95,10 +95,7 @@ PIECES = [
     *(b" ", b"\t", b"\n", b"\r", b"\x01", b"\x1b[31m", b"\x7f", b"#", b"=", b"a=1", b":", b"gs:"),
     *(b"-", b"--run", b"..a", b".", b"|", b"<", b">", b"@", b"+", b",", b"!", b"^", b"12", b"tmp"),
     *(b"\xff", b"\xc3", b"\x80", b"\xed\xa0\x80", b".orbax-checkpoint-tmp", b".partial", b".json"),
-    *(
-        each.encode()
-        for each in ("é", "e\u0301", "ß", "数", "🙂", "\u202e", "\u2028", "\ufeff")
-    ),
+    *(each.encode() for each in ("é", "e\u0301", "ß", "数", "🙂", "\u202e", "\u2028", "\ufeff")),
 ]
 
 
@@ -147,7 +144,10 @@ class Files(NamedTuple):
 
 
 class Program(NamedTuple):
-    """words: its command. read: what it made, for a comparison; raises what cannot be read."""
+    """words: its module and what it is given. read: what it made, or raises what keeps it from it.
+
+    What is made is a list for comparisons, last the numbers that may differ in their last bits.
+    """
 
     words: Callable[[Files], list[str | Path]]
     read: Callable[[Files, str], Any]
@@ -214,27 +214,29 @@ def _says(words: Sequence[str], files: Files, said: str) -> Any:
 
 
 PROGRAMS = {
-    "train": Program(lambda files: ["train", files.config, "--run", files.new], _trained),
+    "train": Program(lambda files: ["spak_jax.train", files.config, "--run", files.new], _trained),
     "evaluate": Program(
-        lambda files: ["evaluate", files.trained, "--json", files.new_json], _evaluated
+        lambda files: ["spak_jax.evaluate", files.trained, "--json", files.new_json], _evaluated
     ),
     "solve": Program(
-        lambda files: ["solve", files.trained, "1+2", "34+5"],
+        lambda files: ["spak_jax.solve", files.trained, "1+2", "34+5"],
         functools.partial(_says, ("1+2", "34+5")),
     ),
     "trace": Program(
-        lambda files: ["trace", files.trained, "12+3", "--out", files.new],
+        lambda files: ["spak_jax.trace", files.trained, "12+3", "--out", files.new],
         functools.partial(_written, TRACED),
     ),
     "figures": Program(
-        lambda files: ["figures", files.trained / checkpoint.RESULTS, "--out", files.new],
+        lambda files: ["spak_jax.figures", files.trained / checkpoint.RESULTS, "--out", files.new],
         functools.partial(_written, DRAWN),
     ),
-    "check": Program(lambda files: ["check", files.config], functools.partial(_says, ("small",))),
-    "brief": Program(
-        lambda files: ["brief", files.config], functools.partial(_says, ("Tiny loop",))
+    "check": Program(
+        lambda files: ["spak_jax.check", files.config], functools.partial(_says, ("small",))
     ),
-    "convert": Program(lambda files: ["convert", files.original, files.new], _converted),
+    "brief": Program(
+        lambda files: ["spak_jax.brief", files.config], functools.partial(_says, ("Tiny loop",))
+    ),
+    "convert": Program(lambda files: ["spak_jax.convert", files.original, files.new], _converted),
 }
 # The rest take their turns: each surroundings meets `train` and some of them.
 TURNS = ("evaluate", "solve", "figures", "check", "trace", "brief", "convert")
@@ -252,8 +254,7 @@ def paths(moments: random.Random) -> Trials:
     names += [_name(moments.choices(PIECES, k=moments.randint(1, 90))) for _ in range(10)]
     turns = _turns()
     for name in names:
-        text = os.fsdecode(name)
-        yield Surroundings(f"files named {text!r}", name=text), ("train", next(turns))
+        yield _called(os.fsdecode(name)), ("train", next(turns))
     # The longest path has 4,096 bytes: what is given still fits, what is made may not.
     for last in (1, 60, 120, 160, 200):
         deep = Surroundings(
@@ -283,7 +284,8 @@ def encodings(moments: random.Random) -> Trials:
         ("PYTHONIOENCODING=ascii:strict", {"PYTHONIOENCODING": "ascii:strict"}),
     ):
         for name in ("Zahlen é数🙂", os.fsdecode(b"\xff\xc3")):
-            yield Surroundings(told, variables, name), ("train", next(turns))
+            place = _called(name)._replace(variables=variables)
+            yield place._replace(told=f"{told}, {place.told}"), ("train", next(turns))
         yield Surroundings(told, variables), ("solve", next(turns))
 
 
@@ -525,7 +527,7 @@ def prepare(folder: Path, programs: Sequence[str] = tuple(PROGRAMS)) -> Prepared
     files.folder.mkdir(parents=True)
     files.config.write_text(CONFIG, encoding="utf-8")
     here = Surroundings("quiet surroundings")
-    words = ["train", files.config, "--run", files.trained]
+    words = ["spak_jax.train", files.config, "--run", files.trained]
     for each in (files.home, files.temporary):
         each.mkdir()
     status, said, errors = _run(words, here, files)
@@ -617,6 +619,8 @@ def _judge(
         except Exception as error:  # noqa: BLE001  whatever keeps us from reading it
             raise Broken(f"says that it succeeded: {type(error).__name__}: {error}") from None
         return "did its work", made
+    left = sorted(after.keys() - before.keys())
+    _require(status != 2 or not left, f"refused, and leaves {left and left[0]!r}: {shown}")
     if place.lines is not None and status in (1, 128 + signal.SIGPIPE, -signal.SIGPIPE):
         _require(program in PRINTING, f"nobody read on, and no results: {shown}")
         return "ended as nobody read on", None
@@ -663,11 +667,10 @@ def _run(
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
-    program, *rest = words
     command = [
         *(_AS_NOBODY if place.nobody else ()),
         *(os.fspath(files.folder) if word == "{folder}" else word for word in place.before),
-        *(sys.executable, "-m", f"spak_jax.{program}", *map(os.fspath, rest)),
+        *(sys.executable, "-m", *map(os.fspath, words)),
     ]
     options: dict[str, Any] = {
         "env": environment,
@@ -779,6 +782,7 @@ def run_kind(name: str, folder: Path, prepared: Prepared, share: float = 1.0) ->
                 outcomes[future.result()[0]] += 1
             except Broken as error:
                 broken.append(f"{place.told}, {program}: {error}")
+                console.print(f"BROKEN: {broken[-1]}", markup=False)
             except NotTried as error:
                 missing[str(error)] += 1
     changed = sorted(set(_shipped().items()) ^ set(shipped.items()))
@@ -830,8 +834,6 @@ def main() -> None:
             console.print(f"{name} ...")
             (Path(folder) / name).mkdir()
             found[name] = run_kind(name, Path(folder) / name, prepared) | origin
-            for each in found[name]["broken"]:
-                console.print(f"BROKEN: {each}", markup=False)
             if arguments.json:
                 write_file(arguments.json, json.dumps(found, indent=1) + "\n")
     print(table(found))
@@ -871,6 +873,16 @@ def _lay_out(files: Files, prepared: Prepared) -> None:
     shutil.copytree(given.trained, files.trained)
     if given.original.exists():
         shutil.copy(given.original, files.original)
+
+
+def _called(name: str) -> Surroundings:
+    """Files of that name; what is not UTF-8 may be refused, TensorStore cannot write there."""
+    try:
+        name.encode()
+        refusal = None
+    except UnicodeEncodeError:
+        refusal = ("UTF-8",)
+    return Surroundings(f"files named {name!r}", name=name, refusal=refusal)
 
 
 def _name(pieces: Sequence[bytes]) -> bytes:
