@@ -72,6 +72,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     ),
     "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' &&"
     " .venv/bin/python -m pytest": Lives(r"(?m)^\.\.\.|\d+ workers"),
+    ".venv/bin/python -m pytest -n 0 -m readme": Needs("more than itself"),
     "pip install torch==2.13.0": Ends("torch"),
     "JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false .venv/bin/python -m pytest -n 8"
     " tests/test_attention.py tests/test_stream.py tests/test_looped.py": Needs("a GPU"),
