@@ -23,7 +23,7 @@ from spak_jax import checkpoint
 
 README = ROOT / "README.md"
 # What must show life is waited for this long, on a machine that has other work.
-PATIENCE = 600
+PATIENCE = 1200
 # And this long for its end, once asked.
 GRACE = 120
 SHIPPED = ("configs", "pallas_kernels", "released", "spak_jax", "tests")

@@ -83,6 +83,8 @@ def test_what_a_program_makes_is_read_back(tried):
         (REFUSES.replace("no", "no\\n"), {"refusal": ()}, "more than a line"),
         (REFUSES.replace("no room", "damaged"), {"refusal": ()}, "blamed on good files"),
         (REFUSES.replace("2", "3"), {"refusal": ()}, "status 3"),
+        (MAKES + "print('│ numb… │')", {"columns": 80}, "cut at 80 columns"),
+        (MAKES + "print(78 * ' ' + '数│')", {"columns": 80}, "wider than 80 columns"),
         (MAKES + REFUSES, {"refusal": ()}, "refused, and leaves 'here/new/here'"),
         (REFUSES, {"lines": 0}, "refused: "),
         (REFUSES.replace("2", "1"), {"lines": 0}, "nobody read on, and no results"),
