@@ -324,8 +324,7 @@ def streams(moments: random.Random) -> Trials:
     yield Surroundings("all streams closed", before=sh("<&- >&- 2>&-"), silent=True), every
     for told, script in (("output", ">/dev/full"), ("error", "2>/dev/full")):
         full = f"standard {told} on a full device"
-        refusal = ("space", "output") if told == "output" else None
-        yield Surroundings(full, before=sh(script), refusal=refusal, silent=True), every
+        yield Surroundings(full, before=sh(script), silent=True), every
     for lines in (0, 1):
         yield Surroundings(f"a pipe closed after {lines} lines", lines=lines, silent=True), every
 
@@ -618,34 +617,31 @@ def _judge(
     for name in after.keys() - before.keys():
         wanted = name.startswith(outputs) and program not in PRINTING
         _require(wanted, f"{name!r} was not asked for")
-    if status == 0:
-        lines = [line for line in errors.splitlines() if not _is_warning(line)]
-        _require(not lines or place.columns is not None, f"succeeded, and says {errors}")
+    left = sorted(after.keys() - before.keys())
+    _require(status != 2 or not left, f"refused, and leaves {left and left[0]!r}: {shown}")
+    lines = [line for line in _plain(errors).splitlines() if not _is_warning(line)]
+    unheard = place.silent and status in (1, 128 + signal.SIGPIPE, -signal.SIGPIPE)
+    if unheard and program in PRINTING:
+        _require(len(lines) < 2, f"more than a line: {shown}")
+        return "ended unheard", None
+    if status == 0 or unheard:
+        _require(len(lines) <= unheard, f"did its work, and says {errors}")
         try:
             made = PROGRAMS[program].read(files, None if place.silent else _plain(said))
         except Exception as error:  # noqa: BLE001  whatever keeps us from reading it
-            raise Broken(f"says that it succeeded: {type(error).__name__}: {error}") from None
-        return "did its work", made
-    left = sorted(after.keys() - before.keys())
-    _require(status != 2 or not left, f"refused, and leaves {left and left[0]!r}: {shown}")
-    if place.lines is not None and status in (1, 128 + signal.SIGPIPE, -signal.SIGPIPE):
-        _require(program in PRINTING, f"nobody read on, and no results: {shown}")
-        return "ended as nobody read on", None
+            # A result is no less one where nobody hears of it.
+            raise Broken(f"no results: {type(error).__name__}: {error}; {shown}") from None
+        return "did its work, unheard" if unheard else "did its work", made
     _require(status in (1, 2), shown)
-    if not place.silent:
-        lines = _plain(errors or said).rstrip("\n").splitlines()
-        told = [line for line in lines if line.startswith("error: ")]
-        _require(len(told) == 1, shown)
-        if place.columns is None:
-            rest = [line for line in lines if line not in told and not _is_warning(line)]
-            _require(not rest, f"more than a line: {shown}")
-        said_so = " ".join(lines)
-        _require(place.refusal is not None, f"refused: {said_so}")
-        for word in ("damaged", "--fresh", "train again"):
-            _require(word not in said_so, f"blamed on good files: {said_so}")
-        true = not place.refusal or any(word in said_so for word in place.refusal)
-        _require(true, f"the cause is not told: {said_so}")
-    _require(place.refusal is not None, f"refused: {shown}")
+    if place.columns is not None:
+        lines = [line for line in _plain(said).splitlines() if line.startswith("error: ")]
+    _require(len(lines) == 1 and lines[0].startswith("error: "), f"not one line: {shown}")
+    (line,) = lines
+    _require(place.refusal is not None, f"refused: {line}")
+    for word in ("damaged", "--fresh", "train again"):
+        _require(word not in line, f"blamed on good files: {line}")
+    true = not place.refusal or any(word in line for word in place.refusal)
+    _require(true, f"the cause is not told: {line}")
     return "refused, nothing lost", None
 
 
@@ -653,7 +649,7 @@ def _require_fit(said: str, columns: int) -> None:
     """No cell of a table is cut, and no line of one is broken by the terminal."""
     for line in said.splitlines():
         _require("…" not in line, f"cut at {columns} columns: {line}")
-        too_wide = any(border in line for border in "│┃|") and cell_len(line) > columns
+        too_wide = any(border in line for border in "│┃") and cell_len(line) > columns
         _require(not too_wide, f"wider than {columns} columns: {line}")
 
 

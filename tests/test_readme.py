@@ -59,7 +59,8 @@ class Needs(NamedTuple):
 
 NO_GPU = Ends("needs a GPU", status=2)
 FEW_DEVICES = Ends("parallel", status=2)
-STEPS = r"step [\d,]+ of"
+STEPS = r"[\d,]+ of [\d,]+ steps"
+SCORES = r"scoring: [\d,]+ of [\d,]+ problems"
 WRITES = r"wrote \S+"
 
 # By command, in the README's order; spaces and comments do not count.
@@ -68,7 +69,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e . &&"
     " .venv/bin/python -m spak_jax.train && .venv/bin/python -m spak_jax.figures"
     " runs/quickstart/results.json --out runs/quickstart/figures": Ends(
-        "step 3,?000 of", ("runs/quickstart/results.json", "runs/quickstart/figures/table.md")
+        "3,000 of 3,000 steps", ("runs/quickstart/results.json", "runs/quickstart/figures/table.md")
     ),
     "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' &&"
     " .venv/bin/python -m pytest": Lives(r"(?m)^\.\.\.|\d+ workers"),
@@ -81,16 +82,16 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     # Train, score, ask, draw.
     "python -m spak_jax.train configs/loop12.toml": Lives(STEPS, "runs/loop12"),
     "python -m spak_jax.train configs/loop12.toml train.steps=20 --run runs/trial": Ends(
-        "step 20 of 20", ("runs/trial/results.json",)
+        "20 of 20 steps", ("runs/trial/results.json",)
     ),
     "python -m spak_jax.train configs/loop12.toml --fresh": Lives(STEPS, "runs/loop12"),
     "python -m spak_jax.train configs/loop12.toml train.seeds=5 --run runs/five": Lives(
         STEPS, "runs/five/seed0"
     ),
-    "python -m spak_jax.evaluate runs/loop12 --examples 10000 --json loop12.json": Lives("%"),
-    "python -m spak_jax.evaluate runs/loop12 --loops 24 --json loop12-at-24.json": Lives("%"),
-    "python -m spak_jax.evaluate runs/loop12 --halt": Lives("%"),
-    "python -m spak_jax.evaluate runs/loop12 --digits 1-12,16,24 --decode": Lives("%"),
+    "python -m spak_jax.evaluate runs/loop12 --examples 10000 --json loop12.json": Lives(SCORES),
+    "python -m spak_jax.evaluate runs/loop12 --loops 24 --json loop12-at-24.json": Lives(SCORES),
+    "python -m spak_jax.evaluate runs/loop12 --halt": Lives(SCORES),
+    "python -m spak_jax.evaluate runs/loop12 --digits 1-12,16,24 --decode": Lives(SCORES),
     "python -m spak_jax.evaluate runs/quickstart --digits 100,1000 --kinds": Ends("100.0%"),
     r"printf '123+456\n99+1=100\n' | python -m spak_jax.evaluate runs/loop12 --problems -": Ends(
         "whole answers right"
@@ -112,7 +113,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.reproduce --study pointer": Lives(STEPS),
     'python -m spak_jax.solve released/pointer "99999999999999999999+1"': Ends("1" + 20 * "0"),
     "python -m spak_jax.evaluate released/pointer --digits 2000,5000,10000 --examples 10000": Lives(
-        "%"
+        SCORES
     ),
     "python -m spak_jax.release RUN DIR": Ends(),
     "python -m spak_jax.trace released/frontier 999999999999999999999999+1": Ends(WRITES),

@@ -28,7 +28,7 @@ def test_a_sample_keeps_its_promises(tmp_path):
     prepared = surroundings.prepare(tmp_path, ("train",))
     for i, (program, place) in enumerate(SAMPLE):
         outcome, _ = surroundings.attempt(program, place, tmp_path / str(i), prepared)
-        expected = {"no GPU": "refused, nothing lost", "nobody reads": "ended as nobody read on"}
+        expected = {"no GPU": "refused, nothing lost", "nobody reads": "ended unheard"}
         assert outcome in ("did its work", expected.get(place.told))
     assert not [path for path in tmp_path.iterdir() if path.name.isdecimal()]
 
@@ -65,29 +65,31 @@ def tried(tmp_path, monkeypatch):
 def test_what_a_program_makes_is_read_back(tried):
     assert tried(MAKES) == ("did its work", ["made", None])
     assert tried(MAKES, columns=80) == ("did its work", ["made", None])
+    unheard = MAKES + REFUSES.replace("2", "1")
+    assert tried(unheard, lines=1, silent=True) == ("did its work, unheard", ["made", None])
     assert tried(REFUSES, refusal=("room", "space")) == ("refused, nothing lost", None)
 
 
 @pytest.mark.parametrize(
     ("text", "place", "said"),
     [
-        ("", {}, "says that it succeeded: FileNotFoundError"),
+        ("", {}, "no results: FileNotFoundError"),
         (MAKES.replace("'made'", "'other'"), {}, "other results"),
-        (MAKES + "print('careful', file=__import__('sys').stderr)", {}, "succeeded, and says"),
+        (MAKES + "print('careful', file=__import__('sys').stderr)", {}, "did its work, and says"),
         (MAKES + "pathlib.Path('more').touch()", {}, "'here/more' was not asked for"),
         (MAKES + "pathlib.Path('here/kept').unlink()", {}, "'here/here/kept' is changed or lost"),
         (MAKES + "import tempfile; tempfile.mkdtemp()", {}, "temporary files are left"),
         ("1 / 0", {"refusal": ()}, "ZeroDivisionError"),
         (REFUSES, {}, "refused: error: no room"),
         (REFUSES, {"refusal": ("denied",)}, "the cause is not told"),
-        (REFUSES.replace("no", "no\\n"), {"refusal": ()}, "more than a line"),
+        (REFUSES.replace("no", "no\\n"), {"refusal": ()}, "not one line"),
         (REFUSES.replace("no room", "damaged"), {"refusal": ()}, "blamed on good files"),
         (REFUSES.replace("2", "3"), {"refusal": ()}, "status 3"),
         (MAKES + "print('│ numb… │')", {"columns": 80}, "cut at 80 columns"),
         (MAKES + "print(78 * ' ' + '数│')", {"columns": 80}, "wider than 80 columns"),
         (MAKES + REFUSES, {"refusal": ()}, "refused, and leaves 'here/new/here'"),
-        (REFUSES, {"lines": 0}, "refused: "),
-        (REFUSES.replace("2", "1"), {"lines": 0}, "nobody read on, and no results"),
+        (REFUSES, {"lines": 0, "silent": True}, "refused: "),
+        (REFUSES.replace("2", "1"), {"lines": 0, "silent": True}, "no results: FileNotFound"),
         ("import os; os.kill(os.getpid(), 9)", {"refusal": ()}, "status -9"),
         ("import time; time.sleep(99)", {}, "did not end"),
         ("import time; time.sleep(99)", {"columns": 80}, "did not end"),
