@@ -54,7 +54,6 @@ AT_ONCE = 2
 SEED = 0
 # A file system's longest name, in bytes.
 LONGEST = 255
-NOBODY = 65534
 # A terminal of so many columns must do for tables.
 WIDE = 80
 
@@ -164,7 +163,7 @@ class Surroundings(NamedTuple):
     folders. arrange: is called with the files before the start. before: words before the
     program's, `{folder}` among them for its folder. folder: where it is started, if not among its
     files. columns: of a terminal that it writes to. lines: that are read of what it writes before
-    the pipe is closed. nobody: whether a user without rights runs it. refusal: None where it must
+    the pipe is closed. rights: whether root keeps its own. refusal: None where it must
     do its work; else words, one of which a refusal says (none: any refusal). same: whether the
     numbers must be those of quiet surroundings, bit for bit. silent: whether it can tell nothing.
     """
@@ -177,7 +176,7 @@ class Surroundings(NamedTuple):
     folder: Path | None = None
     columns: int | None = None
     lines: int | None = None
-    nobody: bool = False
+    rights: bool = True
     refusal: tuple[str, ...] | None = None
     same: bool = True
     silent: bool = False
@@ -330,7 +329,7 @@ def streams(moments: random.Random) -> Trials:
 
 
 def permissions(moments: random.Random) -> Trials:
-    """A user without rights, where this or that cannot be read, written or entered."""
+    """A user who is not almighty, where this or that cannot be read, written or entered."""
     refused = ("denied", "permit", "cannot write", "cannot be written")
     turns = _turns(("evaluate", "solve", "trace", "figures"))
     for told, arrange, programs, refusal in (
@@ -392,13 +391,16 @@ def permissions(moments: random.Random) -> Trials:
             None,
         ),
     ):
-        place = Surroundings(f"no rights: {told}", arrange=arrange, nobody=True, refusal=refusal)
-        yield place, programs
+        # Without a cache of programs that is elsewhere: the usual one is in the home folder.
+        place = Surroundings(
+            told, {"JAX_COMPILATION_CACHE_DIR": None}, arrange=arrange, rights=False
+        )
+        yield place._replace(refusal=refusal), programs
     for mask in ("077", "777"):
         before = ("sh", "-c", f'umask {mask}; exec "$@"', "sh")
         # What a mask takes away at once cannot be used by the same process either.
         refusal = refused if mask == "777" else None
-        place = Surroundings(f"umask {mask}", before=before, nobody=True, refusal=refusal)
+        place = Surroundings(f"umask {mask}", before=before, rights=False, refusal=refusal)
         yield place, ("train", "evaluate", "figures")
     before = tuple(alone(ALONE_READ_ONLY, "{folder}"))
     yield (
@@ -410,7 +412,7 @@ def permissions(moments: random.Random) -> Trials:
 
 def variables(moments: random.Random) -> Trials:
     """Variables that Python, JAX, Matplotlib and libraries of threads listen to."""
-    nowhere = "/proc/nowhere/at all"
+    nowhere, uncached = "/proc/nowhere/at all", {"JAX_COMPILATION_CACHE_DIR": None}
     turns = _turns(("evaluate", "solve", "trace", "figures", "check"))
     for told, values, change in (
         ("JAX_PLATFORMS=cuda", {"JAX_PLATFORMS": "cuda"}, {"refusal": ("cuda",)}),
@@ -434,9 +436,9 @@ def variables(moments: random.Random) -> Trials:
         ),
         ("a cache of programs nowhere", {"JAX_COMPILATION_CACHE_DIR": nowhere}, {}),
         ("a cache of programs in a file", {"JAX_COMPILATION_CACHE_DIR": __file__}, {}),
-        ("HOME unset", {"HOME": None}, {}),
-        ("HOME nowhere", {"HOME": nowhere, "XDG_CACHE_HOME": nowhere}, {}),
-        ("XDG_CACHE_HOME relative", {"XDG_CACHE_HOME": "cache"}, {}),
+        ("HOME unset", {"HOME": None, **uncached}, {}),
+        ("HOME nowhere", {"HOME": nowhere, "XDG_CACHE_HOME": nowhere, **uncached}, {}),
+        ("XDG_CACHE_HOME relative", {"XDG_CACHE_HOME": "cache", **uncached}, {}),
         ("TMPDIR nowhere", {"TMPDIR": nowhere}, {}),
         ("MPLBACKEND=nonsense", {"MPLBACKEND": "nonsense"}, {"refusal": ("backend",)}),
         ("MPLCONFIGDIR nowhere", {"MPLCONFIGDIR": nowhere}, {}),
@@ -574,8 +576,6 @@ def attempt(program: str, place: Surroundings, folder: Path, prepared: Prepared)
     files = Files(folder, place.name)
     try:
         _lay_out(files, prepared)
-        if place.nobody:
-            _give_away(files.root)
         place.arrange(files)
         before = _contents(files)
         status, said, errors = _run(PROGRAMS[program].words(files), place, files)
@@ -672,15 +672,12 @@ def _run(
     }
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "PYTHONSTARTUP"):
         environment.pop(name, None)
-    if place.nobody:
-        # Ours is not theirs to write.
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     for name, value in place.variables.items():
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
     command = [
-        *(_AS_NOBODY if place.nobody else ()),
+        *(() if place.rights or os.geteuid() else _WITHOUT_RIGHTS),
         *(os.fspath(files.folder) if word == "{folder}" else word for word in place.before),
         *(sys.executable, "-m", *map(os.fspath, words)),
     ]
@@ -841,7 +838,10 @@ def main() -> None:
     origin = evaluate.where_and_when() | {"seed": SEED}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
-        prepared = prepare(Path(folder))
+        try:
+            prepared = prepare(Path(folder))
+        except Broken as error:
+            raise Failure(f"nothing could be tried: {error}") from None
         for name in names:
             console.print(f"{name} ...")
             (Path(folder) / name).mkdir()
@@ -854,26 +854,16 @@ def main() -> None:
         raise Failure(f"a promise was broken: {', '.join(broken)}")
 
 
-_AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-
-
-@functools.cache
-def _nobody_can_run() -> bool:
-    """Whether a user without rights can be had, and reach Python and this code."""
-    command = [*_AS_NOBODY, sys.executable, "-c", "import spak_jax.train"]
-    environment = os.environ | {"PYTHONPATH": str(CODE), "HOME": "/"}
-    try:
-        return subprocess.run(command, env=environment, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
+# Root passes by permissions by these rights; without them it is an owner as any other.
+_WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
 
 def _lacks(program: str, place: Surroundings) -> str | None:
     """What this machine lacks for a trial."""
     if program == "convert" and importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed"
-    if place.nobody and not _nobody_can_run():
-        return "no user without rights can run this"
+    if not place.rights and os.geteuid() == 0 and shutil.which("setpriv") is None:
+        return "root cannot give its rights up: there is no setpriv(1)"
     return None
 
 
@@ -938,11 +928,6 @@ def _shipped() -> dict[str, float]:
         for path in (CODE / name).rglob("*")
         if path.is_file()
     }
-
-
-def _give_away(folder: Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, NOBODY, NOBODY)
 
 
 def _only_read(folder: Path) -> None:
