@@ -58,6 +58,8 @@ class Needs(NamedTuple):
 
 
 NO_GPU = Ends("needs a GPU", status=2)
+# Without a GPU they take their time, and say so.
+TIMES = Lives("timing: ")
 FEW_DEVICES = Ends("parallel", status=2)
 STEPS = r"[\d,]+ of [\d,]+ steps"
 SCORES = r"scoring: [\d,]+ of [\d,]+ problems"
@@ -121,17 +123,17 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     " --digits 1-12,16,24,32,48,64,80,100 --examples 500": Needs("a training of hours"),
     "python -m spak_jax.race configs/pointer.toml [--digits 12]": Lives(STEPS),
     # How fast it trains, thinks and writes.
-    "python -m spak_jax.bench CONFIG": Ends("quickstart"),
-    "python -m spak_jax.bench CONFIG [train.seeds=5]": Ends("quickstart"),
+    "python -m spak_jax.bench CONFIG": TIMES,
+    "python -m spak_jax.bench CONFIG [train.seeds=5]": TIMES,
     "python -m spak_jax.bench configs/loop12.toml --target rtx5070": Ends("rtx5070"),
-    "python -m spak_jax.bench configs/loop12.toml --inference --json inference.json": NO_GPU,
+    "python -m spak_jax.bench configs/loop12.toml --inference --json inference.json": TIMES,
     "python -m spak_jax.bench configs/loop12.toml --inference --target rtx5070": Ends("rtx5070"),
     "python -m pallas_kernels.tune --kernel looped_block": NO_GPU,
     "python -m pallas_kernels.compile --kernel looped_block --json looped_compile.json": Ends(
         "ok", ("looped_compile.json",)
     ),
     "python -m spak_jax.halting released/frontier --loops 12": Ends(WRITES),
-    "python -m spak_jax.bench configs/loop12.toml --generation --json generation.json": NO_GPU,
+    "python -m spak_jax.bench configs/loop12.toml --generation --json generation.json": TIMES,
     # Several devices and machines.
     "python -m spak_jax.train configs/loop12-w768.toml parallel.data=8"
     " train.batch=1024": FEW_DEVICES,
@@ -165,7 +167,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m pallas_kernels.report figures/results/attention_h100.json": Ends(r"\|"),
     "python -m pallas_kernels.report figures/results/kernels_compile.json --shape 128x64x4x64"
     " --shape 4x4096x16x64 --shape 8192x256": Ends(r"\|"),
-    "python -m spak_jax.bench configs/loop12.toml --attention pallas --attention xla": NO_GPU,
+    "python -m spak_jax.bench configs/loop12.toml --attention pallas --attention xla": TIMES,
     # Specifications.
     "python -m spak_jax.check configs/loop12.toml --target rtx5070,h100": Ends("holds"),
     "python -m spak_jax.check configs/quickstart.toml --results runs/quickstart/results.json": Ends(
