@@ -164,7 +164,7 @@ class Surroundings(NamedTuple):
     program's, `{folder}` among them for its folder. folder: where it is started, if not among its
     files. columns: of a terminal that it writes to. lines: that are read of what it writes before
     the pipe is closed. rights: whether root keeps its own. refusal: None where it must
-    do its work; else words, one of which a refusal says (none: any refusal). same: whether the
+    do its work; else words in small letters, one of which a refusal says (none: any). same: whether the
     numbers must be those of quiet surroundings, bit for bit. silent: whether it can tell nothing.
     """
 
@@ -404,7 +404,7 @@ def permissions(moments: random.Random) -> Trials:
         yield place, ("train", "evaluate", "figures")
     before = tuple(alone(ALONE_READ_ONLY, "{folder}"))
     yield (
-        Surroundings("a read-only file system", before=before, refusal=("ead-only",)),
+        Surroundings("a read-only file system", before=before, refusal=("read-only",)),
         ("train", "evaluate", "trace", "convert"),
     )
     yield Surroundings("a run on a read-only file system", before=before), ("solve", "check")
@@ -640,7 +640,7 @@ def _judge(
     _require(place.refusal is not None, f"refused: {line}")
     for word in ("damaged", "--fresh", "train again"):
         _require(word not in line, f"blamed on good files: {line}")
-    true = not place.refusal or any(word in line for word in place.refusal)
+    true = not place.refusal or any(word in line.lower() for word in place.refusal)
     _require(true, f"the cause is not told: {line}")
     return "refused, nothing lost", None
 
@@ -883,7 +883,7 @@ def _called(name: str) -> Surroundings:
         name.encode()
         refusal = None
     except UnicodeEncodeError:
-        refusal = ("UTF-8",)
+        refusal = ("utf-8",)
     return Surroundings(f"files named {name!r}", name=name, refusal=refusal)
 
 
