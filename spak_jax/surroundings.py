@@ -163,9 +163,10 @@ class Surroundings(NamedTuple):
     folders. arrange: is called with the files before the start. before: words before the
     program's, `{folder}` among them for its folder. folder: where it is started, if not among its
     files. columns: of a terminal that it writes to. lines: that are read of what it writes before
-    the pipe is closed. rights: whether root keeps its own. refusal: None where it must
-    do its work; else words in small letters, one of which a refusal says (none: any). same: whether the
-    numbers must be those of quiet surroundings, bit for bit. silent: whether it can tell nothing.
+    the pipe is closed. rights: whether root keeps its own. refusal: None where it must do its work;
+    else words in small letters, one of which a refusal says (none: any). same: whether the numbers
+    must be those of quiet surroundings, bit for bit. silent: whether nobody hears it; results are
+    written all the same, and its status may tell.
     """
 
     told: str
