@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import targets, tile
+from pallas_kernels import arguments, targets, tile
+from pallas_kernels.derivatives import differentiable
 
 NUMBERS_A_PROGRAM = 4096
 NUM_WARPS = 4
@@ -31,29 +32,36 @@ def gelu(u: jax.Array, implementation: str | None = None) -> jax.Array:
 
     Returns:
       As u, computed in float32 by the kernels, to 2e-7 times u.
+
+    Raises:
+      ValueError: u is of another dtype, or the implementation unknown.
     """
+    arguments.require_dtype("u", u, *arguments.FLOATS)
+    arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
     if implementation is None:
         implementation = "pallas" if targets.kernels_run() else "xla"
-    if implementation == "xla":
+    if implementation == "xla" or u.size == 0:
         return jax.nn.gelu(u, approximate=False)
-    return run_kernels(u.reshape(-1), not targets.on_gpu()).reshape(u.shape)
+    return run_kernels(u.reshape(-1), (), not targets.on_gpu()).reshape(u.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def run_kernels(u: jax.Array, interpret: bool) -> jax.Array:
-    """The kernels, on numbers in a row."""
-    return _forward(u, interpret)[0]
+def _run(u, _, interpret):
+    return _call(_forward_kernel, "gelu_forward", interpret, u)
 
 
-def _forward(u, interpret):
-    return _call(_forward_kernel, "gelu_forward", interpret, u), u
+def _backward(u, _, kept, d_out, interpret):
+    return _call(_backward_kernel, "gelu_backward", interpret, u, d_out)
 
 
-def _backward(interpret, u, d_out):
-    return (_call(_backward_kernel, "gelu_backward", interpret, u, d_out),)
+def plain(u: jax.Array) -> jax.Array:
+    """The same in plain `jnp`, computed in float32."""
+    return jax.nn.gelu(u.astype(jnp.float32), approximate=False).astype(u.dtype)
 
 
-run_kernels.defvjp(_forward, _backward)
+# The kernels, of `(u, (), interpret)`, numbers in a row.
+run_kernels = differentiable(
+    _run, lambda u, *_: plain(u), gradient=(lambda *given: (_run(*given), ()), _backward)
+)
 
 
 def _call(kernel, name, interpret, *arrays):

@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,10 +23,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from pallas_kernels import attention, timing
+from pallas_kernels.programs import Table, console, run_program
 from pallas_kernels.shapes import LONG, TRAINING, Shape, parse_shape
 
 # The quickstart's shape is no work for a GPU.
@@ -291,7 +289,6 @@ def main() -> None:
             parser.error(f"--json {arguments.json}: cannot be written ({error.strerror})")
     # A peer warns of each shape that it has no tiles for.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     device = jax.devices()[0]
     results = {
         "device": device.device_kind,
@@ -364,4 +361,4 @@ def _versions() -> dict[str, str]:
 if __name__ == "__main__":
     # PyTorch shares the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    main()
+    run_program(main)

@@ -21,7 +21,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,12 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from pallas_kernels import dispatch, long, short, tiles
 from pallas_kernels.looped_cases import LOOPED_CASES, LoopedCase
+from pallas_kernels.programs import Table, console, progress, run_program
 from pallas_kernels.shapes import (
     LONG,
     SCORING,
@@ -49,7 +46,7 @@ from pallas_kernels.shapes import (
     parse_shape,
 )
 from pallas_kernels.stream_cases import DROPOUT, STREAM_CASES, StreamCase
-from pallas_kernels.targets import TARGETS
+from pallas_kernels.targets import TARGETS, compiling_for
 from pallas_kernels.tile import Extras, Options, table_dtype
 
 # Bytes that a thread may store for want of registers, which hold 1,020 of them. A quarter of that
@@ -57,6 +54,9 @@ from pallas_kernels.tile import Extras, Options, table_dtype
 # on the smallest target, beside their tiles. What is more goes out to L2, every time.
 MOST_SPILLED = 256
 CLIP = 15
+# XLA writes out a kernel's code only where it is asked for since JAX 0.11. All else it could write
+# of a kernel is hundreds of megabytes.
+WRITTEN_OUT = {"xla_dump_emitter_re": "ptx"}
 # The products of matrices on Hopper, on data-centre Blackwell, and on all other chips.
 TENSOR_CORE_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 # Each takes a core and some 400 MB.
@@ -214,11 +214,12 @@ def program(case: AnyCase, target: str) -> tuple[Callable, tuple]:
 
 def _whole(case: Case, options: Options) -> Callable:
     def forward(q, k, v, extras, *_):
-        return dispatch.run_kernels((q, k, v), extras, options)
+        given = (q, k, v), extras.bias
+        return dispatch.run_kernels(given, extras._replace(bias=None), options)
 
     def both(q, k, v, extras, lse, delta, d_out):
         def attend(q, k, v, bias):
-            return dispatch.run_kernels((q, k, v), extras._replace(bias=bias), options)
+            return dispatch.run_kernels(((q, k, v), bias), extras._replace(bias=None), options)
 
         out, gradients = jax.vjp(attend, q, k, v, extras.bias)
         return out, gradients(d_out)
@@ -395,7 +396,9 @@ def _compiled(target: str, case: AnyCase, assembler: str) -> list[Report]:
     arguments = placed(arguments, target)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        jax.jit(function).lower(*arguments).compile(compiler_options={"xla_dump_to": folder})
+        with compiling_for(target):
+            lowered = jax.jit(function).lower(*arguments)
+        lowered.compile(compiler_options=WRITTEN_OUT | {"xla_dump_to": folder})
         seconds = time.perf_counter() - start
         shared_memory = dict(_launches(Path(folder)))
         code = dict(_entries(Path(folder)))
@@ -521,7 +524,11 @@ def main() -> None:
     )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
-        "--kernel", choices=ALL_KERNELS, action="append", help="these alone; repeatable"
+        "--kernel",
+        choices=ALL_KERNELS,
+        action="append",
+        metavar="NAME",
+        help=f"this one alone, of {', '.join(ALL_KERNELS)}; repeatable",
     )
     chosen.add_argument(
         "--shape",
@@ -550,9 +557,8 @@ def main() -> None:
     if arguments.json:
         # Told now, not after minutes of compiling.
         _save(parser, arguments.json, mode="a")
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
-        reports = _measure_visibly(arguments.target, cases, console)
+        reports = _measure_visibly(arguments.target, cases)
     except Unavailable as error:
         parser.error(str(error))
     if arguments.json:
@@ -567,32 +573,17 @@ def main() -> None:
     raise SystemExit(1 if failed else 0)
 
 
-def _measure_visibly(targets: Sequence[str], cases: Sequence[Case], console: Console):
-    """`measure` under a bar on a terminal, with a line a program off it."""
-    bar = Progress(
-        TextColumn("compiling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    total = len(targets) * len(cases)
-    task = bar.add_task("", total=total)
-    count = 0
+def _measure_visibly(targets: Sequence[str], cases: Sequence[Case]) -> list[Report]:
+    """`measure` within `progress`; a problem is said when it is found."""
+    with progress("compiling", len(targets) * len(cases), unit="programs") as told:
 
-    def done(reports: list[Report]) -> None:
-        nonlocal count
-        count += 1
-        first = reports[0]
-        what = f"{first.target} {first.case.shape} {', '.join(r.kernel for r in reports)}"
-        bar.update(task, completed=count, description=what)
-        if not console.is_terminal:
-            problems = "; ".join(r.problem for r in reports if r.problem)
-            print(f"[{count}/{total}] {what}: {problems or 'ok'}", flush=True)
+        def done(reports: list[Report]) -> None:
+            first = reports[0]
+            what = f"{first.target} {first.case.shape} {', '.join(r.kernel for r in reports)}"
+            if problems := "; ".join(r.problem for r in reports if r.problem):
+                console.print(f"{what}: {problems}")
+            told.advance(status=what)
 
-    with bar:
         return measure(targets, cases, done)
 
 
@@ -639,4 +630,4 @@ def _check_heads(parser: argparse.ArgumentParser, case: Case, targets: Iterable[
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

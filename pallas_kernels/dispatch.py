@@ -1,12 +1,13 @@
 """Attention with RoPE, dropout, learned biases and windows inside: `attention(q, k, v, ...)`."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import long, reference, short, targets, tiles
+from pallas_kernels import arguments, long, reference, short, targets, tiles
+from pallas_kernels.derivatives import by_vjp, differentiable
 from pallas_kernels.tile import Extras, Options, table_dtype
 
 IMPLEMENTATIONS = ("pallas", "xla", "cudnn")
@@ -50,11 +51,11 @@ def attention(
         where they lie.
       positions: int `[length]` or `[batch, length]`; q and k are turned by them (RoPE, base
         10,000). None turns nothing.
-      segment_ids: int32 `[batch, length]`; a token sees its own segment only.
-      ids: int32 `[batch, length]`, never negative; what `bias_table` and `window` speak of. A key
+      segment_ids: int `[batch, length]`; a token sees its own segment only.
+      ids: int `[batch, length]`, never negative; what `bias_table` and `window` speak of. A key
         with 0 has no place, and every query sees it. On the plain path also float32, with a
         gradient: biases are interpolated, the window ends half way to the next difference, and may
-        be a scalar array.
+        be a scalar array. Integers of all kinds here may be of any type, below 2^31.
       bias_table: `[heads, 2 * clip + 2]`, added to the scores: entry `clip + difference` for a
         query's id minus a key's, clipped to plus and minus `clip`; the last for keys without a
         place.
@@ -76,13 +77,16 @@ def attention(
       ValueError: shapes, dtypes or arguments that do not go together, naming them.
     """
     qkv = (q,) if k is None and v is None else (q, k, v)
-    _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate)
+    arguments.require_one_of("implementation", implementation, (*IMPLEMENTATIONS, None))
+    arguments.require_dropout(dropout_rate, dropout_key)
+    positions, segment_ids, ids = _checked(qkv, positions, segment_ids, ids, bias_table, window)
     length, head_dim = q.shape[1], q.shape[-1]
-    if implementation not in (*IMPLEMENTATIONS, None):
-        raise ValueError(f"implementation = {implementation!r}: one of {IMPLEMENTATIONS} or None")
+    if q.size == 0:
+        return jnp.zeros((q.shape[0], length, *q.shape[-2:]), q.dtype)
     clip = window if bias_table is None else bias_table.shape[1] // 2 - 1
     scale = head_dim**-0.5 if scale is None else scale
     dropping = dropout_key is not None and dropout_rate > 0
+    words = reference.dropout_words(dropout_key, q.shape[0] * q.shape[-2]) if dropping else None
     plain = segment_ids is None and ids is None and not dropping
     if ids is not None and jnp.issubdtype(ids.dtype, jnp.floating):
         if implementation not in ("xla", None):
@@ -99,9 +103,7 @@ def attention(
         q, k, v = _apart(qkv)
         if positions is not None:
             q, k = reference.rotate(q, positions), reference.rotate(k, positions)
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, implementation="cudnn"
-        )
+        return _cudnn((q, k, v), (), (causal, scale))
     if implementation == "xla":
         return reference.attention(
             *_apart(qkv),
@@ -112,7 +114,7 @@ def attention(
             window=window,
             clip=clip,
             dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
+            words=words,
             scale=scale,
             causal=causal,
         )
@@ -132,9 +134,9 @@ def attention(
         sin=sin,
         ids=ids,
         segment_ids=segment_ids,
-        bias=None if bias_table is None else bias_table.astype(jnp.float32),
-        seed=reference.dropout_words(dropout_key, q.shape[0] * q.shape[-2]) if dropping else None,
+        seed=words,
     )
+    bias = None if bias_table is None else bias_table.astype(jnp.float32)
     options = Options(
         length=length,
         head_dim=head_dim,
@@ -146,7 +148,7 @@ def attention(
         target=target,
         interpret=not targets.on_gpu(),
     )
-    return run_kernels(qkv, extras, options)
+    return run_kernels((qkv, bias), extras, options)
 
 
 def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
@@ -173,29 +175,22 @@ def _cudnn_takes(head_dim: int, dtype) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= LARGEST_HEAD
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def run_kernels(qkv: tuple[jax.Array, ...], extras: Extras, options: Options):
-    """The kernels that `options` chooses, forward, and backward where a gradient is asked for.
-
-    qkv: q, k and v, or one array with all three, as `attention` takes them.
-    """
-    return _forward(qkv, extras, options)[0]
-
-
-def _forward(qkv, extras, options):
+def _forward(given, extras, options):
+    qkv, bias = given
+    extras = extras._replace(bias=bias)
     whole_row = _whole_row("short_forward", extras, options, qkv[0])
     if whole_row:
         out, lse = short.forward(qkv, extras, options, **whole_row)
         # The backward pass of a whole row makes all else again.
-        return out, (qkv, extras, None, lse)
+        return out, (None, lse)
     q, k, v = _apart(qkv)
     out, lse = long.forward(q, k, v, extras, options, _long_tile("long_forward", options, q))
-    return out, (qkv, extras, out, lse)
+    return out, (out, lse)
 
 
-def _backward(options, saved, d_out):
-    qkv, extras, out, lse = saved
-    d_out = d_out.astype(qkv[0].dtype)
+def _backward(given, extras, kept, d_out, options):
+    (qkv, bias), (out, lse) = given, kept
+    extras = extras._replace(bias=bias)
     if out is None:
         whole_row = _whole_row("short_backward", extras, options, qkv[0])
         d_qkv, d_bias = short.backward(qkv, extras, lse, d_out, options, **whole_row)
@@ -208,15 +203,59 @@ def _backward(options, saved, d_out):
         )  # fmt: skip
         if len(qkv) == 1:
             d_qkv = [jnp.stack(d_qkv, axis=2)]
-    return tuple(d_qkv), Extras(bias=d_bias)
+    return tuple(d_qkv), d_bias
+
+
+def _plain(given, extras, options):
+    qkv, bias = given
+    q, k, v = _apart(qkv)
+    if extras.cos is not None:
+        cos, sin = (table[:, :, None].astype(jnp.float32) for table in (extras.cos, extras.sin))
+        q, k = reference.turn(q, cos, sin), reference.turn(k, cos, sin)
+    return reference.attention(
+        q,
+        k,
+        v,
+        positions=None,
+        segment_ids=extras.segment_ids,
+        ids=extras.ids,
+        bias_table=bias,
+        window=options.clip if options.windowed else None,
+        clip=options.clip,
+        dropout_rate=options.rate,
+        words=extras.seed,
+        scale=options.scale,
+        causal=options.causal,
+    )
+
+
+# The kernels that `options` chooses, of `((qkv, bias), extras, options)`: q, k and v, or one array
+# with all three, as `attention` takes them, and what else there is, without the bias.
+run_kernels = differentiable(
+    lambda *given: _forward(*given)[0], _plain, gradient=(_forward, _backward)
+)
+
+
+def _run_cudnn(qkv, _, told):
+    causal, scale = told
+    return jax.nn.dot_product_attention(*qkv, is_causal=causal, scale=scale, implementation="cudnn")
+
+
+def _cudnn_plain(qkv, _, told):
+    causal, scale = told
+    return reference.attention(
+        *qkv, positions=None, segment_ids=None, ids=None, bias_table=None, window=None, clip=None,
+        dropout_rate=0.0, words=None, scale=scale, causal=causal,
+    )  # fmt: skip
+
+
+# Of `(qkv, (), (causal, scale))`.
+_cudnn = differentiable(_run_cudnn, _cudnn_plain, gradient=by_vjp(_run_cudnn))
 
 
 def _apart(qkv):
     """q, k and v as three arrays."""
     return qkv if len(qkv) == 3 else tuple(jnp.moveaxis(qkv[0], 2, 0))
-
-
-run_kernels.defvjp(_forward, _backward)
 
 
 def _whole_row(kernel: str, extras: Extras, options: Options, q: jax.Array):
@@ -242,9 +281,14 @@ def _long_tile(kernel: str, options: Options, q: jax.Array) -> long.Tile:
     )
 
 
-def _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate) -> None:
+def _checked(qkv, positions, segment_ids, ids, bias_table, window):
+    """Positions, segment_ids and ids, whole ones as int32.
+
+    Raises:
+      ValueError: as `attention` does.
+    """
     q = qkv[0]
-    given = [None if x is None else x.shape for x in qkv]
+    given = [None if x is None else jnp.shape(x) for x in qkv]
     together = len(qkv) == 1 and q.ndim == 5 and q.shape[2] == 3
     apart = len(qkv) == 3 and q.ndim == 4 and given == [q.shape] * 3
     if not (together or apart):
@@ -252,29 +296,49 @@ def _check(qkv, positions, segment_ids, ids, bias_table, window, dropout_rate) -
             f"q, k, v are {', '.join(map(str, given))}: expected one shape"
             " [batch, length, heads, head_dim], or q alone [batch, length, 3, heads, head_dim]"
         )
-    dtypes = [x.dtype for x in qkv]
-    if dtypes != [q.dtype] * len(qkv) or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    dtypes = [x.dtype.name for x in qkv]
+    if dtypes != [q.dtype.name] * len(qkv) or q.dtype.name not in arguments.FLOATS:
         raise ValueError(
-            f"q, k, v are {', '.join(map(str, dtypes))}: expected one of float32, bfloat16,"
-            " float16 for all"
+            f"q, k, v are {', '.join(dtypes)}: expected one of {', '.join(arguments.FLOATS)}"
+            " for all"
         )
     (batch, length), (heads, head_dim) = q.shape[:2], q.shape[-2:]
-    if head_dim % 2:
-        raise ValueError(f"head_dim = {head_dim}: must be even")
-    if positions is not None and positions.shape not in ((length,), (1, length), (batch, length)):
-        raise ValueError(f"positions are {positions.shape}: expected [{length}] or [batch, length]")
-    for name, values in (("segment_ids", segment_ids), ("ids", ids)):
-        if values is not None and values.shape != (batch, length):
-            raise ValueError(f"{name} are {values.shape}: expected {(batch, length)}")
+    if head_dim % 2 or head_dim == 0:
+        raise ValueError(f"head_dim = {head_dim}: must be even, and at least 2")
+    if positions is not None:
+        shapes = (length,), (1, length), (batch, length)
+        words = f"[{length}] or [batch, length]"
+        arguments.require_shape("positions", positions, *shapes, words=words)
+        positions = arguments.whole_numbers("positions", positions)
+    if segment_ids is not None:
+        arguments.require_shape("segment_ids", segment_ids, (batch, length))
+        segment_ids = arguments.whole_numbers("segment_ids", segment_ids)
+    soft = ids is not None and jnp.result_type(ids) == jnp.float32
+    if ids is not None:
+        arguments.require_shape("ids", ids, (batch, length))
+        if not soft and not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+            raise ValueError(f"ids are {jnp.result_type(ids).name}: expected integers or float32")
+        ids = ids if soft else arguments.whole_numbers("ids", ids)
     if (bias_table is not None or window is not None) and ids is None:
         raise ValueError("bias_table and window need ids")
-    if bias_table is not None:
-        if bias_table.shape[0] != heads or bias_table.shape[1] % 2 or bias_table.shape[1] < 2:
-            raise ValueError(f"bias_table is {bias_table.shape}: expected [{heads}, 2 * clip + 2]")
-        whole = ids is None or jnp.issubdtype(ids.dtype, jnp.integer)
-        if whole and window is not None and window != bias_table.shape[1] // 2 - 1:
+    if bias_table is not None and not _is_table(bias_table, heads):
+        raise ValueError(
+            f"bias_table is {bias_table.dtype.name} {list(bias_table.shape)}: expected floating"
+            f" point [{heads}, 2 * clip + 2]"
+        )
+    if window is not None and not soft:
+        if not isinstance(window, int | np.integer) or window < 0:
+            raise ValueError(
+                f"window = {window!r}: with ids of integers, a number from 0 on, no array"
+            )
+        if bias_table is not None and window != bias_table.shape[1] // 2 - 1:
             raise ValueError(
                 f"window = {window}: must be the clip of bias_table, {bias_table.shape[1] // 2 - 1}"
             )
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate = {dropout_rate}: must be at least 0 and below 1")
+    return positions, segment_ids, ids
+
+
+def _is_table(table, heads: int) -> bool:
+    if table.ndim != 2 or table.shape[0] != heads or not jnp.issubdtype(table.dtype, jnp.floating):
+        return False
+    return table.shape[1] >= 2 and table.shape[1] % 2 == 0

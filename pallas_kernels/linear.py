@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import activation, targets, tile
+from pallas_kernels import activation, arguments, targets, tile
+from pallas_kernels.derivatives import differentiable
 
 # What every side must be a multiple of, and the longest: longer ones are large enough for cuBLAS.
 NARROWEST, LONGEST = 64, 1024
@@ -84,7 +85,7 @@ class _Options(NamedTuple):
 def takes(tokens: int, inputs: int, outputs: int, dtype) -> bool:
     """Whether the kernels are for a product of such sizes on the device at hand."""
     whole = all(size % NARROWEST == 0 and size <= LONGEST for size in (inputs, outputs))
-    whole = whole and tokens % PRODUCT.block_rows == 0 and tokens <= MOST_TOKENS
+    whole = whole and tokens % PRODUCT.block_rows == 0 and 0 < tokens <= MOST_TOKENS
     return whole and targets.kernels_run() and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
@@ -107,12 +108,16 @@ def linear(
 
     Returns:
       `[..., outputs]` in `dtype`.
+
+    Raises:
+      ValueError: shapes that do not go together, naming them.
     """
-    inputs, outputs = weights.shape
-    if not takes(x.size // inputs, inputs, outputs, dtype):
+    inputs, outputs = _sides("weights", weights, x)
+    if not takes(math.prod(x.shape[:-1]), inputs, outputs, dtype):
         return x.astype(dtype) @ weights.astype(dtype)
     flat = x.reshape(-1, inputs).astype(dtype)
-    return _linear(flat, weights, operands, _options(dtype, operands)).reshape(*x.shape[:-1], -1)
+    made = _linear((flat, weights, operands), (), _options(dtype, operands))
+    return made.reshape(*x.shape[:-1], outputs)
 
 
 def mlp(
@@ -132,54 +137,73 @@ def mlp(
 
     Returns:
       As x, in `dtype`.
+
+    Raises:
+      ValueError: shapes that do not go together, naming them.
     """
-    width, hidden = inner.shape
-    if not takes(x.size // width, width, hidden, dtype):
+    width, hidden = _sides("inner", inner, x)
+    arguments.require_shape("outer", outer, (hidden, width))
+    if not takes(math.prod(x.shape[:-1]), width, hidden, dtype):
         made = x.astype(dtype) @ inner.astype(dtype)
         return activation.gelu(made) @ outer.astype(dtype)
     flat = x.reshape(-1, width).astype(dtype)
-    return _mlp(flat, inner, outer, operands, _options(dtype, operands)).reshape(x.shape)
+    return _mlp((flat, inner, outer, operands), (), _options(dtype, operands)).reshape(x.shape)
+
+
+def _sides(name: str, matrix, x) -> tuple[int, int]:
+    """Inputs and outputs of a matrix that multiplies the last axis of x."""
+    inputs = jnp.shape(x)[-1] if jnp.ndim(x) else None
+    if jnp.ndim(matrix) != 2 or matrix.shape[0] != inputs:
+        raise ValueError(f"{name} is {list(jnp.shape(matrix))}: expected [{inputs}, outputs]")
+    return matrix.shape
 
 
 def _options(dtype, operands) -> _Options:
     return _Options(jnp.dtype(dtype).name, operands is not None, not targets.on_gpu())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(x, weights, operands, options: _Options):
-    return _linear_forward(x, weights, operands, options)[0]
-
-
-def _linear_forward(x, weights, operands, options):
+def _linear_forward(given, _, options):
+    x, weights, _ = given
     matrix = weights.astype(options.dtype)
-    return product(x, matrix, interpret=options.interpret), (x, matrix)
+    return product(x, matrix, interpret=options.interpret), matrix
 
 
-def _linear_backward(options, saved, d_out):
-    x, matrix = saved
+def _linear_backward(given, _, matrix, d_out, options):
+    x, *_ = given
     d_x = product(d_out, matrix, transpose_b=True, interpret=options.interpret)
     return d_x, *_of_matrix(x, d_out, options)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+def _linear_plain(given, _, options):
+    x, weights, _ = given
+    return x @ weights.astype(options.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _mlp(x, inner, outer, operands, options: _Options):
+# Of `((x, weights, operands), (), options)`.
+_linear = differentiable(
+    lambda *given: _linear_forward(*given)[0],
+    _linear_plain,
+    gradient=(_linear_forward, _linear_backward),
+)
+
+
+def _mlp_run(given, _, options):
+    x, inner, outer, _ = given
     inner, outer = inner.astype(options.dtype), outer.astype(options.dtype)
     (hidden,) = gelu_product(x, inner, slopes=False, interpret=options.interpret)
     return product(hidden, outer, interpret=options.interpret)
 
 
-def _mlp_forward(x, inner, outer, operands, options):
+def _mlp_forward(given, _, options):
+    x, inner, outer, _ = given
     inner, outer = inner.astype(options.dtype), outer.astype(options.dtype)
     hidden, slope = gelu_product(x, inner, slopes=True, interpret=options.interpret)
     out = product(hidden, outer, interpret=options.interpret)
-    return out, (x, inner, outer, hidden, slope)
+    return out, (inner, outer, hidden, slope)
 
 
-def _mlp_backward(options, saved, d_out):
-    x, inner, outer, hidden, slope = saved
+def _mlp_backward(given, _, kept, d_out, options):
+    (x, *_), (inner, outer, hidden, slope) = given, kept
     d_made = product_times(d_out, outer, slope, interpret=options.interpret)
     d_x = product(d_made, inner, transpose_b=True, interpret=options.interpret)
     d_inner, of_inner = _of_matrix(x, d_made, options)
@@ -187,7 +211,15 @@ def _mlp_backward(options, saved, d_out):
     return d_x, d_inner, d_outer, (of_inner, of_outer) if options.deferred else None
 
 
-_mlp.defvjp(_mlp_forward, _mlp_backward)
+def _mlp_plain(given, _, options):
+    x, inner, outer, _ = given
+    inner, outer = inner.astype(options.dtype), outer.astype(options.dtype)
+    made = jnp.matmul(x, inner, preferred_element_type=jnp.float32)
+    return activation.plain(made).astype(options.dtype) @ outer
+
+
+# Of `((x, inner, outer, operands), (), options)`.
+_mlp = differentiable(_mlp_run, _mlp_plain, gradient=(_mlp_forward, _mlp_backward))
 
 
 def _of_matrix(x, d_y, options: _Options):

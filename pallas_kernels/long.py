@@ -67,6 +67,9 @@ def backward(
     # What the softmax's gradient takes from every pair of a query: float32 [batch, heads, length].
     # A plain sum, since a matrix product of float32 may be rounded to tf32.
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    # Queries that saw what is not finite: all their weights are 0.
+    seeing = jnp.isfinite(lse) & jnp.isfinite(delta)
+    lse, delta = jnp.where(seeing, lse, -MASKED), jnp.where(seeing, delta, 0)
     of_queries = (lse, delta, d_out)
     d_q, d_bias = d_q_and_bias(q, k, v, extras, *of_queries, options, d_q_tile)
     d_k, d_v = d_kv(q, k, v, extras, *of_queries, options, d_kv_tile)
@@ -105,6 +108,7 @@ def d_kv(q, k, v, extras: Extras, lse, delta, d_out, options: Options, cut: Tile
     """Gradients of k and v."""
     batch, length, heads, _ = q.shape
     scaled = _turned(q.astype(jnp.float32), extras) * tile.query_scale(options)
+    scaled = jnp.where(jnp.isfinite(scaled), scaled, 0)
     return pl.pallas_call(
         functools.partial(_d_kv_kernel, options=options, heads=heads, cut=cut),
         grid=(pl.cdiv(length, cut.block_k), heads, batch),
@@ -149,7 +153,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, extras, out_ref, lse_ref, *, options, h
     def step(block, carry, masked):
         out, largest, total = carry
         key = tile.load_side(k_ref, streamed, block * block_k, block_k, options)
-        value = tile.load_heads(v_ref, block * block_k, block_k, options)
+        if masked:
+            value, key = tile.load_values(v_ref, key, block * block_k, options)
+        else:
+            # All queries see what is not finite.
+            value = tile.load_heads(v_ref, block * block_k, block_k, options)
         scores = tile.scores(query, key, extras, options, masked=masked)
         grown = jnp.maximum(largest, scores.max(axis=1))
         shrink = tile.exp2(largest - grown, options.interpret)
@@ -189,11 +197,15 @@ def _d_q_kernel(
 
     def step(block, carry, masked):
         d_low, d_high, *d_bias = carry
-        key = tile.load_side(k_ref, streamed, block * block_k, block_k, options)
-        value = tile.load_heads(v_ref, block * block_k, block_k, options)
+        start_k = block * block_k
+        key = tile.load_side(k_ref, streamed, start_k, block_k, options, only_finite=masked)
+        value = tile.load_heads(v_ref, start_k, block_k, options)
         scores = tile.scores(query, key, extras, options, masked=masked)
         weights = tile.exp2(scores - lse[:, None], options.interpret)
-        d_weights = tile.dot(d_out, value, transpose_b=True)
+        if masked:
+            d_weights = tile.d_weights(d_out, value, weights, options)
+        else:
+            d_weights = tile.dot(d_out, value, transpose_b=True)
         kept = tile.dropout_scale(query, key, extras, row, options)
         d_weights = d_weights if kept is None else d_weights * kept
         d_scores = weights * (d_weights - delta[:, None])

@@ -4,7 +4,7 @@ One program takes the tokens of a row, or of a few short ones, through all loops
 state lives in its registers from the first loop to the last; weights come tile by tile from the L2
 cache, where all programs find the same ones; queries, keys and values of a loop pass through a
 buffer of its own, which the caches hold (104 KiB at a width of 256). A program stops as soon as all
-of its tokens have halted, whatever its neighbours do. Forward only.
+of its tokens have halted, whatever its neighbours do. Derivatives go loop by loop.
 
 The state stands on its side, `[channels, tokens]`, in blocks of channels: weights are then the left
 operands of all products and the normed state the right one. That one Triton keeps in shared memory,
@@ -33,7 +33,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import activation, reference, targets, tile, tiles
+from pallas_kernels import activation, arguments, linear, reference, targets, tile, tiles
+from pallas_kernels.derivatives import differentiable
+from pallas_kernels.dispatch import attention
+from pallas_kernels.residual import add_and_norm
 from pallas_kernels.rows import EPSILON
 from pallas_kernels.tile import LEAST, NARROWEST, Columns, Extras
 
@@ -145,7 +148,7 @@ def looped_block(
       loops: at most.
       dtype: of the products, bfloat16 or float32; sums, norms and the state are float32.
       positions: int `[length]` or `[batch, length]`; queries and keys are turned by them (RoPE).
-      ids, window: as `attention` takes them, ids int32 alone.
+      ids, window: as `attention` takes them, ids integers alone.
       thresholds: float, broadcastable to `[batch, length]`; None runs all loops.
       rule: of `RULES`.
       inject_input, normalize_state: as above.
@@ -156,9 +159,17 @@ def looped_block(
       took, `[batch, length]`.
 
     Raises:
-      ValueError: the shape is none that a program can hold here (`takes`), or rule is unknown.
+      ValueError: the shape is none that a program can hold here (`takes`); shapes, dtypes or
+        arguments that do not go together, naming them.
     """
+    clip = window if weights.bias_table is None else weights.bias_table.shape[1] // 2 - 1
+    positions, ids, thresholds = _checked(
+        x, weights, heads, loops, positions, ids, window, thresholds, rule
+    )
     batch, length, width = x.shape
+    if batch * length == 0:
+        logits = jnp.zeros((batch, length, len(weights.head)), jnp.float32)
+        return logits, jnp.full((batch, length), loops, jnp.int32)
     target = targets.target_at_hand()
     told_ids = window is not None or weights.bias_table is not None
     if cut is None and target is not None:
@@ -168,9 +179,6 @@ def looped_block(
             f"x is {x.shape}, {jnp.dtype(dtype).name}: no program on {target or 'this device'}"
             f" holds {length} tokens of {width} channels through all loops"
         )
-    if rule not in RULES:
-        raise ValueError(f"rule = {rule!r}: one of {RULES}")
-    clip = window if weights.bias_table is None else weights.bias_table.shape[1] // 2 - 1
     options = Options(
         width=width,
         heads=heads,
@@ -194,16 +202,70 @@ def looped_block(
             interpret=not targets.on_gpu(),
         ),
     )
-    return run(x, weights, positions, ids, thresholds, options, dtype, cut)
+    given = x, weights, positions, ids if clip is not None else None, thresholds
+    return run(given, (), (options, jnp.dtype(dtype).name, cut))
 
 
-def run(x, weights: Weights, positions, ids, thresholds, options: Options, dtype, cut: Tile):
+def _checked(x, weights: Weights, heads, loops, positions, ids, window, thresholds, rule):
+    """Positions and ids as int32, and thresholds as float32 `[batch, length]`.
+
+    Raises:
+      ValueError: as `looped_block` does.
+    """
+    arguments.require_dtype("x", x, jnp.float32)
+    if jnp.ndim(x) != 3:
+        raise ValueError(f"x is {list(jnp.shape(x))}: expected [batch, length, width]")
+    batch, length, width = x.shape
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads = {heads}: must divide the width, {width}")
+    if loops < 0:
+        raise ValueError(f"loops = {loops}: must be at least 0")
+    arguments.require_one_of("rule", rule, RULES)
+    hidden = jnp.shape(weights.mlp_in)[-1]
+    for name, shape in {
+        "norm1": (width,), "qkv": (width, 3 * width), "attention_out": (width, width),
+        "norm2": (width,), "mlp_in": (width, hidden), "mlp_out": (hidden, width),
+        "final_norm": (width,), "head": (jnp.shape(weights.head)[0], width),
+        "steps": (jnp.shape(weights.steps)[0], width), "mlp_value": (width, hidden),
+    }.items():  # fmt: skip
+        if getattr(weights, name) is not None:
+            arguments.require_shape(f"weights.{name}", getattr(weights, name), shape)
+    table = weights.bias_table
+    if (table is not None or window is not None) and ids is None:
+        raise ValueError("weights.bias_table and window need ids")
+    if table is not None:
+        columns = table.shape[1] if table.ndim == 2 and table.shape[1] % 2 == 0 else 4
+        arguments.require_shape("weights.bias_table", table, (heads, columns))
+        if window is not None and window != columns // 2 - 1:
+            raise ValueError(
+                f"window = {window}: must be the clip of bias_table, {columns // 2 - 1}"
+            )
+    if positions is not None:
+        shapes = (length,), (1, length), (batch, length)
+        words = f"[{length}] or [batch, length]"
+        arguments.require_shape("positions", positions, *shapes, words=words)
+        positions = arguments.whole_numbers("positions", positions)
+    if ids is not None:
+        arguments.require_shape("ids", ids, (batch, length))
+        ids = arguments.whole_numbers("ids", ids)
+    if thresholds is not None:
+        try:
+            thresholds = jnp.broadcast_to(thresholds, (batch, length)).astype(jnp.float32)
+        except ValueError:
+            shape = list(jnp.shape(thresholds))
+            words = f"expected what broadcasts to [{batch}, {length}]"
+            raise ValueError(f"thresholds is {shape}: {words}") from None
+    return positions, ids, thresholds
+
+
+def _run(given, _, chosen):
     """`looped_block` with all that is chosen: packs rows into programs and launches them."""
+    x, weights, positions, ids, thresholds = given
+    options, dtype, cut = chosen
     batch, length, width = x.shape
     tokens = options.attention.length
     packed = functools.partial(_packed, rows=tokens // length, tokens=tokens)
     if thresholds is not None:
-        thresholds = jnp.broadcast_to(thresholds, (batch, length)).astype(jnp.float32)
         # Where there is no token, one loop is enough.
         thresholds = packed(thresholds, filling=AT_ONCE[options.rule])
     logits, steps = run_kernel(
@@ -219,6 +281,65 @@ def run(x, weights: Weights, positions, ids, thresholds, options: Options, dtype
     if steps is None:
         return logits, jnp.full((batch, length), options.loops, jnp.int32)
     return logits, jnp.abs(unpacked(steps))
+
+
+def _loop_by_loop(given, _, chosen):
+    """The same by the functions that a training runs, which can be differentiated."""
+    x, weights, positions, ids, thresholds = given
+    options, dtype, _ = chosen
+    (batch, length, width), told = x.shape, options.attention
+    linear_of = functools.partial(linear.linear, dtype=dtype)
+    norm_of = functools.partial(add_and_norm, dtype=jnp.dtype(dtype))
+
+    def mlp(normed):
+        if weights.mlp_value is None:
+            return linear.mlp(normed, weights.mlp_in, weights.mlp_out, dtype=dtype)
+        gate = jax.nn.silu(linear_of(normed, weights.mlp_in))
+        return linear_of(gate * linear_of(normed, weights.mlp_value), weights.mlp_out)
+
+    def one_loop(state, shift):
+        if options.normalized:
+            state = reference.layer_norm(state, 1.0, EPSILON)
+        state = state + x if options.injected else state
+        state, normed = norm_of(state, None, weights.norm1, shift=shift)
+        mixed = attention(
+            linear_of(normed, weights.qkv).reshape(batch, length, 3, options.heads, -1),
+            positions=positions,
+            ids=ids,
+            bias_table=weights.bias_table,
+            window=told.clip if told.windowed else None,
+        )
+        mixed = linear_of(mixed.reshape(batch, length, width), weights.attention_out)
+        state, normed = norm_of(state, mixed, weights.norm2)
+        return state + mlp(normed)
+
+    def readout(state):
+        normed = reference.layer_norm(state, weights.final_norm, EPSILON).astype(dtype)
+        head = weights.head.astype(dtype)
+        return jnp.einsum("...d,vd->...v", normed, head, preferred_element_type=jnp.float32)
+
+    def step(carry, shift):
+        state, halted, steps = carry
+        new = jnp.where(halted[..., None], state, one_loop(state, shift))
+        if options.rule == "sure":
+            halts = jax.nn.softmax(readout(new)).max(-1) >= thresholds
+        elif options.rule == "still":
+            moved, size = ((v * v).sum(-1) for v in (new - state, new))
+            settled = has_settled(moved, size, thresholds)
+            halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
+        else:
+            halts = halted
+        return (new, halted | halts, steps + ~halted), None
+
+    index = jnp.minimum(jnp.arange(options.loops), len(weights.steps) - 1)
+    nothing = jnp.zeros((batch, length), bool)
+    first = x, nothing, nothing.astype(jnp.int32)
+    (state, _, steps), _ = jax.lax.scan(step, first, weights.steps[index])
+    return readout(state), steps
+
+
+# Of `((x, weights, positions, ids, thresholds), (), (options, dtype, cut))`.
+run = differentiable(_run, _loop_by_loop)
 
 
 def takes(length: int, width: int, heads: int, vocabulary: int, dtype, *, with_ids: bool) -> bool:
@@ -313,6 +434,7 @@ def _extras(positions, ids, bias_table, length, options: Options, dtype, packed)
     cos = sin = segment_ids = None
     if positions is not None:
         tables = reference.rope_tables(jnp.atleast_2d(positions), heads.head_dim)
+        tables = (_padded(table, (*table.shape[:2], heads.padded_half)) for table in tables)
         cos, sin = (
             packed(table if len(table) > 1 else jnp.repeat(table, heads.length // length, axis=0))
             for table in (table.astype(tile.table_dtype(dtype)) for table in tables)
@@ -571,7 +693,7 @@ def _attend(xs, weights: Arranged, qkv_ref, extras: Extras, options: Options):
             told = extras._replace(bias=Columns(extras.bias, head * (2 * heads.clip + 2)))
         query = tile.load_side(q_ref, told, 0, tokens, heads, tile.query_scale(heads))
         key = tile.load_side(k_ref, told, 0, tokens, heads)
-        value = tile.load_heads(v_ref, 0, tokens, heads)
+        value, key = tile.load_values(v_ref, key, 0, heads)
         scores = tile.scores(query, key, told, heads, masked=True, product=product)
         largest = jnp.maximum(scores.max(axis=1), LEAST)
         chances = tile.exp2(scores - largest[:, None], options.interpret)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import reference, rows, targets, tile
+from pallas_kernels import arguments, reference, rows, targets, tile
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.rows import Options
 
 NUMBERS_A_PROGRAM = 8192
@@ -37,8 +38,7 @@ def add_and_score(
 ) -> tuple[jax.Array, jax.Array]:
     """`x + dropout(update)`, and the weighted sum of its tokens' cross-entropies.
 
-    The logits are `layer_norm(stream) * scale` times the embedding of each token. Gradients flow
-    to x, update, scale and table.
+    The logits are `layer_norm(stream) * scale` times the embedding of each token.
 
     Args:
       x: the residual stream, float32 `[..., width]`.
@@ -53,13 +53,28 @@ def add_and_score(
 
     Returns:
       The new stream in float32, and a float32 scalar.
+
+    Raises:
+      ValueError: shapes, dtypes or arguments that do not go together, naming them.
     """
+    arguments.require_dtype("x", x, jnp.float32)
+    width = jnp.shape(x)[-1] if jnp.ndim(x) else None
+    if jnp.ndim(table) != 2 or table.shape[1] != width or len(table) == 0:
+        raise ValueError(f"table is {list(jnp.shape(table))}: expected [vocabulary, {width}]")
+    arguments.require_dtype("table", table, *arguments.FLOATS)
+    arguments.require_shape("update", update, x.shape)
+    arguments.require_shape("scale", scale, (width,))
+    arguments.require_shape("wanted", wanted, x.shape[:-1])
+    arguments.require_shape("weights", weights, x.shape[:-1])
+    wanted = arguments.whole_numbers("wanted", wanted)
+    arguments.require_dropout(dropout_rate, dropout_key)
+    arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
     dropping = dropout_key is not None and dropout_rate > 0
-    vocabulary, width = table.shape
+    vocabulary = len(table)
     if implementation is None:
         fits = width <= LARGEST_WIDTH and vocabulary <= LARGEST_VOCABULARY
         implementation = "pallas" if targets.kernels_run() and fits else "xla"
-    if implementation == "xla":
+    if implementation == "xla" or x.size == 0:
         x = x + (reference.dropout(update, dropout_rate, dropout_key) if dropping else update)
         return x, reference.score(x, scale, table, wanted, weights, rows.EPSILON)
     options = Options(
@@ -71,14 +86,10 @@ def add_and_score(
         dtype=table.dtype.name,
         interpret=not targets.on_gpu(),
     )
+    seed = reference.dropout_words(dropout_key, options.rows) if dropping else None
     stream, score = run_kernels(
-        x.reshape(-1, width),
-        update.reshape(-1, width),
-        scale,
-        table,
-        wanted.reshape(-1).astype(jnp.int32),
-        weights.reshape(-1),
-        reference.dropout_words(dropout_key, options.rows) if dropping else None,
+        (x.reshape(-1, width), update.reshape(-1, width), scale, table),
+        (wanted.reshape(-1), weights.reshape(-1), seed),
         options,
     )
     return stream.reshape(x.shape), score
@@ -95,19 +106,14 @@ def num_warps(width: int) -> int:
     return 4 if numbers_held(width) <= 32 * width else 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def run_kernels(x, update, scale, table, wanted, weights, seed, options: Options):
-    """As `add_and_score`, on `[rows, width]`; seed is as `reference.dropout_words` or None."""
-    return _forward(x, update, scale, table, wanted, weights, seed, options)[0]
-
-
-def _forward(x, update, scale, table, wanted, weights, seed, options):
+def _forward(given, others, options):
+    (x, update, scale, table), (wanted, weights, seed) = given, others
     block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
     stream, scores = rows.call(
-        functools.partial(_forward_kernel, options=options),
+        functools.partial(_forward_kernel, options=options, vocabulary=len(table)),
         "add_and_score_forward",
         options,
-        in_specs=[block, block, *map(rows.whole_spec, (scale, table)), scalars, scalars]
+        in_specs=[block, block, *_specs(scale, table, options), scalars, scalars]
         + [rows.whole_spec(seed)],
         out_specs=[block, pl.BlockSpec((1,), lambda i: (i,))],
         out_shape=[
@@ -116,20 +122,20 @@ def _forward(x, update, scale, table, wanted, weights, seed, options):
             jax.ShapeDtypeStruct((options.programs,), jnp.float32),
         ],
     )(x, update, scale, table, wanted, weights, seed)
-    return (stream, scores.sum()), (stream, scale, table, wanted, weights, seed)
+    return (stream, scores.sum()), stream
 
 
 def _forward_kernel(
     x_ref, update_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
-    stream_ref, score_ref, *, options,
+    stream_ref, score_ref, *, options, vocabulary,
 ):  # fmt: skip
     update = rows.dropped(rows.load(update_ref, options), seed_ref, options)
     x = rows.load(x_ref, options) + update
     rows.store(stream_ref, x, options)
     normed, _ = rows.normed(x, options)
-    head = _load_table(table_ref, options)
+    head = _load_table(table_ref, vocabulary, options)
     scaled = normed * rows.load_channels(scale_ref, options)
-    logits = _logits(scaled.astype(head.dtype), head, table_ref)
+    logits = _logits(scaled.astype(head.dtype), head, vocabulary)
     right, weight = _load_wanted(wanted_ref, weights_ref, head.shape[0], options)
     largest = logits.max(axis=1)
     entropy = largest + jnp.log(jnp.exp(logits - largest[:, None]).sum(axis=1))
@@ -137,24 +143,22 @@ def _forward_kernel(
     plgpu.store(score_ref.at[:], (entropy * weight).sum()[None])
 
 
-def _backward(options, saved, gradients):
-    stream, scale, table, wanted, weights, seed = saved
+def _backward(given, others, stream, gradients, options):
+    (_, _, scale, table), (wanted, weights, seed) = given, others
     d_stream, d_score = gradients
     block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
     vocabulary = len(table)
     d_x, d_update, d_scale, d_table = rows.call(
-        functools.partial(_backward_kernel, options=options),
+        functools.partial(_backward_kernel, options=options, vocabulary=vocabulary),
         "add_and_score_backward",
         options,
         in_specs=[block, block, pl.BlockSpec((1,), lambda i: (0,))]
-        + [*map(rows.whole_spec, (scale, table)), scalars, scalars, rows.whole_spec(seed)],
+        + [*_specs(scale, table, options), scalars, scalars, rows.whole_spec(seed)],
         out_specs=[
             block,
             block,
             rows.sums_spec(options, 1),
-            pl.BlockSpec(
-                (None, pl.next_power_of_2(vocabulary), options.padded_width), lambda i: (i, 0, 0)
-            ),
+            pl.BlockSpec((None, _padded(vocabulary), options.padded_width), lambda i: (i, 0, 0)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct(stream.shape, stream.dtype),
@@ -164,26 +168,26 @@ def _backward(options, saved, gradients):
         ],
     )(stream, d_stream, d_score[None], scale, table, wanted, weights, seed)
     d_table = d_table.sum(0).astype(table.dtype)
-    return d_x, d_update, d_scale.sum(0)[0], d_table, None, None, None
+    return d_x, d_update, d_scale.sum(0)[0], d_table
 
 
 def _backward_kernel(
     stream_ref, d_stream_ref, d_score_ref, scale_ref, table_ref, wanted_ref, weights_ref, seed_ref,
-    d_x_ref, d_update_ref, d_scale_ref, d_table_ref, *, options,
+    d_x_ref, d_update_ref, d_scale_ref, d_table_ref, *, options, vocabulary,
 ):  # fmt: skip
     stream, d_stream = (rows.load(ref, options) for ref in (stream_ref, d_stream_ref))
     normed, deviation = rows.normed(stream, options)
-    head = _load_table(table_ref, options)
+    head = _load_table(table_ref, vocabulary, options)
     scale = rows.load_channels(scale_ref, options)
     scaled = (normed * scale).astype(head.dtype)
-    logits = _logits(scaled, head, table_ref)
+    logits = _logits(scaled, head, vocabulary)
     right, weight = _load_wanted(wanted_ref, weights_ref, head.shape[0], options)
     odds = jnp.exp(logits - logits.max(axis=1)[:, None])
     probability = odds / odds.sum(axis=1)[:, None]
     d_logits = (probability - jnp.where(right, 1.0, 0.0)) * (weight * d_score_ref[0])[:, None]
     d_logits = d_logits.astype(head.dtype)
     d_table = tile.dot(d_logits, scaled, transpose_a=True)
-    mask = (jnp.arange(head.shape[0]) < table_ref.shape[0])[:, None]
+    mask = (jnp.arange(head.shape[0]) < vocabulary)[:, None]
     mask = jnp.broadcast_to(mask & rows.channels(options)[None, :], head.shape)
     plgpu.store(
         d_table_ref.at[pl.ds(0, head.shape[0]), pl.ds(0, options.padded_width)], d_table, mask=mask
@@ -196,21 +200,39 @@ def _backward_kernel(
     rows.store(d_update_ref, rows.dropped(d_x, seed_ref, options), options)
 
 
-run_kernels.defvjp(_forward, _backward)
+def _plain(given, others, options):
+    (x, update, scale, table), (wanted, weights, seed) = given, others
+    x = x + reference.dropped(update, options.rate, seed)
+    return x, reference.score(x, scale, table, wanted, weights, rows.EPSILON)
 
 
-def _load_table(ref, options: Options):
+# As `add_and_score`, of `((x, update, scale, table), (wanted, weights, seed), options)`, x and
+# update `[rows, width]`, seed as `reference.dropout_words` or None.
+run_kernels = differentiable(
+    lambda *given: _forward(*given)[0], _plain, gradient=(_forward, _backward)
+)
+
+
+def _specs(scale, table, options: Options) -> list[pl.BlockSpec]:
+    """What every program reads of the norm's scale and of the table."""
+    width = options.padded_width
+    return [rows.whole_spec(scale, width), rows.whole_spec(table, _padded(len(table)), width)]
+
+
+def _padded(vocabulary: int) -> int:
+    """Rows of a table on the chip: a power of two that tensor cores accept."""
+    return max(tile.NARROWEST, pl.next_power_of_2(vocabulary))
+
+
+def _load_table(ref, vocabulary: int, options: Options):
     """`[padded vocabulary, padded width]`, zero beyond the real ones."""
-    vocabulary, _ = ref.shape
-    tokens = max(tile.NARROWEST, pl.next_power_of_2(vocabulary))
-    mask = (jnp.arange(tokens) < vocabulary)[:, None] & rows.channels(options)[None, :]
-    source = ref.at[pl.ds(0, tokens), pl.ds(0, options.padded_width)]
-    return plgpu.load(source, mask=mask, other=0)
+    mask = (jnp.arange(len(ref)) < vocabulary)[:, None] & rows.channels(options)[None, :]
+    return plgpu.load(ref, mask=mask, other=0)
 
 
-def _logits(scaled, head, table_ref):
+def _logits(scaled, head, vocabulary: int):
     logits = tile.dot(scaled, head, transpose_b=True)
-    real = (jnp.arange(head.shape[0]) < table_ref.shape[0])[None, :]
+    real = (jnp.arange(head.shape[0]) < vocabulary)[None, :]
     return jnp.where(real, logits, tile.MASKED)
 
 

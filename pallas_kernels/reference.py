@@ -1,5 +1,7 @@
 """The plain `jnp` truth: what every kernel here computes, written to be read and run anywhere."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -115,9 +117,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     `dropout_bits` decides, with the index of the row, counted over all leading axes (and over all
     devices that rows are split over), and of the channel.
     """
-    count = x.size // x.shape[-1]
-    rows = jnp.arange(count).reshape(*x.shape[:-1], 1) + shards.first_row(count)
-    bits = dropout_bits(*dropout_seed(key), rows, jnp.arange(x.shape[-1]))
+    return dropped(x, rate, dropout_words(key, math.prod(x.shape[:-1])))
+
+
+def dropped(x: jax.Array, rate: float, words: jax.Array | None) -> jax.Array:
+    """`dropout` told its `dropout_words`; the identity without them."""
+    if words is None:
+        return x
+    rows = jnp.arange(math.prod(x.shape[:-1])).reshape(*x.shape[:-1], 1)
+    bits = dropout_bits_of(words, rows, jnp.arange(x.shape[-1]))
     kept = bits >= jnp.uint32(dropout_threshold(rate))
     return jnp.where(kept, x / (1 - rate), 0)
 
@@ -150,30 +158,40 @@ def attention(
     v: jax.Array,
     *,
     dropout_rate: float,
-    dropout_key: jax.Array | None,
+    words: jax.Array | None,
     **told,
 ) -> jax.Array:
     """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments.
 
-    Ids may also be float32: biases are then interpolated between the entries of the table, and the
-    window ends half way to the next difference.
+    words: `dropout_words` of all heads' rows, None without dropout. Ids may also be float32: biases
+    are then interpolated between the entries of the table, and the window ends half way to the next
+    difference.
     """
-    probabilities = attention_weights(q, k, **told)
+    probabilities, lost = _attended(q, k, v, **told)
     batch, length, heads, _ = q.shape
-    if dropout_key is not None and dropout_rate > 0:
+    if words is not None:
         place = jnp.arange(length)
         row = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
-        row += shards.first_row(batch * heads)
-        counter = place[:, None] * length + place
-        bits = dropout_bits(*dropout_seed(dropout_key), row, counter)
+        bits = dropout_bits_of(words, row, place[:, None] * length + place)
         kept = bits >= jnp.uint32(dropout_threshold(dropout_rate))
         probabilities = jnp.where(kept, probabilities / (1 - dropout_rate), 0)
-    return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), v)
+    return _mixed(probabilities, v, lost)
 
 
-def attention_weights(
+def attention_weights(q: jax.Array, k: jax.Array, **told) -> jax.Array:
+    """What each query takes of each key's value, before dropout; told as `attention` is.
+
+    Returns:
+      float32 `[batch, heads, length, length]`, keys last.
+    """
+    probabilities, lost = _attended(q, k, None, **told)
+    return jnp.where(lost[..., None], jnp.nan, probabilities)
+
+
+def _attended(
     q: jax.Array,
     k: jax.Array,
+    v: jax.Array | None,
     *,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
@@ -183,12 +201,8 @@ def attention_weights(
     clip: int | None,
     scale: float,
     causal: bool,
-) -> jax.Array:
-    """What each query takes of each key's value, before dropout.
-
-    Returns:
-      float32 `[batch, heads, length, length]`, keys last.
-    """
+) -> tuple[jax.Array, jax.Array]:
+    """As `_weights`, of whole rows."""
     if positions is not None:
         q, k = rotate(q, positions), rotate(k, positions)
     length = q.shape[1]
@@ -199,7 +213,7 @@ def attention_weights(
         counts &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     pair = None if ids is None else (ids, ids)
     return _weights(
-        q, k, counts, pair, bias_table=bias_table, window=window, clip=clip, scale=scale
+        q, k, v, counts, pair, bias_table=bias_table, window=window, clip=clip, scale=scale
     )
 
 
@@ -230,20 +244,35 @@ def newest_attention(
     """
     counts = jnp.arange(keys.shape[1]) <= at[:, None, None, None]
     pair = None if ids is None else (jnp.take_along_axis(ids, at[:, None], axis=1), ids)
-    probabilities = _weights(
-        q[:, None], keys, counts, pair,
+    probabilities, lost = _weights(
+        q[:, None], keys, values, counts, pair,
         bias_table=bias_table, window=window, clip=clip, scale=scale,
     )  # fmt: skip
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(values.dtype), values)
-    return mixed[:, 0]
+    return _mixed(probabilities, values, lost)[:, 0]
 
 
-def _weights(q, k, counts, ids, *, bias_table, window, clip, scale):
+def _mixed(probabilities, v, lost):
+    """What is taken of values; NaN for queries that are lost, and no gradient from there."""
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), _finite(v))
+    return jnp.where(jnp.swapaxes(lost, 1, 2)[..., None], jnp.nan, mixed)
+
+
+def _finite(x):
+    """With 0 for NaN and infinity: a weight of 0 times one of these would not be 0."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _weights(q, k, v, counts, ids, *, bias_table, window, clip, scale):
     """Softmax of the scores of queries and keys, turned already: `[batch, heads, queries, keys]`.
 
-    counts: bool, broadcastable to it. ids: of queries and of keys, or None.
+    counts: bool, broadcastable to it. ids: of queries and of keys, or None. v: values, None where
+    nothing is taken of them.
+
+    Returns also which queries are lost, `[batch, heads, queries]`: not finite themselves, or seeing
+    a key or value that is not. To all others these are nothing.
     """
-    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    finite = _finite(q), _finite(k)
+    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", *finite, preferred_element_type=jnp.float32)
     if ids is not None:
         query, key = ids[0][:, None, :, None], ids[1][:, None, None, :]
         if bias_table is not None:
@@ -251,8 +280,11 @@ def _weights(q, k, counts, ids, *, bias_table, window, clip, scale):
             scores += _biases(table, (query - key)[:, 0], key[:, 0], clip)
         if window is not None:
             counts &= (key < 0.5) | (jnp.abs(query - key) <= window + 0.5)
+    broken = lambda x: jnp.swapaxes(~jnp.isfinite(x).all(-1), 1, 2)  # noqa: E731
+    of_key = broken(k) if v is None else broken(k) | broken(v)
+    lost = broken(q) | (counts & of_key[:, :, None]).any(-1)
     # A query that sees no key at all gets zeros.
-    return jax.nn.softmax(jnp.where(counts, scores, -1e30)) * counts
+    return jax.nn.softmax(jnp.where(counts, scores, -1e30)) * counts, lost
 
 
 def _biases(table, difference, key, clip: int) -> jax.Array:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.bench import CONTENDERS, OURS, against_best_peer, shown_times
+from pallas_kernels.programs import run_program
 from pallas_kernels.shapes import Shape, parse_shape
 from pallas_kernels.stream_cases import StreamShape
 
@@ -112,4 +113,4 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> st
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

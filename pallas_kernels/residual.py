@@ -11,7 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, rows, targets
+from pallas_kernels import arguments, reference, rows, targets
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.rows import Options
 
 # By time on an H200, 8,192 rows of 256. The way back sums over a program's rows, so has fewer
@@ -20,16 +21,8 @@ NUMBERS_A_PROGRAM, NUM_WARPS = 4096, 4
 FORWARD_NUMBERS_A_PROGRAM, FORWARD_NUM_WARPS = 2048, 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def run_kernels(x, update, scale, shift, seed, options: Options):
-    """The new stream and its norm; of x, update `[rows, width]` and `reference.dropout_words`.
-
-    What `options` says of programs is of the way back.
-    """
-    return _forward(x, update, scale, shift, seed, options)[0]
-
-
-def _forward(x, update, scale, shift, seed, options):
+def _forward(given, seed, options):
+    x, update, scale, shift = given
     options = dataclasses.replace(
         options, held=FORWARD_NUMBERS_A_PROGRAM, num_warps=FORWARD_NUM_WARPS
     )
@@ -42,7 +35,9 @@ def _forward(x, update, scale, shift, seed, options):
         in_specs=[
             block,
             None if update is None else block,
-            *map(rows.whole_spec, (scale, shift, seed)),
+            rows.whole_spec(scale, options.padded_width),
+            rows.whole_spec(shift, options.padded_width),
+            rows.whole_spec(seed),
         ],
         out_specs=[block if changed else None, block],
         out_shape=[
@@ -51,7 +46,7 @@ def _forward(x, update, scale, shift, seed, options):
         ],
     )(x, update, scale, shift, seed)
     stream = stream if changed else x
-    return (stream, normed), (stream, update is not None, scale, shift is not None, seed)
+    return (stream, normed), stream
 
 
 def _forward_kernel(
@@ -68,8 +63,9 @@ def _forward_kernel(
     rows.store(normed_ref, normed * rows.load_channels(scale_ref, options), options)
 
 
-def _backward(options, saved, gradients):
-    stream, updated, scale, shifted, seed = saved
+def _backward(given, seed, stream, gradients, options):
+    _, update, scale, shift = given
+    updated, shifted = update is not None, shift is not None
     d_stream, d_normed = gradients
     block = rows.rows_spec(options)
     count = 2 if shifted else 1
@@ -77,7 +73,13 @@ def _backward(options, saved, gradients):
         functools.partial(_backward_kernel, options=options),
         "add_and_norm_backward",
         options,
-        in_specs=[block, block, block, *map(rows.whole_spec, (scale, seed))],
+        in_specs=[
+            block,
+            block,
+            block,
+            rows.whole_spec(scale, options.padded_width),
+            rows.whole_spec(seed),
+        ],
         out_specs=[block, block if updated else None, rows.sums_spec(options, count)],
         out_shape=[
             jax.ShapeDtypeStruct(stream.shape, stream.dtype),
@@ -86,7 +88,7 @@ def _backward(options, saved, gradients):
         ],
     )(stream, d_stream, d_normed, scale, seed)
     d_scale, *d_shift = sums.sum(0)
-    return d_x, d_update, d_scale, d_shift[0] if shifted else None, None
+    return d_x, d_update, d_scale, d_shift[0] if shifted else None
 
 
 def _backward_kernel(
@@ -107,7 +109,20 @@ def _backward_kernel(
         rows.store_sum(sums_ref, 1, d_x, options)
 
 
-run_kernels.defvjp(_forward, _backward)
+def _plain(given, seed, options):
+    x, update, scale, shift = given
+    if update is not None:
+        x = x + reference.dropped(update, options.rate, seed)
+    if shift is not None:
+        x = x + shift
+    return x, reference.layer_norm(x, scale, rows.EPSILON).astype(options.dtype)
+
+
+# The new stream and its norm, of `((x, update, scale, shift), seed, options)`: `[rows, width]` and
+# `reference.dropout_words`. What options say of programs is of the way back.
+run_kernels = differentiable(
+    lambda *given: _forward(*given)[0], _plain, gradient=(_forward, _backward)
+)
 
 
 def add_and_norm(
@@ -136,18 +151,31 @@ def add_and_norm(
 
     Returns:
       The new stream in float32, and its norm in `dtype`.
+
+    Raises:
+      ValueError: shapes, dtypes or arguments that do not go together, naming them.
     """
+    width = jnp.shape(x)[-1] if jnp.ndim(x) else None
+    arguments.require_dtype("x", x, jnp.float32)
+    arguments.require_dtype("dtype", jnp.zeros((), dtype), *arguments.FLOATS)
+    if update is not None:
+        arguments.require_shape("update", update, x.shape)
+        arguments.require_dtype("update", update, *arguments.FLOATS)
+    for name, channels in (("scale", scale), ("shift", shift)):
+        if channels is not None:
+            arguments.require_shape(name, channels, (width,))
+    arguments.require_dropout(dropout_rate, dropout_key)
+    arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
     dropping = update is not None and dropout_key is not None and dropout_rate > 0
     if implementation is None:
         usable = targets.kernels_run() and x.shape[-1] <= rows.LARGEST_WIDTH
         implementation = "pallas" if usable else "xla"
-    if implementation == "xla":
+    if implementation == "xla" or x.size == 0:
         if update is not None:
             x = x + (reference.dropout(update, dropout_rate, dropout_key) if dropping else update)
         if shift is not None:
             x = x + shift
         return x, reference.layer_norm(x, scale, rows.EPSILON).astype(dtype)
-    width = x.shape[-1]
     options = Options(
         rows=x.size // width,
         width=width,
@@ -157,12 +185,7 @@ def add_and_norm(
         dtype=jnp.dtype(dtype).name,
         interpret=not targets.on_gpu(),
     )
-    stream, normed = run_kernels(
-        x.reshape(-1, width),
-        None if update is None else update.reshape(-1, width),
-        scale,
-        shift,
-        reference.dropout_words(dropout_key, options.rows) if dropping else None,
-        options,
-    )
+    flat = x.reshape(-1, width), None if update is None else update.reshape(-1, width)
+    seed = reference.dropout_words(dropout_key, options.rows) if dropping else None
+    stream, normed = run_kernels((*flat, scale, shift), seed, options)
     return stream.reshape(x.shape), normed.reshape(x.shape)

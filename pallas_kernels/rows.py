@@ -72,11 +72,14 @@ def scalars_spec(options: Options) -> pl.BlockSpec:
     return pl.BlockSpec((options.rows_held,), lambda i: (i,))
 
 
-def whole_spec(array) -> pl.BlockSpec | None:
-    """All of a small array, for every program; None for None."""
+def whole_spec(array, *sizes: int) -> pl.BlockSpec | None:
+    """All of a small array, for every program; None for None.
+
+    sizes: of what a program reads of it, where they are padded.
+    """
     if array is None:
         return None
-    return pl.BlockSpec(array.shape, lambda i: (0,) * array.ndim)
+    return pl.BlockSpec(sizes or array.shape, lambda i: (0,) * array.ndim)
 
 
 def sums_shape(options: Options, count: int) -> jax.ShapeDtypeStruct:
@@ -127,7 +130,7 @@ def channels(options: Options) -> jax.Array:
 
 
 def load_channels(ref, options: Options) -> jax.Array:
-    """A `[width]` vector beside every row: `[1, padded_width]`."""
+    """A vector, `[width]` of `[padded_width]`, beside every row: `[1, padded_width]`."""
     source = ref.at[pl.ds(0, options.padded_width)]
     return plgpu.load(source, mask=channels(options), other=0)[None, :]
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tile
-from pallas_kernels.tile import LEAST, LOG2_E, NARROWEST, Extras, Options
+from pallas_kernels.tile import LEAST, LOG2_E, MASKED, NARROWEST, Extras, Options
 
 
 def forward(qkv: Sequence[jax.Array], extras: Extras, options: Options, *, num_warps: int):
@@ -111,7 +111,7 @@ def _forward_kernel(qkv_refs, extras, out_ref, lse_ref, *, options, heads):
     q_ref, k_ref, v_ref = _head(qkv_refs, heads, options)
     query = tile.load_side(q_ref, extras, 0, rows, options, tile.query_scale(options))
     key = tile.load_side(k_ref, extras, 0, rows, options)
-    value = tile.load_heads(v_ref, 0, rows, options)
+    value, key = tile.load_values(v_ref, key, 0, options)
     scores = tile.scores(query, key, extras, options, masked=True)
     largest = jnp.maximum(scores.max(axis=1), LEAST)
     weights = tile.exp2(scores - largest[:, None], options.interpret)
@@ -134,15 +134,18 @@ def _backward_kernel(qkv_refs, extras, lse_ref, d_out_ref, *d_refs, options, hea
     d_refs, d_bias_ref = d_refs[: len(qkv_refs)], d_refs[len(qkv_refs) :]
     q_ref, k_ref, v_ref = _head(qkv_refs, heads, options)
     d_q_ref, d_k_ref, d_v_ref = _head(d_refs, heads, options)
-    query = tile.load_side(q_ref, extras, 0, rows, options, tile.query_scale(options))
-    key = tile.load_side(k_ref, extras, 0, rows, options)
+    load_side = functools.partial(tile.load_side, only_finite=True)
+    query = load_side(q_ref, extras, 0, rows, options, tile.query_scale(options))
+    key = load_side(k_ref, extras, 0, rows, options)
     value = tile.load_heads(v_ref, 0, rows, options)
     d_out = tile.load_heads(d_out_ref, 0, rows, options)
     inside = query.index < options.length
-    lse = plgpu.load(lse_ref.at[pl.ds(0, rows)], mask=inside, other=0.0)
+    lse = plgpu.load(lse_ref.at[pl.ds(0, rows)], mask=inside, other=-MASKED)
+    # Rows beyond the length, and queries that saw what is not finite: all their weights are 0.
+    lse = jnp.where(jnp.isfinite(lse), lse, -MASKED)
     scores = tile.scores(query, key, extras, options, masked=True)
     weights = tile.exp2(scores - lse[:, None], options.interpret)
-    d_weights = tile.dot(d_out, value, transpose_b=True)
+    d_weights = tile.d_weights(d_out, value, weights, options)
     row = pl.program_id(1) * heads + pl.program_id(0)
     kept = tile.dropout_scale(query, key, extras, row, options)
     dropped = weights

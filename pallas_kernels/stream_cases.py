@@ -80,14 +80,14 @@ class StreamCase:
         scale, seed = array((width,), jnp.float32), array((2,), jnp.uint32)
         if self.operation == "gelu":
             numbers = array((4 * tokens * width,), self.dtype)
-            return _with_gradients(lambda u: activation.run_kernels(u, False), target), (
+            return _with_gradients(lambda u: activation.run_kernels(u, (), False), target), (
                 (numbers,),
                 numbers,
                 (),
             )
         if self.operation == "add_and_norm":
             options = self._options(residual.NUMBERS_A_PROGRAM, residual.NUM_WARPS)
-            function = lambda *given: residual.run_kernels(*given, options)  # noqa: E731
+            function = lambda *given: residual.run_kernels(given[:-1], given[-1], options)  # noqa: E731
             return _with_gradients(function, target), (
                 (stream, update, scale, scale),
                 (stream, update),
@@ -96,7 +96,7 @@ class StreamCase:
         if self.operation in ("linear", "mlp"):
             return self._products(target, update)
         options = self._options(readout.numbers_held(width), readout.num_warps(width))
-        function = lambda *given: readout.run_kernels(*given, options)  # noqa: E731
+        function = lambda *given: readout.run_kernels(given[:4], given[4:], options)  # noqa: E731
         wanted, weights = array((tokens,), jnp.int32), array((tokens,), jnp.float32)
         return _with_gradients(function, target), (
             (stream, update, scale, array((VOCABULARY, width), self.dtype)),

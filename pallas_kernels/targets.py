@@ -20,14 +20,16 @@ KIB, MIB = 2**10, 2**20
 class Target:
     """One GPU product.
 
-    chip: in words. capability: compute capability, major and minor. multiprocessors: their
-    number. shared_memory: bytes that one block can ask for at most. shared_memory_per_core: bytes
-    of a multiprocessor. threads_per_core: that a multiprocessor can hold. l2, memory: bytes.
-    bandwidth: of the memory, bytes a second. clock_ghz: boost clock. products: dense bfloat16
-    products on the tensor cores with sums in float32, operations a second.
+    chip: in words. known_as: the name of a chip of the same capability that Pallas knows.
+    capability: compute capability, major and minor. multiprocessors: their number. shared_memory:
+    bytes that one block can ask for at most. shared_memory_per_core: bytes of a multiprocessor.
+    threads_per_core: that a multiprocessor can hold. l2, memory: bytes. bandwidth: of the memory,
+    bytes a second. clock_ghz: boost clock. products: dense bfloat16 products on the tensor cores
+    with sums in float32, operations a second.
     """
 
     chip: str
+    known_as: str
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory: int
@@ -68,7 +70,7 @@ class Target:
             }}
             platform_name: "CUDA"
             dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-            device_description_str: "{self.chip}"
+            device_description_str: "{self.known_as}"
         """
 
 
@@ -77,6 +79,7 @@ TARGETS = {
     # multiprocessors, L2, memory, bandwidth and clock are NVIDIA's figures as reviews repeat them.
     "rtx5070": Target(
         chip="NVIDIA GeForce RTX 5070",
+        known_as="NVIDIA RTX PRO 6000",
         capability=(12, 0),
         multiprocessors=48,
         shared_memory=99 * KIB,
@@ -93,6 +96,7 @@ TARGETS = {
     # NVIDIA's DGX B200 data sheet rounds to 180 GB and 8 TB/s.
     "b200": Target(
         chip="NVIDIA B200",
+        known_as="NVIDIA B200",
         capability=(10, 0),
         multiprocessors=148,
         shared_memory=227 * KIB,
@@ -108,6 +112,7 @@ TARGETS = {
     # The SXM5 module. What its driver says, likewise (h100_sxm.txtpb).
     "h100": Target(
         chip="NVIDIA H100 80GB HBM3",
+        known_as="NVIDIA H100",
         capability=(9, 0),
         multiprocessors=132,
         shared_memory=227 * KIB,
@@ -149,9 +154,23 @@ def compiling_for(name: str) -> Iterator[None]:
     """Within it, programs are traced as they would be on that target's GPU."""
     token = _elsewhere.set(name)
     try:
-        yield
+        with jax.sharding.use_abstract_mesh(_absent(name)):
+            yield
     finally:
         _elsewhere.reset(token)
+
+
+@functools.cache
+def _absent(name: str) -> jax.sharding.AbstractMesh:
+    """The one GPU of a machine that is not there, as Pallas asks for it while it lowers."""
+    target = TARGETS[name]
+    # All as `compile.placed` has it by the target's description: JAX takes no two meshes.
+    device = jax.sharding.AbstractDevice(
+        device_kind=target.known_as, num_cores=target.multiprocessors, platform="gpu"
+    )
+    return jax.sharding.AbstractMesh(
+        (1,), ("gpu",), (jax.sharding.AxisType.Auto,), abstract_device=device
+    )
 
 
 # Whether programs are traced as where there are no kernels.

@@ -89,7 +89,7 @@ class Extras(NamedTuple):
 class Side(NamedTuple):
     """Rows of queries or of keys: their two halves, turned, and what masks and biases need.
 
-    Queries are scaled by `query_scale`.
+    Queries are scaled by `query_scale`. lost: of keys, 0 or NaN, which is added to scores.
     """
 
     low: jax.Array
@@ -97,6 +97,7 @@ class Side(NamedTuple):
     index: jax.Array
     ids: jax.Array | None
     segment_ids: jax.Array | None
+    lost: jax.Array | None = None
 
 
 class Columns(NamedTuple):
@@ -126,9 +127,14 @@ def load_rows(
     real: int,
     options: Options,
     eviction_policy=None,
+    wanted=None,
 ):
-    """`[rows, columns]` from row `start` and column `column`, zero beyond the real ones."""
+    """`[rows, columns]` from row `start` and column `column`, zero beyond the real ones, and in
+    rows that are not `wanted`."""
     inside = _inside(start, rows, columns, real, options)
+    if wanted is not None:
+        wanted = jnp.broadcast_to(wanted[:, None], (rows, columns))
+        inside = wanted if inside is None else inside & wanted
     source = _part(ref, start, rows, column, columns)
     other = None if inside is None else 0
     return plgpu.load(source, mask=inside, other=other, eviction_policy=eviction_policy)
@@ -159,26 +165,62 @@ def load_heads(ref, start, rows: int, options: Options):
     return load_rows(ref, start, rows, 0, options.padded_head, options.head_dim, options)
 
 
+# A weight of 0 times NaN is NaN: what masks hide from a query is made finite before the product.
+# Numbers of 16 bits are changed in the registers, two at a time. Those of 32 bits, multiplied
+# without tensor cores, would fill the registers if they were changed: rows that are to be nothing
+# are not loaded.
+
+
+def load_values(ref, key: Side, start, options: Options):
+    """`load_heads` of v, with zeros for what is not finite (or for its row); and the key, by which
+    scores of queries that see it are NaN."""
+    rows, half, padded = len(key.index), options.half, options.padded_half
+    low = load_rows(ref, start, rows, 0, padded, half, options)
+    high = load_rows(ref, start, rows, half, padded, half, options)
+    whole = start, rows, 0, options.padded_head, options.head_dim, options
+    if ref.dtype == jnp.float32:
+        lost = _lost(low, high)
+        return load_rows(ref, *whole, wanted=lost == 0), key._replace(lost=lost)
+    # Loaded twice, once in the layout of the key: to sum up each row would take longer.
+    low, high = spoilt(key.low, low, options), spoilt(key.high, high, options)
+    return finite(load_rows(ref, *whole), options.interpret), key._replace(low=low, high=high)
+
+
+def _lost(low, high) -> jax.Array:
+    """Per row 0, or NaN where something is not finite."""
+    return (low * 0 + high * 0).sum(axis=1)
+
+
 def query_scale(options: Options) -> float:
     """By what queries are multiplied, so that scores come out scaled and in units of log 2."""
     return options.scale * LOG2_E
 
 
 def load_side(
-    ref, extras: Extras, start, rows: int, options: Options, scale: float | None = None
+    ref,
+    extras: Extras,
+    start,
+    rows: int,
+    options: Options,
+    scale: float | None = None,
+    *,
+    only_finite: bool = False,
 ) -> Side:
     """Rows of q or k from `[length, head_dim]`, turned by RoPE where there are tables for it, and
-    scaled."""
+    scaled; with `only_finite` zeros for what is not finite (or for its row)."""
     half, padded = options.half, options.padded_half
     low = load_rows(ref, start, rows, 0, padded, half, options)
     high = load_rows(ref, start, rows, half, padded, half, options)
+    if only_finite and ref.dtype == jnp.float32:
+        wanted = _lost(low, high) == 0
+        low = load_rows(ref, start, rows, 0, padded, half, options, wanted=wanted)
+        high = load_rows(ref, start, rows, half, padded, half, options, wanted=wanted)
+    elif only_finite:
+        low, high = finite(low, options.interpret), finite(high, options.interpret)
     dtype = low.dtype
     if extras.cos is not None:
         cos, sin = _load_tables(extras, start, rows, options)
-        # Always true. What is computed from loads alone Triton computes in the layout of a matrix
-        # product's operand (its pass RemoveLayoutConversions): every warp would turn all the keys,
-        # with tables brought there through shared memory. What depends on an index it leaves alone.
-        sin = jnp.where((jnp.arange(rows) < rows)[:, None], sin, jnp.zeros((), sin.dtype))
+        sin = made_in_place(sin)
         low, high = turn(low, high, cos, sin, options)
     if scale is not None:
         low, high = low.astype(jnp.float32) * scale, high.astype(jnp.float32) * scale
@@ -195,6 +237,17 @@ def load_side(
         per_token(extras.ids),
         per_token(extras.segment_ids),
     )
+
+
+def made_in_place(x: jax.Array) -> jax.Array:
+    """x, and what is computed from it is computed where it was loaded.
+
+    What is computed from loads alone Triton computes in the layout of a matrix product's operand
+    (its pass RemoveLayoutConversions): every warp would turn all the keys, with tables brought
+    there through shared memory. What depends on an index, here in vain, it leaves alone.
+    """
+    rows = x.shape[0]
+    return jnp.where((jnp.arange(rows) < rows)[:, None], x, jnp.zeros((), x.dtype))
 
 
 def _load_tables(extras: Extras, start, rows: int, options: Options, eviction_policy=None):
@@ -243,6 +296,47 @@ def exp2(x: jax.Array, interpret: bool) -> jax.Array:
     """2 to the power x in one instruction: relative error 2^-22 (PTX ISA), 0 where it would
     be subnormal; the compiler's own takes five, for the sake of subnormal numbers."""
     return jnp.exp2(x) if interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+# Two numbers in one register, as PTX names them.
+_PAIRS = {"bfloat16": "bf16x2", "float16": "f16x2"}
+
+
+def finite(x: jax.Array, interpret: bool) -> jax.Array:
+    """x, of 16 bits where it is compiled, with zeros for NaN and infinity.
+
+    Two instructions a register: x times 0 is 0 or the NaN whose bits are all 1 but for the sign
+    (PTX ISA), and these bits are taken out of x.
+    """
+    if interpret:
+        return jnp.where(jnp.isfinite(x), x, 0)
+    kind, x = _PAIRS[x.dtype.name], made_in_place(x)
+    asm = (
+        "{ .reg .b32 zero, lost; mov.b32 zero, 0;"
+        f" fma.rn.{kind} lost, $1, zero, zero; not.b32 lost, lost; and.b32 $0, $1, lost; }}"
+    )
+    return _of_pairs(asm, x)
+
+
+def spoilt(x: jax.Array, by: jax.Array, options: Options) -> jax.Array:
+    """x, but NaN where `by` is not finite."""
+    if options.interpret:
+        return x + by * 0
+    kind = _PAIRS[x.dtype.name]
+    asm = f"{{ .reg .b32 zero; mov.b32 zero, 0; fma.rn.{kind} $0, $2, zero, $1; }}"
+    return _of_pairs(asm, x, by)
+
+
+def _of_pairs(asm: str, *arguments: jax.Array) -> jax.Array:
+    like = jax.ShapeDtypeStruct(arguments[0].shape, arguments[0].dtype)
+    (result,) = plgpu.elementwise_inline_asm(
+        asm,
+        args=arguments,
+        constraints=",".join(["=r"] + ["r"] * len(arguments)),
+        pack=2,
+        result_shape_dtypes=[like],
+    )
+    return result
 
 
 def _instruction(asm: str, *arguments: jax.Array) -> jax.Array:
@@ -300,6 +394,8 @@ def scores(
     rows, columns = (key, query) if keys_first else (query, key)
     raw = product(rows.low, columns.low, transpose_b=True)
     raw += product(rows.high, columns.high, transpose_b=True)
+    if key.lost is not None:
+        raw += key.lost[None, :]
     if extras.bias is not None:
         ref, first = extras.bias if isinstance(extras.bias, Columns) else (extras.bias, 0)
         entry = bias_index(query, key, options.clip, keys_first)
@@ -318,6 +414,13 @@ def scores(
         far = jnp.minimum(beyond, 1) * _placed(key_id)
         raw += MASKED * far.astype(jnp.float32)
     return jnp.where(counts, raw, MASKED)
+
+
+def d_weights(d_out, value, weights, options: Options):
+    """Gradients of weights, `[queries, keys]`: finite where a weight is 0, whatever the value."""
+    if value.dtype == jnp.float32:
+        return jnp.where(weights > 0, dot(d_out, value, transpose_b=True), 0.0)
+    return dot(d_out, finite(value, options.interpret), transpose_b=True)
 
 
 def dropout_scale(query: Side, key: Side, extras: Extras, row, options, *, keys_first=False):

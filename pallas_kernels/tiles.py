@@ -1,6 +1,6 @@
 """Which tile each kernel gets on each target, and what that choice rests on: `tiles.toml`.
 
-`python -m pallas_kernels.tune` measures on the GPU at hand and writes the file anew.
+`python -m pallas_kernels.tune --write` measures on the GPU at hand and writes the file anew.
 """
 
 import functools
@@ -25,8 +25,8 @@ LONGEST_BIASED_ROW = 64
 
 HEAD = """\
 # Which tile each kernel gets on each target, and the evidence for it: a time on the chip itself, or
-# what the compiler says where nobody here has the chip. Written by `python -m pallas_kernels.tune`;
-# lines for other targets than the GPU it runs on stay as they are.
+# what the compiler says where nobody here has the chip. Written by `python -m pallas_kernels.tune
+# --write`; lines for other targets than the GPU it runs on stay as they are.
 #
 # Keys: rows that one program holds (whole-row kernels; rows without a line here are streamed),
 # channels of a head, padded to a power of two, and bits of a number. `cudnn_from`: the length from
@@ -99,7 +99,12 @@ def head_key(head_dim: int, item_size: int) -> str:
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """The file: target, kernel, key, and what is said for it."""
-    return tomllib.loads(FILE.read_text())
+    return read(FILE)
+
+
+def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """A file that `as_text` gave the form of; a `ValueError` where it is no TOML."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def as_text(table: dict) -> str:

@@ -1,5 +1,5 @@
-"""Finds tiles and writes them into the table that the kernels read:
-`python -m pallas_kernels.tune [--target NAME,...] [--kernel NAME ... | --spec SPEC] [--table FILE]`
+"""Finds tiles, for the table that the kernels read:
+`python -m pallas_kernels.tune [--target NAME,...] [--kernel NAME ... | --spec SPEC] [--write]`
 
 Without `--target`, the candidates are timed on the GPU at hand: bfloat16, causal, with RoPE,
 without dropout, one shape for each key of the table; `--kernel cudnn_from` compares whole calls
@@ -10,8 +10,12 @@ heavily are left to the streaming ones; `looped_block` is not asked about. Lines
 stay as they are.
 
 With `--spec`, the candidates are those that a specification declares (`design_space`), at its own
-shape; what breaks one of its laws is left out, and what was found is added to it as a fact, with a
-file of evidence beside.
+shape; what breaks one of its laws is left out. What was found is a fact of it, with a file of
+evidence.
+
+What comes of it lies in `runs/tuned`, or the folder that `--out` names: a table, the kernels' with
+the new lines or the one that is there, and evidence. With `--write` it goes where it has an effect:
+into the kernels' own table, `figures/results` and the specification.
 """
 
 import argparse
@@ -22,14 +26,12 @@ import functools
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from pallas_kernels import (
     attention,
@@ -43,6 +45,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.design_space import Declared
 from pallas_kernels.laws import LawError
+from pallas_kernels.programs import console, named_file, run_program
 from pallas_kernels.shapes import Shape
 from pallas_kernels.targets import TARGETS, target_at_hand
 from pallas_kernels.tile import Extras
@@ -63,7 +66,8 @@ ROUNDS = 5
 # it costs seconds of compiling.
 CALLS = 2
 WORKERS = 14
-# Where the files lie that facts rest on.
+OUT = Path("runs") / "tuned"
+# Where the files lie that the facts of specifications rest on.
 EVIDENCE = Path("figures") / "results"
 
 
@@ -337,8 +341,12 @@ def _settings_alone(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name != "evidence"}
 
 
-def record(path: Path, declared: Declared, target: str, found: Found, evidence: Path) -> None:
-    """Writes a file of evidence, and the fact that rests on it into the specification."""
+def record(declared: Declared, target: str, found: Found, evidence: Path) -> tuple[str, str]:
+    """Writes a file of evidence.
+
+    Returns:
+      What rests on it: a claim, and the expression that holds of the evidence by the name `tuned`.
+    """
     limit = TARGETS[target].shared_memory
     content = {
         "specification": declared.name,
@@ -370,9 +378,7 @@ def record(path: Path, declared: Declared, target: str, found: Found, evidence: 
         f" tuned.chosen.{kernel}.spilled <= {one['spilled']}"
         for kernel, one in found.chosen.items()
     )
-    files = {"tuned": os.path.relpath(evidence, path.parent)}
-    text = path.read_text(encoding="utf-8")
-    path.write_text(design_space.with_fact(text, f"tuned-{target}", claim, files, holds))
+    return claim, holds
 
 
 def _whole_rows(kernels: dict) -> dict:
@@ -407,24 +413,37 @@ def main() -> None:
     )
     parser.add_argument(
         "--kernel",
-        choices=(*tiles.KERNELS, tiles.LOOPED, CUDNN),
+        choices=(choices := (*tiles.KERNELS, tiles.LOOPED, CUDNN)),
         action="append",
-        help=f"repeatable (default: all but the last two; {CUDNN} uses the table as it is)",
+        metavar="NAME",
+        help=f"of {', '.join(choices)}; repeatable (default: all but the last two; {CUDNN} uses"
+        " the table as it is)",
     )
     parser.add_argument(
         "--spec", type=Path, help="choose from what this specification declares, within its laws"
     )
-    parser.add_argument("--table", type=Path, default=tiles.FILE, help="file to write")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument(
+        "--out", type=Path, metavar="DIR", default=OUT, help="what is found (default: %(default)s)"
+    )
+    places.add_argument(
+        "--write",
+        action="store_true",
+        help="into the kernels' own table; with --spec also the evidence into figures/results and"
+        " a fact into the specification",
+    )
     arguments = parser.parse_args()
     if arguments.spec and arguments.kernel:
         parser.error("--kernel: the specification says which kernels")
     names = arguments.target
     if not names and jax.default_backend() != "gpu":
         parser.error(f"needs a GPU or --target; JAX's backend here is {jax.default_backend()}")
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     if arguments.spec:
-        _tune_by(arguments.spec, names, arguments.table, parser, console.print)
+        specification = named_file(arguments.spec, Path("configs"))
+        _tune_by(specification, names, arguments, parser, console.print)
         return
+    path = _table_path(arguments)
+    table = _table_so_far(path, parser)
     kernels = arguments.kernel or tiles.KERNELS
     if names and tiles.LOOPED in kernels:
         parser.error(f"--kernel {tiles.LOOPED}: is timed on the GPU at hand, without --target")
@@ -446,30 +465,51 @@ def main() -> None:
         if tiles.LOOPED in kernels:
             lines[tiles.LOOPED] = looped_tune.fastest(target_at_hand(), console.print)
         found[target_at_hand()] = lines
-    table = dict(tiles.table())
     for target, lines in found.items():
         kept = {kernel: _kept(table[target], kernel, tried) for kernel in lines}
         new = {kernel: kept[kernel] | entries for kernel, entries in lines.items()}
         table[target] = _whole_rows(table[target] | new)
-    _write_table(table, arguments.table, parser)
+    _write_table(table, path, parser, console.print)
 
 
-def _write_table(table: dict, path: Path, parser: argparse.ArgumentParser) -> None:
+def _table_path(arguments: argparse.Namespace) -> Path:
+    return tiles.FILE if arguments.write else arguments.out / tiles.FILE.name
+
+
+def _table_so_far(path: Path, parser: argparse.ArgumentParser) -> dict:
+    """The table at a path, in a folder that is made, or the kernels' own where there is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = dict(tiles.read(path)) if path.exists() else dict(tiles.table())
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot use {path} ({error})")
+    if not table.keys() >= TARGETS.keys():
+        parser.error(f"{path} is there, and is no table of tiles")
+    return table
+
+
+def _write_table(
+    table: dict, path: Path, parser: argparse.ArgumentParser, say: Callable[[str], None]
+) -> None:
     try:
         path.write_text(tiles.as_text(table))
     except OSError as error:
-        parser.error(f"--table {path}: cannot be written ({error.strerror})")
+        parser.error(f"{path}: cannot be written ({error.strerror})")
+    unread = "" if path == tiles.FILE else "; the kernels read their own, which --write changes"
+    say(f"wrote {path}{unread}")
 
 
 def _tune_by(
     path: Path,
     targets: Sequence[str],
-    table_path: Path,
+    arguments: argparse.Namespace,
     parser: argparse.ArgumentParser,
     say: Callable[[str], None],
 ) -> None:
     """Tunes what a specification declares, on each target or on the GPU at hand."""
-    table = dict(tiles.table())
+    table_path = _table_path(arguments)
+    folder = EVIDENCE if arguments.write else arguments.out
+    table = _table_so_far(table_path, parser)
     try:
         declared = design_space.read(path)
         for target in targets or (target_at_hand(),):
@@ -477,8 +517,17 @@ def _tune_by(
             for kernel, lines in found.lines.items():
                 old = table[target].get(kernel, {})
                 table[target] = table[target] | {kernel: old | lines}
-            _write_table(table, table_path, parser)
-            record(path, declared, target, found, EVIDENCE / f"tuned_{declared.name}_{target}.json")
+            _write_table(table, table_path, parser, say)
+            evidence = folder / f"tuned_{declared.name}_{target}.json"
+            claim, holds = record(declared, target, found, evidence)
+            say(f"wrote {evidence}: {claim}")
+            if arguments.write:
+                files = {"tuned": os.path.relpath(evidence, path.parent)}
+                text = path.read_text(encoding="utf-8")
+                path.write_text(
+                    design_space.with_fact(text, f"tuned-{target}", claim, files, holds)
+                )
+                say(f"wrote it into {path} as a fact")
     except (LawError, OSError, compile.Unavailable) as error:
         parser.error(f"--spec {path}: {error}")
 
@@ -495,4 +544,4 @@ def _kept(kernels: dict, kernel: str, tried: Sequence[Candidate]) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

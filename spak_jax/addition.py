@@ -1,15 +1,18 @@
 """The tasks: sums and differences of decimal numbers, written least significant digit first.
 
 123 + 456 = 579 is the text `321+654=975` and a newline. Numbers live on the device as arrays of
-digits, so one code serves any length; everything that takes a PRNG key is pure and runs inside
-`jit`. Below the array functions stand their twins in plain Python, on integers and strings, that
-tests hold the first against.
+digits, so one code serves any length. What training draws is pure and runs inside `jit`; what
+scoring draws, `sample_exact` and `sample_kind`, are arrays of the host, so that nothing is compiled
+for each length. A key draws the same whatever JAX's default integers, floats and keys are. Below
+the array functions stand their twins in plain Python, on integers and strings, that tests hold the
+first against.
 
 Beside addition there are the addition of three numbers and subtraction, `321-12=003`, where the
 first number is never the smaller one and the answer has as many digits as it has.
 """
 
 import functools
+import math
 import operator
 import re
 import sys
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spak_jax import jax_settings
 from spak_jax.config import MAX_DIGITS, OPERANDS, Data
 
 # Where Python would refuse to read or write longer ones.
@@ -36,6 +40,9 @@ SHORTEST_TEXT = 6
 # The seed's columns: the longer operand's number of digits, from and to, both included.
 SEED_COLUMNS = {"1-4": (1, 4), "5-6": (5, 7), "8": (8, 9), "10": (10, 11), "12": (12, 12)}
 SEED_COLUMN_DIGITS = 12
+
+# Digits that one program draws at least.
+LEAST_DRAWN = 2**14
 
 # Additions that chance leaves out, or that try one thing: `sample_kind`.
 KINDS = ("nines", "all-carry", "no-carry", "lopsided")
@@ -83,7 +90,7 @@ def sample_operands(key: jax.Array, at_most: jax.Array, digits: int):
       uint8 digits `[..., digits]` and int32 lengths `[...]` without leading zeros.
     """
     length_key, digit_key = jax.random.split(key)
-    drawn = jax.random.randint(length_key, at_most.shape, 1, at_most + 1)
+    drawn = jax.random.randint(length_key, at_most.shape, 1, at_most + 1, dtype=jnp.int32)
     place = jnp.arange(digits)
     # Uniform digits make a uniform number below 10 ** drawn.
     number = jax.random.randint(digit_key, (*at_most.shape, digits), 0, 10, dtype=jnp.uint8)
@@ -103,24 +110,26 @@ def sample_law(key: jax.Array, data: Data, shape: tuple[int, ...]) -> Problems:
       Problems with `data.longest` digits.
     """
     bridge_key, longest_key, *keys = jax.random.split(key, 2 + OPERANDS[data.task])
-    bridge = jax.random.bernoulli(bridge_key, data.bridge_fraction, shape)
-    longest = jax.random.choice(longest_key, jnp.array(data.bridge_digits), shape)
+    bridge = jax.random.bernoulli(bridge_key, jnp.float32(data.bridge_fraction), shape)
+    bridges = jnp.array(data.bridge_digits, jnp.int32)
+    longest = bridges[jax.random.randint(longest_key, shape, 0, bridges.size, dtype=jnp.int32)]
     at_most = jnp.where(bridge, longest, data.max_digits)
     return _problems(data.task, [sample_operands(key, at_most, data.longest) for key in keys])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def sample_exact(key: jax.Array, digits: int, count: int, task: str = "addition") -> Problems:
-    """`count` problems whose operands all have exactly `digits` digits, uniformly drawn."""
+    """`count` problems whose operands all have exactly `digits` digits, uniformly drawn: arrays of
+    the host."""
     lowest = 0 if digits == 1 else 1
 
     def operand(key):
         rest_key, first_key = jax.random.split(key)
-        rest = jax.random.randint(rest_key, (count, digits - 1), 0, 10, dtype=jnp.uint8)
-        first = jax.random.randint(first_key, (count, 1), lowest, 10, dtype=jnp.uint8)
-        return jnp.concatenate([rest, first], axis=1), jnp.full(count, digits, jnp.int32)
+        rest = _uniform_digits(rest_key, 0, (count, digits - 1))
+        first = _uniform_digits(first_key, lowest, (count, 1))
+        return np.concatenate([rest, first], axis=1), np.full(count, digits, np.int32)
 
-    return _problems(task, [operand(key) for key in jax.random.split(key, OPERANDS[task])])
+    operands = [operand(key) for key in jax.random.split(key, OPERANDS[task])]
+    return _problems(task, operands, np)
 
 
 def sample_kind(random: np.random.Generator, kind: str, digits: int, count: int) -> Problems:
@@ -157,15 +166,17 @@ def sample_kind(random: np.random.Generator, kind: str, digits: int, count: int)
 
 
 def widened(problems: Problems, digits: int) -> Problems:
-    """Host arrays with zeros above, for `digits` digits: programs are compiled for their width."""
-    more = digits - problems.digits
-    numbers = np.pad(np.asarray(problems.numbers), [(0, 0)] * 2 + [(0, more)])
+    """Host arrays for `digits` digits, with zeros above, or without so many: programs are compiled
+    for their width."""
+    numbers = np.asarray(problems.numbers)[..., :digits]
+    numbers = np.pad(numbers, [(0, 0)] * 2 + [(0, digits - numbers.shape[-1])])
     return Problems(numbers, np.asarray(problems.lengths))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def sample_seed_columns(key: jax.Array, count: int, task: str = "addition") -> Problems:
     """`count` problems of the seed's zero-shot law: operands of at most 12 digits."""
-    at_most = jnp.full(count, SEED_COLUMN_DIGITS)
+    at_most = jnp.full(count, SEED_COLUMN_DIGITS, jnp.int32)
     keys = jax.random.split(key, OPERANDS[task])
     return _problems(task, [sample_operands(key, at_most, SEED_COLUMN_DIGITS) for key in keys])
 
@@ -176,7 +187,7 @@ def fixed_supply(data: Data) -> tuple[Problems, Problems]:
     Nine tenths of what is drawn trains (`data.examples`), one tenth validates, as in the original.
     """
     held_out = data.examples // 9
-    drawn = sample_law(jax.random.key(data.seed), data, (data.examples + held_out,))
+    drawn = sample_law(jax_settings.key(data.seed), data, (data.examples + held_out,))
     split = lambda start, stop: jax.tree.map(lambda array: array[start:stop], drawn)  # noqa: E731
     return split(0, data.examples), split(data.examples, None)
 
@@ -201,7 +212,7 @@ def training_batch(key: jax.Array, data: Data, rows: int, supply: Problems | Non
         problems = sample_law(key, data, (rows, problems_a_row))
     else:
         count = supply.count
-        start = jax.random.randint(key, (rows, 1), 0, count)
+        start = jax.random.randint(key, (rows, 1), 0, count, dtype=jnp.int32)
         problems = jax.tree.map(
             lambda array: array[(start + jnp.arange(problems_a_row)) % count], supply
         )
@@ -225,10 +236,17 @@ def answers(problems: Problems, task: str = "addition"):
     return total, problems.lengths[..., 0] if task == "subtraction" else _length(total)
 
 
-def carries(problems: Problems, task: str = "addition") -> jax.Array:
-    """The number of places that carry into the next, or borrow from it, int32 `[...]`."""
-    _, carried = _places_and_carries(problems, task)
-    return (carried != 0).sum(-1).astype(jnp.int32)
+def carries(problems: Problems, task: str = "addition"):
+    """The number of places that carry into the next, or borrow from it, int32 `[...]`.
+
+    Place by place: on arrays of the host nothing is compiled.
+    """
+    places = _places(problems, task)
+    carry, count = 0, np.int32(0)
+    for place in range(places.shape[-1]):
+        carry = (places[..., place] + carry) // 10
+        count = count + (carry != 0).astype(np.int32)
+    return count
 
 
 def longest_operand(problems: Problems) -> jax.Array:
@@ -305,26 +323,47 @@ def _length(number: jax.Array) -> jax.Array:
     return jnp.maximum(1, jnp.where(number > 0, place, 0).max(-1)).astype(jnp.int32)
 
 
-def _problems(task: str, operands) -> Problems:
+def _uniform_digits(key: jax.Array, lowest: int, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 digits from `lowest` to 9, as `jax.random.randint` gives them for the shape.
+
+    With partitionable keys a number depends on its place in the flat array alone: the start of a
+    longer one is the shorter one, and a program for each power of two serves all shapes.
+    """
+    size = math.prod(shape)
+    with jax.threefry_partitionable(True):
+        drawn = _flat_digits(key, lowest, max(LEAST_DRAWN, 1 << (size - 1).bit_length()))
+    return np.asarray(drawn)[:size].reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _flat_digits(key: jax.Array, lowest: jax.Array | int, size: int) -> jax.Array:
+    return jax.random.randint(key, (size,), lowest, 10, dtype=jnp.uint8)
+
+
+def _problems(task: str, operands, xp=jnp):
     """Problems of numbers and lengths, as `sample_operands` gives them; the larger first if need
-    be."""
-    numbers = jnp.stack([number for number, _ in operands], -2)
-    lengths = jnp.stack([length for _, length in operands], -1)
+    be. `xp`: the module of the arrays, jnp or np."""
+    numbers = xp.stack([number for number, _ in operands], -2)
+    lengths = xp.stack([length for _, length in operands], -1)
     if task == "subtraction":
         a, b = numbers[..., 0, :], numbers[..., 1, :]
         # The highest place where they differ decides.
-        highest = jnp.where(a != b, jnp.arange(1, a.shape[-1] + 1), 0).argmax(-1)[..., None]
-        smaller = jnp.take_along_axis(a, highest, -1) < jnp.take_along_axis(b, highest, -1)
-        numbers = jnp.where(smaller[..., None], numbers[..., ::-1, :], numbers)
-        lengths = jnp.where(smaller, lengths[..., ::-1], lengths)
+        highest = xp.where(a != b, xp.arange(1, a.shape[-1] + 1), 0).argmax(-1)[..., None]
+        smaller = xp.take_along_axis(a, highest, -1) < xp.take_along_axis(b, highest, -1)
+        numbers = xp.where(smaller[..., None], numbers[..., ::-1, :], numbers)
+        lengths = xp.where(smaller, lengths[..., ::-1], lengths)
     return Problems(numbers, lengths)
 
 
+def _places(problems: Problems, task: str):
+    """Of each place the operands' digits added up, or subtracted: int32 `[..., digits]`."""
+    signs = np.array([1, -1] if task == "subtraction" else [1] * OPERANDS[task], np.int32)
+    return (problems.numbers.astype(np.int32) * signs[:, None]).sum(-2, dtype=np.int32)
+
+
 def _places_and_carries(problems: Problems, task: str):
-    """Of each place the operands' digits added up, or subtracted, and what it carries into the
-    next: int32 `[..., digits]`."""
-    signs = jnp.array([1, -1] if task == "subtraction" else [1] * OPERANDS[task])
-    places = (problems.numbers.astype(jnp.int32) * signs[:, None]).sum(-2)
+    """`_places`, and what each carries into the next: int32 `[..., digits]`."""
+    places = _places(problems, task)
     least = -1 if task == "subtraction" else 0
     # Carry look-ahead: a place is a map from what comes in to what goes out, maps of neighbours
     # make the map of both.
@@ -383,6 +422,11 @@ def problem_text(numbers: Sequence[int], task: str = "addition") -> str:
     """`321+654=975` and a newline for 123 and 456."""
     written = [str(number)[::-1] for number in numbers]
     return f"{symbol(task).join(written)}={answer_of(numbers, task)[::-1]}\n"
+
+
+def prompt_text(numbers: Sequence[int], task: str = "addition") -> str:
+    """`321+654=`, what a model is asked to go on from."""
+    return problem_text(numbers, task).partition("=")[0] + "="
 
 
 def encode(text: str) -> list[int]:

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
 from pallas_kernels.targets import TARGETS
@@ -34,8 +33,16 @@ from spak_jax import (
     profiling,
     roofline,
 )
-from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
-from spak_jax.config import Config, Parallel, read_config
+from spak_jax.command_line import (
+    InputError,
+    Table,
+    console,
+    progress,
+    run_program,
+    writable_folder,
+    write_file,
+)
+from spak_jax.config import Config, Parallel, add_words, file_and_overrides, read_config
 from spak_jax.train import initial_state, make_supply, make_training, one_by_one
 
 ROUNDS = 7
@@ -52,8 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.bench", description="Time a configuration's training and scoring."
     )
-    parser.add_argument("config", type=Path, help="a TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
+    add_words(parser)
     parser.add_argument(
         "--attention",
         action="append",
@@ -72,7 +78,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     arguments = parser.parse_intermixed_args()
-    config = read_config(arguments.config, arguments.overrides)
+    path, overrides = file_and_overrides(arguments)
+    config = read_config(path, overrides)
     if config.parallel != Parallel():
         raise InputError(
             "parallel: one device is timed here; `python -m spak_jax.scaling` has more"
@@ -83,22 +90,25 @@ def main() -> None:
         raise InputError("--attention: --inference and --generation compare what they compare")
     if arguments.generation and arguments.target:
         raise InputError("--target: --generation is measured, not estimated")
-    results = {"config": config.name, "overrides": arguments.overrides}
+    results = {"config": config.name, "overrides": overrides}
     if arguments.target:
         compile.touch_no_gpu()
         estimating = inference_bench if arguments.inference else roofline
         try:
-            results |= estimating.estimate(config, arguments.target)
+            with progress("compiling"):
+                results |= estimating.estimate(config, arguments.target)
         except compile.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
         (inference_bench.show_estimate if arguments.inference else show_estimate)(results)
     elif arguments.inference or arguments.generation:
         timed = inference_bench if arguments.inference else generation_bench
-        results |= timed.measure(config)
+        with progress("timing"):
+            results |= timed.measure(config)
         timed.show(results)
     else:
         try:
-            results |= measure(config, arguments.attention or [_default_attention(config)])
+            with progress("timing"):
+                results |= measure(config, arguments.attention or [_default_attention(config)])
         except ValueError as error:
             raise InputError(f"--attention: {error}") from None
         show(results)

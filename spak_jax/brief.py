@@ -15,8 +15,8 @@ from pallas_kernels import compile, tiles
 from pallas_kernels.targets import TARGETS
 from spak_jax import check, evaluate, quantities
 from spak_jax.check import WORDS, Finding
-from spak_jax.command_line import run_program
-from spak_jax.config import Specification, leaves, read_specification
+from spak_jax.command_line import named_file, run_program
+from spak_jax.config import CONFIGS, Specification, leaves, read_specification
 
 PROSE = ("objective", "hypothesis", "rationale")
 
@@ -48,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.brief", description="Print a specification as one page."
     )
-    parser.add_argument("specification", type=Path, metavar="SPEC", help="a TOML file")
+    parser.add_argument(
+        "specification", metavar="SPEC", help=f"a TOML file, or the name of one in {CONFIGS}"
+    )
     parser.add_argument(
         "--target",
         type=compile.parse_targets,
@@ -60,14 +62,14 @@ def main() -> None:
         "--results", type=Path, nargs="+", default=(), metavar="FILE", help="results of a run of it"
     )
     arguments = parser.parse_args()
-    path, targets = arguments.specification, arguments.target
+    path, targets = named_file(arguments.specification, CONFIGS), arguments.target
     compile.touch_no_gpu()
     specification = read_specification(path)
     given = arguments.results
     evaluated = check.read_evaluated(specification, given) if given else None
     findings = check.judge(specification, path.parent, targets, evaluated)
     facts = check.judge_facts(specification, path.parent)
-    # Not through the console, which would take brackets for its own marks.
+    # Not through the console: Markdown for a file.
     print(page(specification, path, targets, findings, facts), end="")
 
 

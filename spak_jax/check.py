@@ -1,5 +1,5 @@
-"""Holds specifications to their laws: `python -m spak_jax.check SPEC ... [--target NAME,...]
-[--results FILE ...]`.
+"""Holds specifications to their laws: `python -m spak_jax.check CONFIG ... [key.path=value ...]
+[--target NAME,...] [--results FILE ...]`.
 
 Before a run: what can be known without a GPU, with `--target` also what a compiler knows of one
 that is not there, and estimates. After it, with `--results`: what the run came to. Facts are held
@@ -13,14 +13,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
 from pallas_kernels import compile, laws
 from pallas_kernels.laws import Law, LawError, Unknown, Value, Verdict, spelled
 from pallas_kernels.targets import TARGETS
 from spak_jax import results
-from spak_jax.command_line import Failure, InputError, console, run_program
-from spak_jax.config import Fact, Specification, read_specification
+from spak_jax.command_line import Failure, InputError, Table, console, progress, run_program
+from spak_jax.config import (
+    Fact,
+    Specification,
+    add_words,
+    files_and_overrides,
+    read_specification,
+)
 from spak_jax.quantities import Quantities, no_quantity, of_results
 from spak_jax.results import Evaluated
 
@@ -84,14 +88,52 @@ def judge_facts(specification: Specification, folder: Path) -> list[Finding]:
     return [_judge_fact(fact, folder) for fact in specification.fact]
 
 
-def require_lawful(specification: Specification, path: Path) -> None:
-    """Raises `InputError` where a law is known to be broken at once, without compiling anything."""
-    for finding in judge(specification, path.parent, thorough=False):
-        if finding.verdict.holds is False:
-            raise InputError(
-                f"{path} breaks its law {finding.name}, {finding.prose!r}: {finding.check} does not"
-                f" hold, with {measured(finding.verdict)}; --despite-laws trains all the same"
-            )
+def require_lawful(specification: Specification, path: Path, overrides: Sequence[str] = ()) -> None:
+    """Refuses what its file itself says must not be; without compiling anything.
+
+    What overrides break is another matter: whoever gives them knows that the file's claims are of
+    the run that it describes. Each law that no longer holds is said in a line.
+
+    Args:
+      specification: with the overrides.
+      path: of its file.
+      overrides: of the command line.
+
+    Raises:
+      InputError: a law is known to be broken, also without the overrides.
+    """
+    broken = _broken(specification, path)
+    if not broken:
+        return
+    as_written = broken
+    if overrides:
+        try:
+            as_written = _broken(read_specification(path), path)
+        except InputError:
+            # The file builds no run without them.
+            as_written = {}
+    for name, why in broken.items():
+        if name in as_written:
+            raise InputError(f"{path} breaks its law {name}, {why}")
+        console.print(f"no longer true with {' '.join(overrides)}: {name}, {why}")
+
+
+def _broken(specification: Specification, path: Path) -> dict[str, str]:
+    """By name the laws that are known to be broken at once, or cannot be judged, and why."""
+    found = {}
+    for law in specification.invariant:
+        alone = specification.model_copy(update={"invariant": (law,)})
+        try:
+            findings = judge(alone, path.parent, thorough=False)
+        except InputError as error:
+            # Such as one on loops, of what has none any more.
+            found[law.name] = f"{law.law!r}: {error}"
+            continue
+        for each in findings:
+            if each.verdict.holds is False:
+                measures = measured(each.verdict)
+                found[law.name] = f"{law.law!r}: {each.check} does not hold, with {measures}"
+    return found
 
 
 def measured(verdict: Verdict) -> str:
@@ -117,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.check", description="Hold specifications to their laws."
     )
-    parser.add_argument("specifications", nargs="+", type=Path, metavar="SPEC", help="TOML files")
+    add_words(parser, several=True)
     parser.add_argument(
         "--target",
         type=compile.parse_targets,
@@ -128,17 +170,18 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, nargs="+", default=(), metavar="FILE", help="results of a run of it"
     )
-    arguments = parser.parse_args()
-    paths = arguments.specifications
+    arguments = parser.parse_intermixed_args()
+    paths, overrides = files_and_overrides(arguments)
     if arguments.results and len(paths) > 1:
         raise InputError(f"--results are of one specification: {len(paths)} are given")
     compile.touch_no_gpu()
     broken = []
     for path in paths:
-        specification = read_specification(path)
+        specification = read_specification(path, overrides)
         evaluated = read_evaluated(specification, arguments.results) if arguments.results else None
-        findings = judge(specification, path.parent, arguments.target, evaluated)
-        findings += judge_facts(specification, path.parent)
+        with progress(f"judging {path}"):
+            findings = judge(specification, path.parent, arguments.target, evaluated)
+            findings += judge_facts(specification, path.parent)
         console.print(_table(specification, findings))
         broken += [f"{path}: {each.name}" for each in findings if each.verdict.holds is False]
     if broken:

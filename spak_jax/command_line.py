@@ -1,74 +1,44 @@
-"""What every program here shares: one way to fail on bad input, one console, one progress bar."""
+"""What every program here shares: that of all programs (`pallas_kernels.programs`), and files."""
 
 import json
 import os
-import signal
-import sys
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
+from pallas_kernels.programs import (
+    Failure,
+    InputError,
+    Table,
+    console,
+    named_file,
+    progress,
+    require_devices,
+    run_program,
 )
 
-# Off a terminal rich would wrap tables at 80 columns; a log or a pipe wants them whole.
-console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True)
-
-
-class Failure(Exception):
-    """A program cannot go on. It prints `label` and the message alone, and exits with `status`."""
-
-    status = 1
-    label = "error"
-
-
-class InputError(Failure):
-    """What the user gave cannot be used: the message names the field, the value and a way out."""
-
-    status = 2
-
-
-def run_program(main: Callable[[], None]) -> None:
-    """Runs `main`; a `Failure` ends the process with its message and status, no traceback."""
-    try:
-        main()
-    except Failure as error:
-        print(f"{error.label}: {error}", file=sys.stderr)
-        raise SystemExit(error.status) from None
-    except KeyboardInterrupt:
-        print("stopped: SIGINT", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
+__all__ = [
+    "Failure",
+    "InputError",
+    "Table",
+    "console",
+    "first_line",
+    "found_before",
+    "named",
+    "named_file",
+    "progress",
+    "require_devices",
+    "run_program",
+    "writable_folder",
+    "write_file",
+]
 
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line that is not too long."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def progress_bar(description: str) -> Progress:
-    """A bar with count, rate or loss (the task's field `status`), time used and time left.
-
-    Draws nothing when the output is no terminal; callers that run long print lines instead.
-    """
-    return Progress(
-        TextColumn(description),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def writable_folder(path: Path) -> Path:

@@ -7,8 +7,11 @@ configuration, a frozen value that every checkpoint carries whole. Both know not
 to its laws.
 """
 
+import argparse
+import contextlib
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +19,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spak_jax.command_line import InputError, first_line
+from spak_jax.command_line import InputError, first_line, named_file
 
+# Where names of specifications are looked for, from the folder that a program is started in.
+CONFIGS = Path("configs")
 # The longest operand a training law or a scoring set may ask for, in decimal digits.
 MAX_DIGITS = 10_000
 # Bytes; Python takes seconds for as many nested keys.
@@ -26,8 +31,11 @@ LARGEST_SPECIFICATION = 2**15
 OPERANDS = {"addition": 2, "three-operands": 3, "subtraction": 2}
 
 Digits = Annotated[int, Field(ge=1, le=MAX_DIGITS)]
-Positive = Annotated[int, Field(ge=1)]
+# Sizes and steps are int32 where they reach arrays.
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Of a mean over steps; with 1 nothing would ever enter it.
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 # Position schemes that have a learned bias for differences of ids: `spak_jax.positions`.
@@ -165,7 +173,7 @@ class Train(Section):
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay_steps: Positive = 15_000
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: Seed = 0
@@ -181,6 +189,15 @@ class Train(Section):
             raise ValueError(
                 f"train.decay_steps = {self.decay_steps} must exceed train.warmup_steps ="
                 f" {self.warmup_steps}: it counts from the first step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_seed_is_one(self) -> Self:
+        if self.seed + self.seeds > 2**31:
+            raise ValueError(
+                f"train.seeds = {self.seeds} from train.seed = {self.seed} on: the last,"
+                f" {self.seed + self.seeds - 1}, must be less than {2**31}"
             )
         return self
 
@@ -335,7 +352,7 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
 
     Args:
       path: the file.
-      overrides: `key.path=value`, the value in TOML.
+      overrides: `key.path=value`, the value in TOML; one that is not TOML is a string.
 
     Raises:
       InputError: the file cannot be read, or a key or value is not allowed.
@@ -359,6 +376,73 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
         except RecursionError:
             raise InputError(f"override {override[:80]!r}: keys are nested too deeply") from None
     return _validated(Specification, values, str(path))
+
+
+def add_words(
+    parser: argparse.ArgumentParser, default: str | None = None, several: bool = False
+) -> None:
+    """Adds to a command line what `file_and_overrides` or `files_and_overrides` reads.
+
+    Args:
+      parser: of the command line.
+      default: the name of the configuration that stands for none; None where one must be named.
+      several: whether more than one may be named.
+    """
+    # Not by argparse's own %(default)s: `parse_intermixed_args` hides the defaults of words.
+    otherwise = "" if default is None else f" (default: {default})"
+    parser.add_argument(
+        "words",
+        nargs="+" if several else "?" if default else None,
+        metavar="CONFIG",
+        help=f"a TOML file, or the name of one in {CONFIGS}{otherwise}",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="changes to it, such as model.loops=24 or name=trial",
+    )
+    parser.set_defaults(default_config=default)
+
+
+def files_and_overrides(arguments: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """The specifications that a command line names, by path or by name, and the changes to them.
+
+    A word with `=` is a change, unless it is a file.
+
+    Raises:
+      InputError: it names none, or one that is not there.
+    """
+    given = arguments.words or []
+    words = [given] if isinstance(given, str) else given
+    files, overrides = [], []
+    for word in map(_as_unicode, [*words, *arguments.overrides]):
+        (overrides if "=" in word and not os.path.isfile(word) else files).append(word)
+    if not files and arguments.default_config is None:
+        raise InputError(f"a configuration must be named before {' '.join(overrides)}")
+    return [named_file(word, CONFIGS) for word in files or [arguments.default_config]], overrides
+
+
+def file_and_overrides(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
+    """`files_and_overrides` of a program that takes one specification.
+
+    Raises:
+      InputError: also where several are named.
+    """
+    files, overrides = files_and_overrides(arguments)
+    if len(files) > 1:
+        raise InputError(f"one configuration is expected: {', '.join(map(str, files))} are given")
+    return files[0], overrides
+
+
+def _as_unicode(word: str) -> str:
+    """A word of the command line; without a locale Python leaves its UTF-8 undecoded."""
+    with contextlib.suppress(UnicodeError):
+        word.encode()
+        return word
+    with contextlib.suppress(UnicodeError):
+        return os.fsencode(word).decode()
+    return word
 
 
 def parse_config(values: Mapping[str, Any], source: str) -> Config:
@@ -387,10 +471,19 @@ def _validated(kind: type[Whole], values: Mapping[str, Any], source: str) -> Who
         raise InputError(f"{source}: {first_line(error)}") from None
 
 
-def first_difference(stored: Config, asked: Config) -> str | None:
-    """The first field that differs, with both values, or None where the two are equal."""
-    pairs = dict(leaves(stored.model_dump()))
+def first_difference(stored: Config, asked: Config, but: Sequence[str] = ()) -> str | None:
+    """The first field that differs, with both values, or None where the two are equal.
+
+    Args:
+      stored: one configuration.
+      asked: the other.
+      but: fields, and whole sections, that may differ.
+    """
+    counts = lambda key: not any(f"{key}.".startswith(f"{each}.") for each in but)  # noqa: E731
+    pairs = {key: value for key, value in leaves(stored.model_dump()) if counts(key)}
     for key, value in leaves(asked.model_dump()):
+        if not counts(key):
+            continue
         if key not in pairs or pairs[key] != value:
             return f"{key} is {pairs.get(key, 'absent')!r} there and {value!r} here"
         del pairs[key]
@@ -409,15 +502,23 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _parse_override(override: str) -> dict[str, Any]:
+    """`key.path=value` as nested values; a value that is not TOML is a string."""
+    key, equals, text = override.partition("=")
+    # What JSON writes is a string of TOML too, but for one character.
+    quoted = json.dumps(text.strip(), ensure_ascii=False).replace("\x7f", "\\u007f")
+    expected = (
+        f"override {override[:80]!r}: expected key.path=value, such as model.loops=24 or name=trial"
+    )
     try:
-        values = tomllib.loads(override)
+        override.encode()
+        try:
+            values = tomllib.loads(override)
+        except ValueError:
+            values = tomllib.loads(f"{key}{equals}{quoted}")
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"override {override!r}: expected key.path=value with the value in TOML, such as"
-            f' model.loops=24 or name="trial" ({first_line(error)})'
-        ) from None
+        raise InputError(f"{expected} ({first_line(error)})") from None
     if not values:
-        raise InputError(f"override {override!r}: expected key.path=value")
+        raise InputError(expected)
     return values
 
 
@@ -452,6 +553,11 @@ def _explain(problem: Any, kind: type[Section]) -> str:
             return f"{key}.kind = {tag!r}: must be one of {', '.join(MODEL_KINDS)}"
         case "value_error":
             return str(problem["ctx"]["error"])
+        case "bool_type":
+            return f"{key} = {problem['input']!r}: must be true or false"
+        case "string_type" if not isinstance(problem["input"], dict | list):
+            given = json.dumps(problem["input"])
+            return f"{key} = {given}: must be a string; in quotes it is one, '{key}=\"{given}\"'"
     shown = repr(problem["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return f"{key} = {shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

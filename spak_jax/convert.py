@@ -25,7 +25,7 @@ from flax import nnx
 
 from spak_jax import checkpoint, model
 from spak_jax.addition import VOCABULARY_SIZE
-from spak_jax.command_line import InputError, console, run_program
+from spak_jax.command_line import InputError, console, progress, run_program
 from spak_jax.config import Architecture, Config, StaticModel, parse_config
 
 EMBEDDING = "transformer.wte.weight"
@@ -154,7 +154,9 @@ def main() -> None:
         description="Import a checkpoint of the original PyTorch system into a run folder.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as ckpt.pt")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder to make")
+    parser.add_argument(
+        "run", type=checkpoint.run_folder, metavar="RUN", help="the run folder to make"
+    )
     parser.add_argument(
         "--inject-input",
         action="store_true",
@@ -166,7 +168,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if checkpoint.steps_in(arguments.run):
         raise InputError(f"{arguments.run} already holds checkpoints: name another folder")
-    original = read_original(arguments.checkpoint)
+    with progress(f"reading {arguments.checkpoint}"):
+        original = read_original(arguments.checkpoint)
     name = _name_of(arguments.run) if arguments.name is None else arguments.name
     config = describe(original, name, arguments.inject_input)
     weights = translate(original, config)

@@ -12,8 +12,8 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,22 +21,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.table import Table
 
-from spak_jax import addition, checkpoint, generation, metrics, model
+from pallas_kernels.looped import AT_ONCE
+from spak_jax import addition, checkpoint, generation, jax_settings, metrics, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
+    Table,
     console,
-    progress_bar,
+    progress,
     run_program,
     writable_folder,
     write_file,
 )
 from spak_jax.config import MAX_DIGITS, OPERANDS, Config, Evaluation, LoopedModel, Train
 
-# "Wait to think": how sure a token must be to stop, before the `=` of its problem and from it on.
-HALT_BEFORE_EQUALS, HALT_FROM_EQUALS = 0.90, 0.999
+# Halting rules by the field's names, as `pallas_kernels.looped.RULES` calls them.
+HALTING_RULES = {"convergence": "still", "confidence": "sure"}
 
 # Rows are filled up to a multiple of the step, so that many lengths share one compiled program; a
 # GPU computes so fast that compiling is what counts.
@@ -50,10 +51,16 @@ FULL_DIGITS = 100
 SEED_COLUMNS_FACTOR = 10
 CURVE_POINTS = 400
 MAX_LOOPS = 10_000
+# Wrong answers that are shown.
+SHOWN = 10
+# Of waiting for scores.
+INSTEAD = (
+    "fewer problems (--examples; evaluation.examples of a training) or shorter ones (--digits;"
+    " evaluation.digits) take less"
+)
 LONGEST_PROBLEM = max(addition.text_length(MAX_DIGITS, task) for task in OPERANDS)
 
 _problem_rows = jax.jit(addition.problem_rows, static_argnums=(1, 2))
-_carries = jax.jit(addition.carries, static_argnums=1)
 
 
 class Trained(NamedTuple):
@@ -64,13 +71,36 @@ class Trained(NamedTuple):
     step: int
 
 
+class Halting(NamedTuple):
+    """A rule that stops tokens, of `pallas_kernels.looped.RULES`, and its thresholds before the `=`
+    of a problem and from it on."""
+
+    rule: str
+    before: float
+    after: float
+
+    @classmethod
+    def with_doubt(cls, rule: str, doubt: float) -> "Halting":
+        threshold = 1 - doubt if rule == "sure" else doubt
+        return cls(rule, threshold, threshold)
+
+    @property
+    def rule_name(self) -> str:
+        """The rule by the field's name."""
+        return next(name for name, rule in HALTING_RULES.items() if rule == self.rule)
+
+
+# "Wait to think": the original's thresholds.
+PUBLISHED_HALTING = Halting("sure", 0.90, 0.999)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What to score and how.
 
     digits: lengths, all operands exactly that long. examples: problems for each; of n > 100 digits
     100 / n times as many. seed: of the problems. loops: None for as many as in training. halt:
-    stop each token once it is sure. decode: generate instead of teacher forcing. kinds: of
+    how each token stops; None for never. decode: generate instead of teacher forcing. kinds: of
     additions, scored at each length too (`addition.KINDS`).
     """
 
@@ -78,7 +108,7 @@ class Settings:
     examples: int
     seed: int
     loops: int | None = None
-    halt: bool = False
+    halt: Halting | None = None
     decode: bool = False
     kinds: tuple[str, ...] = ()
 
@@ -97,12 +127,27 @@ class Outcome(NamedTuple):
     steps: np.ndarray
 
 
+class Answer(NamedTuple):
+    """What a model wrote behind `=`, most significant digit first, and the loops of each symbol.
+
+    `loops` of the token that chose it; empty for a model that does not loop.
+    """
+
+    text: str
+    loops: list[int]
+
+
+@jax_settings.fixed()
 def load(run: Path) -> Trained:
     """The newest checkpoint of a run folder as a model.
 
     Raises:
       InputError: the folder holds none that can be used.
     """
+    if seeds := seed_folders(run):
+        raise InputError(
+            f"{run} holds runs of several seeds: name one of {', '.join(map(str, seeds))}"
+        )
     restored = checkpoint.restore(run)
     _, like = model.abstract(restored.config, addition.VOCABULARY_SIZE)
     try:
@@ -112,7 +157,21 @@ def load(run: Path) -> Trained:
     return Trained(restored.config, jax.device_put(weights), restored.step)
 
 
-def forward(config: Config, loops: int | None = None, halt: bool = False) -> Callable:
+def seed_folders(run: Path) -> list[Path]:
+    """The run folders in a folder of several seeds, by rising seed; none in a run folder."""
+    if not run.is_dir() or checkpoint.steps_in(run):
+        return []
+    folders = {
+        int(number): folder
+        for folder in run.iterdir()
+        if (number := folder.name.removeprefix("seed")).isdecimal()
+        and folder.name == f"seed{number}"
+        and checkpoint.steps_in(folder)
+    }
+    return [folders[seed] for seed in sorted(folders)]
+
+
+def forward(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
     """A pure function of (weights, tokens) that gives logits and the loops each token took.
 
     Raises:
@@ -136,23 +195,31 @@ def forward(config: Config, loops: int | None = None, halt: bool = False) -> Cal
 
     def halting(weights, tokens):
         return nnx.merge(definition, weights).halting_logits(
-            tokens, thresholds(tokens), loops=loops, ids=addition.coupled_ids(tokens)
+            tokens,
+            thresholds(tokens, halt),
+            rule=halt.rule,
+            loops=loops,
+            ids=addition.coupled_ids(tokens),
         )
 
     return halting if halt else plain
 
 
-def writer(config: Config, loops: int | None = None, halt: bool = False) -> Callable:
+def writer(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
     """`generation.fastest` for a model, with loops and halting as `forward` takes them."""
     run = forward(config, loops, halt)
-    return generation.fastest(config, run, loops=loops, thresholds=thresholds if halt else None)
+    if halt and halt.rule == "still":
+        # Whether a token stops hangs on all before it, of which caches keep nothing.
+        return functools.partial(generation.generate, generation.recomputing(run))
+    sure = functools.partial(thresholds, halting=halt) if halt else None
+    return generation.fastest(config, run, loops=loops, thresholds=sure)
 
 
-def thresholds(tokens: jax.Array) -> jax.Array:
-    """How sure each token must be to stop, float32 `[rows, length]`."""
-    sure = jnp.where(addition.from_equals_on(tokens), HALT_FROM_EQUALS, HALT_BEFORE_EQUALS)
+def thresholds(tokens: jax.Array, halting: Halting) -> jax.Array:
+    """Of each token, float32 `[rows, length]`."""
+    asked = jnp.where(addition.from_equals_on(tokens), halting.after, halting.before)
     # What fills a row up after its problem is not waited for; nothing before it sees it.
-    return jnp.where(addition.ended(tokens), 0.0, sure)
+    return jnp.where(addition.ended(tokens), AT_ONCE[halting.rule], asked).astype(jnp.float32)
 
 
 def rows_per_call(length: int) -> int:
@@ -171,8 +238,38 @@ def padded_length(digits: int, task: str) -> int:
     return -(-length // step) * step
 
 
+def calls(
+    digits: np.ndarray, task: str, most_rows: Callable[[int], int] = rows_per_call
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """What calls of compiled programs take: problems of one padded length together, so that a long
+    one makes no short one's row longer.
+
+    Args:
+      digits: int `[problems]`, of the longest operand.
+      task: of the problems.
+      most_rows: how many rows of so many tokens one call takes at most.
+
+    Yields:
+      The indices of the problems that a call answers; the same, filled up with the first of them to
+      a number of rows that few programs serve; and the length of the rows.
+    """
+    different, which = np.unique(digits, return_inverse=True)
+    lengths = np.array([padded_length(n, task) for n in different.tolist()])[which]
+    for length in np.unique(lengths).tolist():
+        together = np.flatnonzero(lengths == length)
+        # A power of two, so that few programs serve all counts.
+        rows = min(most_rows(length), 1 << (len(together) - 1).bit_length())
+        for start in range(0, len(together), rows):
+            chosen = together[start : start + rows]
+            filling = np.full(rows - len(chosen), chosen[0])
+            yield chosen, np.concatenate([chosen, filling]), length
+
+
 class Scorer:
-    """Answers problems with one model and settings, compiling once for each padded length."""
+    """Answers problems with one model and settings, compiling once for each padded length.
+
+    What a problem comes to does not depend on those it is answered with.
+    """
 
     def __init__(self, trained: Trained, settings: Settings):
         self._weights = trained.weights
@@ -181,6 +278,7 @@ class Scorer:
         self._config, self._settings = config, settings
         self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
 
+    @jax_settings.fixed()
     def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
         """Scores problems.
 
@@ -189,24 +287,21 @@ class Scorer:
           advance: told after each call how many problems it scored.
 
         Returns:
-          Their `Outcome`.
+          Their `Outcome`, in their order.
         """
         task = self._config.data.task
-        count, length = problems.count, padded_length(problems.digits, task)
-        problems = addition.widened(problems, length)
-        outcomes = []
-        # A power of two, so that few programs serve all counts.
-        rows = min(self._rows_per_call(length), 1 << (count - 1).bit_length())
-        for start in range(0, count, rows):
-            # The last call is filled up with its first problem, so that one program serves all.
-            index = np.arange(start, start + rows)
-            index = np.where(index < count, index, start)
-            chosen = Problems(*(array[index] for array in problems))
-            batch = _problem_rows(chosen, length, task)
-            outcomes.append(self._rows(self._weights, batch))
-            advance(min(rows, count - start))
-        correct, steps = (np.concatenate(parts)[:count] for parts in zip(*outcomes, strict=True))
-        return Outcome(correct, steps)
+        problems = Problems(*map(np.asarray, problems))
+        digits = addition.longest_operand(problems)
+        parts = []
+        for chosen, filled, length in calls(digits, task, self._rows_per_call):
+            rows = addition.widened(Problems(*(array[filled] for array in problems)), length)
+            parts.append((chosen, self._rows(self._weights, _problem_rows(rows, length, task))))
+            advance(len(chosen))
+        outcome = Outcome(np.empty(len(digits), bool), np.empty(len(digits), np.float32))
+        for chosen, found in parts:
+            for whole, part in zip(outcome, found, strict=True):
+                whole[chosen] = np.asarray(part)[: len(chosen)]
+        return outcome
 
     def _rows_per_call(self, length: int) -> int:
         rows = rows_per_call(length)
@@ -218,7 +313,9 @@ class Scorer:
 
 
 @functools.lru_cache
-def _compiled_rows(config: Config, loops: int | None, halt: bool, decode: bool) -> Callable:
+def _compiled_rows(
+    config: Config, loops: int | None, halt: Halting | None, decode: bool
+) -> Callable:
     if decode:
         write = writer(config, loops, halt)
         return jax.jit(lambda weights, batch: _decoded(write, weights, batch))
@@ -226,6 +323,50 @@ def _compiled_rows(config: Config, loops: int | None, halt: bool, decode: bool) 
     return jax.jit(lambda weights, batch: _teacher_forced(run, weights, batch))
 
 
+@jax_settings.fixed()
+def write_answers(
+    trained: Trained,
+    asked: Sequence[tuple[int, ...]],
+    loops: int | None = None,
+    halt: Halting | None = None,
+) -> list[Answer]:
+    """Generates the answers to problems greedily, each as if it were asked alone.
+
+    Args:
+      trained: the model.
+      asked: operands of each problem.
+      loops: None for as many as in training.
+      halt: how each token stops; None for never.
+
+    Returns:
+      What was written. A text has room for the longest answer to such operands, its newline, and
+      nothing more: a model that does not stop is cut off there.
+    """
+    config = trained.config
+    task, looped = config.data.task, isinstance(config.model, LoopedModel)
+    write = jax.jit(writer(config, loops, halt))
+    digits = np.array([max(len(str(number)) for number in numbers) for numbers in asked])
+    most = lambda length: min(  # noqa: E731
+        rows_per_call(length), _power_of_two(generation.most_rows(config.model, length, loops))
+    )
+    answers: list[Answer] = [Answer("", [])] * len(asked)
+    for chosen, filled, length in calls(digits, task, most):
+        prompts = [addition.prompt_text(asked[i], task) for i in filled]
+        tokens = np.array([addition.encode(prompt.ljust(length, "\n")) for prompt in prompts])
+        starts = np.array([len(prompt) for prompt in prompts], np.int32)
+        room = np.array([addition.text_length(digits[i], task) for i in filled], np.int32)
+        written, taken = jax.device_get(
+            write(trained.weights, tokens.astype(np.int32), starts, room)
+        )
+        for row, i in enumerate(chosen):
+            start, end = starts[row], room[row]
+            text = addition.decode(written[row, start:end]).partition("\n")[0]
+            spent = taken[row, start : start + len(text)].tolist() if looped else []
+            answers[i] = Answer(text[::-1], spent[::-1])
+    return answers
+
+
+@jax_settings.fixed()
 def score(trained: Trained, settings: Settings) -> dict[str, Any]:
     """Scores a model at every asked length, by the seed's columns and by carries.
 
@@ -233,7 +374,7 @@ def score(trained: Trained, settings: Settings) -> dict[str, Any]:
       The contents of a results file, without the training curve.
     """
     scorer = Scorer(trained, settings)
-    key = jax.random.key(settings.seed)
+    key = jax_settings.key(settings.seed)
     longest, task = trained.config.data.longest, trained.config.data.task
     column_problems = addition.sample_seed_columns(
         jax.random.fold_in(key, 0), SEED_COLUMNS_FACTOR * settings.examples, task
@@ -242,16 +383,14 @@ def score(trained: Trained, settings: Settings) -> dict[str, Any]:
     lengths, kinds, outcomes, carries = {}, {kind: {} for kind in settings.kinds}, [], []
     of_kind = {kind: {n: _of_kind(kind, count) for n, count in counts.items()} for kind in kinds}
     total = sum(sum(each.values()) for each in (counts, *of_kind.values())) + column_problems.count
-    with progress_bar("scoring") as progress:
-        task_bar = progress.add_task("", total=total, status="")
-        advance = lambda n: progress.advance(task_bar, n)  # noqa: E731
+    with progress("scoring", total, unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+        advance = told.advance
         for digits, count in counts.items():
             problems = addition.sample_exact(jax.random.fold_in(key, digits), digits, count, task)
             outcome = scorer(problems, advance)
             lengths[str(digits)] = summary(outcome, zero_shot=digits > longest)
             outcomes.append(outcome)
-            wide = addition.widened(problems, padded_length(digits, task))
-            carries.append(np.asarray(_carries(wide, task)))
+            carries.append(addition.carries(problems, task))
             for i, kind in enumerate(settings.kinds):
                 random = np.random.default_rng((settings.seed, digits, i))
                 drawn = addition.sample_kind(random, kind, digits, of_kind[kind][digits])
@@ -281,16 +420,22 @@ def score_own_problems(
     Returns:
       The contents of a results file, and the problems answered wrong.
     """
-    problems = addition.problems_from_integers(own)
-    scorer = Scorer(trained, settings)
-    with progress_bar("scoring") as progress:
-        task_bar = progress.add_task("", total=len(own), status="")
-        outcome = scorer(problems, lambda n: progress.advance(task_bar, n))
     longest, task = trained.config.data.longest, trained.config.data.task
+    digits = np.array([max(len(str(number)) for number in numbers) for numbers in own])
+    outcome = Outcome(np.empty(len(own), bool), np.empty(len(own), np.float32))
+    carries = np.empty(len(own), np.int32)
+    scorer = Scorer(trained, settings)
+    with progress("scoring", len(own), unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+        # A few at a time: as arrays all are as wide as the longest.
+        for chosen, _, _ in calls(digits, task):
+            problems = addition.problems_from_integers([own[i] for i in chosen])
+            found = scorer(problems, told.advance)
+            outcome.correct[chosen], outcome.steps[chosen] = found
+            carries[chosen] = addition.carries(problems, task)
     results = _description(trained, settings) | {"examples": len(own), "problems": source}
-    results["lengths"] = _by(np.asarray(addition.longest_operand(problems)), outcome, longest)
+    results["lengths"] = _by(digits, outcome, longest)
     results["seed_columns"] = {}
-    results["carries"] = _by(np.asarray(_carries(problems, task)), outcome)
+    results["carries"] = _by(carries, outcome)
     wrong = [numbers for numbers, right in zip(own, outcome.correct, strict=True) if not right]
     return results, wrong
 
@@ -358,12 +503,8 @@ def training_curve(run: Path) -> dict[str, list[float]]:
 def print_results(results: Mapping[str, Any]) -> None:
     """The zero-shot table, for people."""
     loops = f", {results['loops']} loops" if results["loops"] else ""
-    table = Table(
-        title=f"{results['system']}{loops}, step {results['step']:,}: whole answers right",
-        title_justify="left",
-    )
-    for heading in ("digits", "", "right", "95% interval", "problems", "mean loops"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    seed = results["config"]["train"]["seed"]
+    table = _table(f"{results['system']}, training seed {seed}{loops}, step {results['step']:,}")
     for length, line in results["lengths"].items():
         _add_row(table, length, line)
     if results["seed_columns"]:
@@ -375,11 +516,58 @@ def print_results(results: Mapping[str, Any]) -> None:
         for length, line in lines.items():
             _add_row(table, f"{kind} {length}", line)
     console.print(table)
+    if results["loops"]:
+        warn_of_loops(results["config"]["model"], results["loops"])
+
+
+def print_over_seeds(every: Sequence[Mapping[str, Any]]) -> None:
+    """The same of runs that differ in their training seed: means over seeds and intervals."""
+    # Reading results takes what a program that scores nothing would wait for before it starts.
+    from spak_jax.results import OVER_SEEDS, Evaluated, Results, ranges
+
+    seeds = tuple(Results.model_validate_json(json.dumps(results)) for results in every)
+    line = Evaluated(every[0]["system"], seeds)
+    numbers = ranges(results.config.train.seed for results in seeds)
+    loops = f", {every[0]['loops']} loops" if every[0]["loops"] else ""
+    table = _table(f"{line.label}, mean over training seeds {numbers}{loops}")
+    parts = [("", "lengths", line.at_length, line.lengths)]
+    parts += [("seed's ", "seed_columns", line.in_column, seeds[0].seed_columns)]
+    for prefix, part, estimate, names in parts:
+        table.add_section()
+        for name in names:
+            lines = [results[part][str(name)] for results in every]
+            found = estimate(name)
+            of_all = {
+                "correct": sum(each["correct"] for each in lines),
+                "total": sum(each["total"] for each in lines),
+                "mean_steps": float(np.mean([each["mean_steps"] for each in lines])),
+            }
+            mean = {"accuracy": found.mean, "low": found.low, "high": found.high}
+            _add_row(table, f"{prefix}{name}", lines[0] | of_all | mean)
+    console.print(table)
+    console.print(f"Intervals: {OVER_SEEDS}.")
+
+
+def warn_of_loops(architecture: Mapping[str, Any], loops: int) -> None:
+    """Says so where a model runs more loops than it was trained for.
+
+    architecture: the configuration's section `model`.
+    """
+    if loops > architecture["loops"] and not architecture.get("free_loops"):
+        console.print(
+            f"note: {loops} loops, {architecture['loops']} in training: this model was not trained"
+            " to be repeated (model.free_loops = 0), and more loops can cost all answers"
+        )
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes a results file."""
     write_file(path, json.dumps(results, indent=1) + "\n")
+
+
+def or_a_gpu(instead: str) -> str:
+    """What to do instead of waiting; without a GPU also that one would do."""
+    return instead if jax.default_backend() == "gpu" else f"{instead}; a GPU is far faster"
 
 
 def device_name() -> str:
@@ -397,7 +585,15 @@ def main() -> None:
     parser.add_argument("--examples", type=int, help="problems a length")
     parser.add_argument("--seed", type=int, help="of the problems")
     parser.add_argument("--loops", type=int, help="instead of the trained number")
-    parser.add_argument("--halt", action="store_true", help="stop each token once it is sure")
+    parser.add_argument(
+        "--halt",
+        nargs="?",
+        const="convergence",
+        choices=[*HALTING_RULES, "published"],
+        help="stop each token by a rule: convergence (the default), once its state has come to"
+        " rest; confidence, once it is sure; both calibrated on trained lengths first; published:"
+        " once it is sure by the original's thresholds, which lose answers",
+    )
     parser.add_argument("--decode", action="store_true", help="generate instead of teacher forcing")
     parser.add_argument(
         "--problems",
@@ -415,40 +611,47 @@ def main() -> None:
     check_range("--examples", arguments.examples, 1, 10_000_000)
     check_range("--seed", arguments.seed, 0, 2**31 - 1)
     check_range("--loops", arguments.loops, 1, MAX_LOOPS)
-    trained = load(arguments.run)
-    task = trained.config.data.task
+    runs = seed_folders(arguments.run) or [arguments.run]
+    first = load(runs[0])
+    task = first.config.data.task
     if arguments.kinds and task != "addition":
-        raise InputError(f"--kinds: {trained.config.name} was trained on {task}, not addition")
+        raise InputError(f"--kinds: {first.config.name} was trained on {task}, not addition")
     own = read_problems(arguments.problems, task) if arguments.problems else None
-    defaults = trained.config.evaluation
+    defaults = first.config.evaluation
     settings = Settings(
         digits=digits or defaults.digits,
         examples=arguments.examples or defaults.examples,
         seed=defaults.seed if arguments.seed is None else arguments.seed,
         loops=arguments.loops,
-        halt=arguments.halt,
         decode=arguments.decode,
         kinds=addition.KINDS if arguments.kinds else (),
     )
     if arguments.json:
         # Before the work, so that none is lost to a folder that cannot be written.
         writable_folder(arguments.json.parent)
-    wrong = []
-    if own:
-        source = "standard input" if arguments.problems == "-" else Path(arguments.problems).name
-        results, wrong = score_own_problems(trained, settings, own, source)
-    else:
-        results = score(trained, settings)
-    results["training"] = training_curve(arguments.run)
-    print_results(results)
-    for numbers in wrong[:10]:
-        right = addition.answer_of(numbers, task)
-        console.print(f"wrong: {addition.shown(numbers, task)}={right}")
-    if len(wrong) > 10:
-        console.print(f"... and {len(wrong) - 10} more")
-    if arguments.json:
-        write_results(arguments.json, results)
-        console.print(f"results: {arguments.json}")
+    source = "standard input" if arguments.problems == "-" else Path(arguments.problems or "").name
+    every = []
+    for run in runs:
+        trained = first if run is runs[0] else load(run)
+        if arguments.halt:
+            settings = replace(settings, halt=_halting(trained, arguments.halt, arguments.loops))
+        wrong = []
+        if own:
+            results, wrong = score_own_problems(trained, settings, own, source)
+        else:
+            results = score(trained, settings)
+        results["training"] = training_curve(run)
+        print_results(results)
+        _show_wrong(trained, settings, wrong)
+        if arguments.json:
+            path = arguments.json
+            if len(runs) > 1:
+                path = path.with_name(f"{path.stem}-{run.name}{path.suffix}")
+            write_results(path, results)
+            console.print(f"results: {path}")
+        every.append(results)
+    if len(every) > 1:
+        print_over_seeds(every)
 
 
 def parse_digits(text: str) -> tuple[int, ...]:
@@ -550,16 +753,56 @@ def _seed_columns(problems: Problems, outcome: Outcome, longest: int) -> dict[st
         chosen = (first <= longer) & (longer <= last)
         if chosen.any():
             columns[name] = summary(
-                Outcome(outcome.correct[chosen], outcome.steps[chosen]), zero_shot=last > longest
+                Outcome(outcome.correct[chosen], outcome.steps[chosen]),
+                zero_shot=bool((longer[chosen] > longest).all()),
+                trained_share=float((longer[chosen] <= longest).mean()),
             )
     return columns
+
+
+def _halting(trained: Trained, name: str, loops: int | None) -> Halting:
+    """The rule that `--halt` names, calibrated for a model; says what it is, and what it costs."""
+    if name == "published":
+        console.print(
+            "warning: --halt published: the original's thresholds lose answers, the more the longer"
+            " the numbers; --halt convergence is calibrated for the model"
+        )
+        return PUBLISHED_HALTING
+    # Here, as it scores by this module.
+    from spak_jax.halting import calibrated
+
+    halting = calibrated(trained, HALTING_RULES[name], loops)
+    console.print(
+        f"halting by {name}, calibrated on problems of trained lengths: threshold"
+        f" {halting.after:.8g}"
+    )
+    if name == "confidence":
+        console.print(
+            "warning: --halt confidence: on numbers longer than in training a model can be sure and"
+            " wrong; --halt convergence waits until nothing moves"
+        )
+    return halting
+
+
+def _show_wrong(trained: Trained, settings: Settings, wrong: list[tuple[int, ...]]) -> None:
+    """What the model writes in the place of some answers, and what is right."""
+    task, shown = trained.config.data.task, wrong[:SHOWN]
+    answers = write_answers(trained, shown, settings.loops, settings.halt) if shown else []
+    for numbers, answer in zip(shown, answers, strict=True):
+        console.print(
+            f"wrong: {addition.shown(numbers, task)}={answer.text}, right:"
+            f" {addition.answer_of(numbers, task)}"
+        )
+    if len(wrong) > SHOWN:
+        console.print(f"... and {len(wrong) - SHOWN} more")
 
 
 def _description(trained: Trained, settings: Settings) -> dict[str, Any]:
     looped = isinstance(trained.config.model, LoopedModel)
     return origin(trained) | {
         "loops": (settings.loops or trained.config.model.loops) if looped else None,
-        "halting": [HALT_BEFORE_EQUALS, HALT_FROM_EQUALS] if settings.halt else None,
+        "halting": list(settings.halt[1:]) if settings.halt else None,
+        "halting_rule": settings.halt.rule_name if settings.halt else None,
         "method": "decoding" if settings.decode else "teacher forcing",
         "examples": settings.examples,
         "seed": settings.seed,
@@ -605,10 +848,20 @@ def commit() -> str | None:
     return commit + "+changes" if changed else commit
 
 
+def _table(title: str) -> Table:
+    table = Table(title=f"{title}: whole answers right", title_justify="left")
+    for heading in ("digits", "", "right", "95% interval", "problems", "mean loops"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    return table
+
+
 def _add_row(table: Table, name: str, line: Mapping[str, Any]) -> None:
+    beyond = "zero-shot" if line.get("zero_shot") else ""
+    if 0 < line.get("trained_share", 0) < 1:
+        beyond = f"{line['trained_share']:.1%} trained lengths"
     table.add_row(
         name,
-        "zero-shot" if line.get("zero_shot") else "",
+        beyond,
         f"{line['accuracy']:.1%}",
         f"{line['low']:.1%} - {line['high']:.1%}",
         f"{line['correct']:,} / {line['total']:,}",

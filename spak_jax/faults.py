@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spak_jax import checkpoint, convert, evaluate, metrics
+from spak_jax import checkpoint, convert, evaluate, interruption, metrics
 from spak_jax.command_line import (
     Failure,
     InputError,
     console,
     found_before,
     named,
+    progress,
     run_program,
     write_file,
 )
@@ -97,10 +98,10 @@ def killed(folder: Path, times: int, moments: Moments) -> Iterator[str]:
 
 
 def asked_to_stop(folder: Path, times: int, moments: Moments) -> Iterator[str]:
-    """SIGTERM and SIGINT, one and two of them."""
+    """Each signal that is heeded, one and two of them."""
     run = folder / "asked"
     for i in range(times):
-        number, twice = (signal.SIGTERM, signal.SIGINT)[i % 2], i // 2 % 2 == 1
+        number, twice = interruption.HEEDED[i % 3], i // 3 % 2 == 1
         with _training(run, *ENDLESS) as process:
             _await_checkpoint(run, process)
             time.sleep(moments.uniform(0, 0.5))
@@ -322,7 +323,7 @@ class Campaign(NamedTuple):
 
 CAMPAIGN = {
     "killed": Campaign(killed, "SIGKILL at a random moment", 50),
-    "signals": Campaign(asked_to_stop, "SIGTERM or SIGINT, once or twice", 12),
+    "signals": Campaign(asked_to_stop, "SIGTERM, SIGINT or SIGHUP, once or twice", 12),
     "damage": Campaign(
         damaged, "one file of a checkpoint truncated, emptied, removed, flipped", 15
     ),
@@ -356,7 +357,10 @@ def attempt(name: str, folder: Path, times: int | None = None) -> dict[str, Any]
     tries, words, most = CAMPAIGN[name]
     outcomes, broken, missing, started = Counter(), None, None, time.monotonic()
     try:
-        outcomes.update(tries(folder, most if times is None else times, random.Random(SEED)))
+        with progress(name, unit="outcomes") as told:
+            for outcome in tries(folder, most if times is None else times, random.Random(SEED)):
+                outcomes[outcome] += 1
+                told.advance()
     except Broken as error:
         broken = str(error)
     except NotTried as error:
@@ -429,7 +433,7 @@ def _config(overrides: Sequence[str]) -> Config:
 
 
 def _command(run: Path, *overrides: str) -> list[str]:
-    words = ["-m", "spak_jax.train", CONFIG, *overrides, "--despite-laws", "--run", str(run)]
+    words = ["-m", "spak_jax.train", CONFIG, *overrides, "--run", str(run)]
     return [sys.executable, *words]
 
 
@@ -481,11 +485,17 @@ def _end(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
+def alone(script: str, *words: Any) -> list[str]:
+    """The command of a script, up to its last words, that may mount file systems of its own."""
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    return [*alone, *map(str, words)]
+
+
 def _alone(script: str, *words: Any) -> tuple[int, str]:
     """Runs a script where it may mount file systems that nobody else sees."""
     try:
         result = subprocess.run(
-            ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *map(str, words)],
+            alone(script, *words),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -279,7 +279,9 @@ def main() -> None:
         description="Draw the figures and write the table that results files hold.",
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("figures"))
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs") / "figures", help="(%(default)s)"
+    )
     arguments = parser.parse_args()
     export(arguments.results, arguments.out)
 
@@ -293,13 +295,13 @@ def export(paths: Sequence[Path], out: Path) -> None:
     evaluated, repeats = gather([(path, read_results(path)) for path in paths])
     files = {out / name: content for name, content in render(evaluated).items()}
     for sentence in repeats:
-        console.print(sentence, markup=False)
+        console.print(sentence)
     for path in files:
         if path.is_dir():
             raise InputError(f"cannot write {path}: it is a folder")
     for path, content in files.items():
         write_file(path, content)
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {path}")
 
 
 def saved(figure: Figure, kind: str) -> bytes:

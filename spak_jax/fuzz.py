@@ -41,6 +41,7 @@ from spak_jax.command_line import (
     console,
     found_before,
     named,
+    progress,
     run_program,
     write_file,
 )
@@ -122,13 +123,15 @@ def fuzz(name: str, count: int, seed: int) -> Found:
                 tally["refused"] += 1
                 message = str(error)
                 assert message and "\n" not in message.strip(), f"not one line: {message!r}"
+            told.advance()
             took = time.process_time() - started
             tally["slowest"] = max(tally["slowest"], took)
             assert took < SECONDS_AN_INPUT, f"took {took:.1f} s"
 
         broken = None
         try:
-            attempt()
+            with progress(name, count, unit="inputs") as told:
+                attempt()
         except Exception as error:  # noqa: BLE001  whatever else comes out is what we look for
             notes = " ".join(" ".join(getattr(error, "__notes__", [])).split())
             broken = f"{type(error).__name__}: {error} {notes}"[:2_000]
@@ -312,8 +315,8 @@ def checkpoints(st, folder: Path) -> Reader:
     return Reader(inputs, read)
 
 
-def pytorch(st, folder: Path) -> Reader:
-    """PyTorch checkpoints: the whole file, the pickle in it, and what that holds."""
+def original() -> dict[str, Any]:
+    """What the original system saves of the smallest LoopLM; needs PyTorch."""
     import torch
 
     width = 4
@@ -329,7 +332,14 @@ def pytorch(st, folder: Path) -> Reader:
         "transformer.h.mlp.c_proj.weight": torch.ones(width, 4 * width),
     }
     arguments = {"n_layer": 1, "n_head": 2, "n_embd": width, "bias": False, "dropout": 0.1}
-    valid = {"model": tensors, "model_args": arguments, "iter_num": 3, "num_loops": 1, "config": {}}
+    return {"model": tensors, "model_args": arguments, "iter_num": 3, "num_loops": 1, "config": {}}
+
+
+def pytorch(st, folder: Path) -> Reader:
+    """PyTorch checkpoints: the whole file, the pickle in it, and what that holds."""
+    import torch
+
+    valid = original()
 
     def written(contents: Any) -> bytes:
         buffer = io.BytesIO()
@@ -413,7 +423,6 @@ def main() -> None:
         console.print(
             f"{name}: {each.tried:,} inputs, {each.taken:,} taken, {each.refused:,} refused,"
             f" slowest {each.slowest_seconds:.2f} s{broken}",
-            markup=False,
         )
         told[name] = each._asdict() | origin
         if arguments.json:

@@ -79,15 +79,21 @@ def recomputing(run: Callable) -> Way:
 
 
 def generate(
-    way: Way, weights: Any, prompt: jax.Array, prompt_length: jax.Array
+    way: Way,
+    weights: Any,
+    prompt: jax.Array,
+    prompt_length: jax.Array,
+    room: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes until each row has its newline or the buffer ends.
+    """Writes until each row has its newline or its room ends.
 
     Args:
       way: how.
       weights: of the model.
       prompt: int32 `[rows, length]`, texts up to and with `=`; what follows them is ignored.
       prompt_length: int32 `[rows]`, at least 1.
+      room: int32 `[rows]`, how long each text may become, so that what is written does not depend
+        on how wide the buffer is for others; None for as long as the buffer.
 
     Returns:
       int32 tokens `[rows, length]`, newlines after each answer, and int32 loops `[rows, length]`
@@ -95,6 +101,7 @@ def generate(
     """
     rows, length = jnp.arange(len(prompt)), prompt.shape[1]
     tokens = jnp.where(jnp.arange(length) < prompt_length[:, None], prompt, addition.NEWLINE)
+    room = length if room is None else jnp.minimum(room, length)
 
     def going_on(carry):
         return ~carry[-1].all()
@@ -102,16 +109,16 @@ def generate(
     def step(carry):
         tokens, steps, at, memory, done = carry
         logits, taken, memory = way.following(weights, tokens, at, memory)
-        # What is chosen behind the newline or the buffer's end goes nowhere.
+        # What is chosen behind the newline or the end of the room goes nowhere.
         place = jnp.where(done, length, at + 1)
         chosen = logits.argmax(-1).astype(tokens.dtype)
         tokens = tokens.at[rows, place].set(chosen, mode="drop")
         steps = steps.at[rows, place].set(taken, mode="drop")
         at = jnp.minimum(at + 1, length - 1)
-        return tokens, steps, at, memory, done | (chosen == addition.NEWLINE) | (at + 1 == length)
+        return tokens, steps, at, memory, done | (chosen == addition.NEWLINE) | (at + 1 >= room)
 
     memory = way.prepare(weights, tokens)
-    full = prompt_length >= length
+    full = prompt_length >= room
     carry = (tokens, jnp.zeros_like(tokens), prompt_length - 1, memory, full)
     tokens, steps, *_ = jax.lax.while_loop(going_on, step, carry)
     return tokens, steps
@@ -132,13 +139,13 @@ def fastest(
       loops, thresholds: as `with_caches` takes them.
 
     Returns:
-      A pure function of weights, prompt and prompt_length.
+      A pure function of weights, prompt, prompt_length and, if wanted, room.
     """
 
-    def write(weights, prompt, prompt_length):
+    def write(weights, prompt, prompt_length, room=None):
         caches = takes_caches(config.model, prompt.shape, loops)
         way = with_caches(config, loops=loops, thresholds=thresholds)
-        return generate(way if caches else recomputing(run), weights, prompt, prompt_length)
+        return generate(way if caches else recomputing(run), weights, prompt, prompt_length, room)
 
     return write
 

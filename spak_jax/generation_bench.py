@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from rich.table import Table
 
 from pallas_kernels import timing
 from spak_jax import addition, evaluate, generation, model
-from spak_jax.command_line import console
+from spak_jax.command_line import Table, console
 from spak_jax.config import Config, LoopedModel
 
 # Problems, their digits, and tokens of a row.

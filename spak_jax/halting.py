@@ -4,10 +4,10 @@ Two rules stop a token (`LoopLM.halting_logits`): it is "sure", or it is "still"
 number here, the doubt that is left: a sure token's largest probability is at least one minus the
 doubt, a still one's state and those of all before it have moved by no more than that share of
 themselves in a loop. The number is calibrated on problems of the training law alone, as the one
-that saves most loops and loses at most a tenth of a point there; then both rules, and the
-original's thresholds, are scored at lengths that were not looked at for it: answers right, and
-loops by token, by number of carries and by row. A row's loops are those of its slowest token: so
-many a program of `pallas_kernels.looped` runs.
+that saves most loops and loses at most a tenth of a point there, or the least that is tried where
+none loses so little; then both rules, and the original's thresholds, are scored at lengths that
+were not looked at for it: answers right, and loops by token, by number of carries and by row. A
+row's loops are those of its slowest token: so many a program of `pallas_kernels.looped` runs.
 """
 
 import argparse
@@ -17,27 +17,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from pallas_kernels import timing
-from pallas_kernels.looped import AT_ONCE, RULES
-from spak_jax import addition, evaluate, figures, model
+from pallas_kernels.looped import RULES
+from spak_jax import addition, evaluate, figures, jax_settings, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
+    Table,
     console,
-    progress_bar,
+    progress,
     run_program,
     writable_folder,
     write_file,
 )
-from spak_jax.config import LoopedModel
+from spak_jax.config import Config, LoopedModel
+from spak_jax.evaluate import Halting
 
 # Tried in the calibration, and drawn.
 DOUBTS = {
@@ -47,26 +47,14 @@ DOUBTS = {
 # A share of the answers, against no halting, on problems of the training law.
 MOST_LOST = 0.001
 CALIBRATED_ON = 4_000
+CALIBRATION_SEED = 0
 DRAWN_PROBLEMS = 8
 TIMED_PASSES = 5
 NONE, SEED, FIXED = "none", "seed", "fixed"
 
 
-class Halting(NamedTuple):
-    """A rule and its thresholds before the `=` of a problem and from it on."""
-
-    rule: str
-    before: float
-    after: float
-
-    @classmethod
-    def with_doubt(cls, rule: str, doubt: float) -> "Halting":
-        threshold = 1 - doubt if rule == "sure" else doubt
-        return cls(rule, threshold, threshold)
-
-
 NEVER = Halting("sure", 2.0, 2.0)
-ORIGINAL = Halting("sure", evaluate.HALT_BEFORE_EQUALS, evaluate.HALT_FROM_EQUALS)
+ORIGINAL = evaluate.PUBLISHED_HALTING
 
 
 class Outcome(NamedTuple):
@@ -110,8 +98,7 @@ class Thinker:
 
         def run(weights, batch: Batch, rule: str, before, after):
             tokens = batch.tokens
-            thresholds = jnp.where(addition.from_equals_on(tokens), after, before)
-            thresholds = jnp.where(addition.ended(tokens), AT_ONCE[rule], thresholds)
+            thresholds = evaluate.thresholds(tokens, Halting(rule, before, after))
             logits, steps = nnx.merge(definition, weights).halting_logits(
                 tokens, thresholds, rule=rule, loops=loops, ids=addition.coupled_ids(tokens)
             )
@@ -150,6 +137,39 @@ class Thinker:
         return Outcome(*(np.concatenate(x)[: problems.count] for x in zip(*parts, strict=True)))
 
 
+@jax_settings.fixed()
+def calibrated(trained: evaluate.Trained, rule: str, loops: int | None = None) -> Halting:
+    """A rule with the doubt that `measure` would choose for it, without all that it tries.
+
+    Args:
+      trained: a looped model.
+      rule: of `RULES`.
+      loops: at most; None for as many as in training.
+
+    Raises:
+      InputError: the model does not loop.
+    """
+    think = Thinker(trained, loops or _looped(trained.config).loops)
+    law = _law(trained.config, jax_settings.key(CALIBRATION_SEED))
+    with progress("calibrating", len(DOUBTS[rule]) + 1, unit="thresholds") as told:
+
+        def outcome(way: Halting) -> dict[str, float]:
+            found = think(law, way).summary()
+            told.advance()
+            return found
+
+        calibration = {NONE: outcome(NEVER), rule: []}
+        # The less doubt, the more loops: once those that lose little take more, all the others do.
+        for doubt in sorted(DOUBTS[rule], reverse=True):
+            found = {"doubt": doubt, **outcome(Halting.with_doubt(rule, doubt))}
+            calibration[rule].append(found)
+            kept = _keeping(calibration, rule)
+            if kept and found["row_loops"] > min(x["row_loops"] for x in kept):
+                break
+    return Halting.with_doubt(rule, _chosen(calibration, rule))
+
+
+@jax_settings.fixed()
 def measure(
     trained: evaluate.Trained, digits: Sequence[int], examples: int, seed: int, loops: int | None
 ) -> dict[str, Any]:
@@ -169,25 +189,22 @@ def measure(
       InputError: the model does not loop.
     """
     config = trained.config
-    if not isinstance(config.model, LoopedModel):
-        raise InputError(f"{config.name} is a stack of blocks: it has no loops to stop")
-    loops = loops or config.model.loops
+    loops = loops or _looped(config).loops
     think = Thinker(trained, loops)
-    key, task = jax.random.key(seed), config.data.task
-    law = addition.sample_law(jax.random.fold_in(key, 0), config.data, (CALIBRATED_ON,))
+    key, task = jax_settings.key(seed), config.data.task
+    law = _law(config, key)
     scored = {
         n: addition.sample_exact(jax.random.fold_in(key, n), n, examples, task) for n in digits
     }
-    with progress_bar("halting") as progress:
-        bar = progress.add_task(
-            "", total=2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(digits), status=""
-        )
+    total = 2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(digits)
+    instead = evaluate.or_a_gpu("fewer problems (--examples) or shorter ones (--digits) take less")
+    with progress("halting", total, unit="scorings", instead=instead) as told:
 
         def outcomes(problems: Problems, ways: Iterable[Halting]) -> list[Outcome]:
             found = []
             for way in ways:
                 found.append(think(problems, way))
-                progress.advance(bar)
+                told.advance()
             return found
 
         calibration = _swept(think, law, outcomes)
@@ -216,6 +233,17 @@ def measure(
     }
 
 
+def _looped(config: Config) -> LoopedModel:
+    if not isinstance(config.model, LoopedModel):
+        raise InputError(f"{config.name} is a stack of blocks: it has no loops to stop")
+    return config.model
+
+
+def _law(config: Config, key: jax.Array) -> Problems:
+    """The problems that rules are calibrated on."""
+    return addition.sample_law(jax.random.fold_in(key, 0), config.data, (CALIBRATED_ON,))
+
+
 def _swept(think: Thinker, problems: Problems, outcomes: Callable) -> dict[str, Any]:
     """What every doubt leaves of the answers, and of the loops, by rule; without halting; and with
     as many loops for all."""
@@ -231,11 +259,16 @@ def _swept(think: Thinker, problems: Problems, outcomes: Callable) -> dict[str, 
     return found
 
 
-def _chosen(calibration: dict[str, Any], rule: str) -> float:
-    """The doubt with the fewest loops of those that lose little; the least of all if none does."""
+def _keeping(calibration: dict[str, Any], rule: str) -> list[dict[str, float]]:
+    """What was found of the doubts that lose little."""
     least = calibration[NONE]["accuracy"] - MOST_LOST
     # Counts of problems, so that rounding decides nothing.
-    kept = [x for x in calibration[rule] if x["accuracy"] >= least - 1e-9]
+    return [x for x in calibration[rule] if x["accuracy"] >= least - 1e-9]
+
+
+def _chosen(calibration: dict[str, Any], rule: str) -> float:
+    """The doubt with the fewest loops of those that lose little; the least of all if none does."""
+    kept = _keeping(calibration, rule)
     if not kept:
         return min(DOUBTS[rule])
     return min(kept, key=lambda x: (x["row_loops"], x["doubt"]))["doubt"]
@@ -266,7 +299,7 @@ def _scored(outcome: Outcome, carries: np.ndarray) -> dict[str, Any]:
 def _drawn(think: Thinker, trained, digits: int, ways: dict[str, Halting], seed: int):
     """Loops of every token of a few problems, under the calibrated rules: few carries to many."""
     task = trained.config.data.task
-    many = addition.sample_exact(jax.random.key(seed + 1), digits, 40 * DRAWN_PROBLEMS, task)
+    many = addition.sample_exact(jax_settings.key(seed + 1), digits, 40 * DRAWN_PROBLEMS, task)
     order = np.argsort(np.asarray(addition.carries(many, task)), kind="stable")
     picked = order[np.linspace(0, len(order) - 1, DRAWN_PROBLEMS).astype(int)]
     problems = Problems(*(np.asarray(x)[picked] for x in many))
@@ -397,16 +430,19 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1_000, help="problems a length")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
     parser.add_argument("--loops", type=int, help="at most, instead of the trained number")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("figures") / "halting")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the pictures (default: RUN/halting)"
+    )
     arguments = parser.parse_intermixed_args()
     digits = evaluate.parse_digits(arguments.digits)
     evaluate.check_range("--examples", arguments.examples, 1, 1_000_000)
     evaluate.check_range("--seed", arguments.seed, 0, 2**31 - 2)
     evaluate.check_range("--loops", arguments.loops, 1, evaluate.MAX_LOOPS)
     trained = evaluate.load(arguments.run)
-    writable_folder(arguments.out)
+    out = writable_folder(arguments.out or arguments.run / "halting")
     found = measure(trained, digits, arguments.examples, arguments.seed, arguments.loops)
     show(found)
+    evaluate.warn_of_loops(found["config"]["model"], found["loops"])
     files = {"halting.json": json.dumps(found, indent=1) + "\n"}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -414,8 +450,8 @@ def main() -> None:
         drawn = draw(found)
         files |= {f"halting.{kind}": figures.saved(drawn, kind) for kind in ("png", "pdf")}
     for name, content in files.items():
-        write_file(arguments.out / name, content)
-        console.print(f"wrote {arguments.out / name}", markup=False)
+        write_file(out / name, content)
+        console.print(f"wrote {out / name}")
 
 
 if __name__ == "__main__":

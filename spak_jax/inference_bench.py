@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from rich.table import Table
 
 from pallas_kernels import compile, targets, timing
 from pallas_kernels.looped_cases import LoopedCase
 from pallas_kernels.shapes import Shape
 from spak_jax import addition, evaluate, model, roofline
-from spak_jax.command_line import InputError, console
+from spak_jax.command_line import InputError, Table, console
 from spak_jax.config import BIASED, Config, LoopedModel
 
 ROWS, LENGTH = 128, 64

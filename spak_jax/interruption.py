@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 from spak_jax.command_line import Failure
 
-HEEDED = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP, where there is one: a terminal was closed, or a connection lost.
+HEEDED = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+# What brings back a terminal's cursor, which a progress bar hides.
+SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Stopped(Failure):
@@ -37,7 +42,9 @@ class Request:
 
 @contextlib.contextmanager
 def heeded() -> Iterator[Request]:
-    """Within it SIGTERM and SIGINT are a request; a second one ends the process at once.
+    """Within it SIGTERM, SIGINT and SIGHUP are a request; a second one ends the process at once.
+
+    SIGHUP is not where it is ignored, as `nohup` has it.
 
     Only the main thread can enter it.
     """
@@ -48,7 +55,7 @@ def heeded() -> Iterator[Request]:
     watcher = threading.Thread(target=_watch, args=(reader, request), daemon=True)
     watcher.start()
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda *_: None) for number in HEEDED}
+    before = {number: signal.signal(number, lambda *_: None) for number in _heeded()}
     try:
         yield request
     finally:
@@ -61,17 +68,27 @@ def heeded() -> Iterator[Request]:
         os.close(reader)
 
 
+def _heeded() -> list[int]:
+    ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in HEEDED if not (ignored and number == signal.SIGHUP)]
+
+
 def _watch(reader: int, request: Request) -> None:
     while number := os.read(reader, 1):
         (number,) = number
         if number not in HEEDED:
             continue
         if request.signal:
+            with contextlib.suppress(OSError, ValueError):
+                if sys.stdout.isatty():
+                    os.write(sys.stdout.fileno(), SHOW_CURSOR)
             os._exit(128 + number)
         request.signal = number
-        print(
-            f"{signal.Signals(number).name}: stopping after the steps under way, with a checkpoint;"
-            " a second signal ends the process at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        # The terminal may be gone: that is what SIGHUP says.
+        with contextlib.suppress(OSError, ValueError):
+            print(
+                f"{signal.Signals(number).name}: stopping after the steps under way, with a"
+                " checkpoint; a second signal ends the process at once",
+                file=sys.stderr,
+                flush=True,
+            )

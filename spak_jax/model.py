@@ -29,6 +29,7 @@ from pallas_kernels import (
     add_and_norm,
     add_and_score,
     attention,
+    derivatives,
     linear,
     looped,
     looped_block,
@@ -338,8 +339,8 @@ class _Transformer(nnx.Module):
 
         def step(carry, given):
             block, entered, shift = enter(carry[0], given)
-            seen = block.keys_and_values(*entered, where, shift)
-            stream = block(*entered, where, None, shift)
+            seen = block.keys_and_values(*entered, where=where, shift=shift)
+            stream = block(*entered, where=where, shift=shift)
             return self._thought(carry, self._whole(stream, None), thresholds), seen
 
         return Seen(*jax.lax.scan(step, self._unthought(x), given)[1])
@@ -382,7 +383,9 @@ class _Transformer(nnx.Module):
             carry, seen = carry
             depth, given = given
             block, entered, shift = enter(carry[0], given)
-            *stream, seen = block.newest(*entered, where, at, seen, depth, shift)
+            *stream, seen = block.newest(
+                *entered, where=where, at=at, seen=seen, depth=depth, shift=shift
+            )
             return (self._thought(carry, self._whole(stream, None), thresholds), seen), None
 
         carry = self._unthought(x), seen
@@ -453,32 +456,32 @@ class _Transformer(nnx.Module):
         """`self._losses(tokens, *given)`, whose gradient makes those of all blocks' matrices in one
         launch each, where kernels are for the batch.
 
-        The blocks are the attribute `name`, gone through `depth` times. Nothing is told of the
-        gradients of `given`: they are 0.
+        The blocks are the attribute `name`, gone through `depth` times.
         """
-        none = getattr(self, name).no_operands(tokens.size)
-        if none is None:
+        if getattr(self, name).no_operands(tokens.size) is None:
             return self._losses(tokens, *given)
         definition, weights = nnx.split(self)
 
-        @jax.custom_vjp
-        def losses(weights, tokens, given):
-            return nnx.merge(definition, weights)._losses(tokens, *given)
+        def losses(weights, given, _):
+            return nnx.merge(definition, weights)._losses(*given)
 
-        def forward(weights, tokens, given):
+        def forward(weights, given, _):
+            none = getattr(nnx.merge(definition, weights), name).no_operands(tokens.size)
+
             def asking(weights, operands):
-                return nnx.merge(definition, weights)._losses(tokens, *given, operands)
+                return nnx.merge(definition, weights)._losses(*given, operands)
 
             return jax.vjp(asking, weights, [none] * depth)
 
-        def backward(pull, d_losses):
+        def backward(weights, given, pull, d_losses, _):
             d_weights, operands = pull(d_losses)
             gradients = nnx.merge(definition, d_weights)
             getattr(gradients, name).add_gradients(operands)
-            return nnx.state(gradients), None, None
+            return nnx.state(gradients)
 
-        losses.defvjp(forward, backward)
-        return losses(weights, tokens, given)
+        # Derivatives of other kinds are those of the same losses, a matrix at a time.
+        derived = derivatives.differentiable(losses, losses, gradient=(forward, backward))
+        return derived(weights, (tokens, *given), None)
 
     def _whole(self, stream, key):
         """The stream with what was still to be added to it."""
@@ -556,7 +559,10 @@ class GPT(_Transformer):
 
         def step(stream, layer, operands):
             block = nnx.merge(definition, layer[0])
-            return block(*stream, where, layer[1], operands=operands), None
+            x, update = stream
+            # By name, since `nnx.tabulate` shows no named tuple that has none.
+            told = {"update": update, "where": where, "key": layer[1], "operands": operands}
+            return block(x, **told), None
 
         stream, _ = _in_turn(step, stream, (weights, keys), operands)
         return stream, None if after is None else after[-1]
@@ -605,7 +611,7 @@ class LoopLM(_Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
-        if key is None and self.fits_one_launch(tokens):
+        if key is None and self._fits_one_launch(tokens):
             return self.launched(tokens, loops=loops, positions=positions, ids=ids)[0]
         step, stream, inputs = self._loop(tokens, loops, positions, ids, key)
         stream, after = jax.lax.scan(step, stream, inputs)
@@ -707,7 +713,7 @@ class LoopLM(_Transformer):
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
-        if self.fits_one_launch(tokens):
+        if self._fits_one_launch(tokens):
             return self.launched(
                 tokens, thresholds, rule=rule, loops=loops, positions=positions, ids=ids
             )
@@ -716,7 +722,7 @@ class LoopLM(_Transformer):
 
         def step(carry, given):
             block, entered, shift = enter(carry[0], given)
-            stream = block(*entered, where, None, shift)
+            stream = block(*entered, where=where, shift=shift)
             return self._thought(carry, self._whole(stream, None), thresholds, rule), None
 
         (x, _, steps), _ = jax.lax.scan(step, self._unthought(x), given)
@@ -771,6 +777,10 @@ class LoopLM(_Transformer):
         """Whether inference takes one launch for such rows: where a program holds them, which is
         then the fastest (`spak_jax.bench --inference`). Asked for an implementation of attention,
         the model runs its loops one by one."""
+        return self._fits_one_launch(tokens)
+
+    def _fits_one_launch(self, tokens) -> bool:
+        # Private, since `nnx.tabulate` traces what public methods give.
         config, block = self.config, self.block
         return block.attention is None and looped.takes(
             tokens.shape[1],
@@ -798,8 +808,8 @@ class LoopLM(_Transformer):
 
         def one(x, given):
             block, entered, shift = enter(x, given)
-            looked = block.attention_weights(*entered, where, shift)
-            x = self._whole(block(*entered, where, None, shift), None)
+            looked = block.attention_weights(*entered, where=where, shift=shift)
+            x = self._whole(block(*entered, where=where, shift=shift), None)
             return x, (self.readout(x), looked)
 
         return jax.lax.scan(one, x, given)[1]
@@ -817,7 +827,10 @@ class LoopLM(_Transformer):
         def step(stream, given, operands=None):
             shift, (key, after) = given
             block = nnx.merge(definition, weights)
-            return block(*self._enter(stream, first, key), where, key, shift, operands), after
+            entered = self._enter(stream, first, key)
+            # By name: as in `GPT._run`.
+            told = {"where": where, "key": key, "shift": shift, "operands": operands}
+            return block(*entered, **told), after
 
         return step, stream, (self._steps(loops), keys)
 

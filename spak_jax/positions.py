@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import shards
+from spak_jax import jax_settings
 from spak_jax.config import BIASED, Architecture
 
 # The widest of random gaps.
@@ -56,8 +57,9 @@ class Pointer(nnx.Module):
     """Ids that a model finds itself: a counter over the row that each token moves or starts anew.
 
     `id_t = gate_t (id_{t-1} + 1)`, the gate a sigmoid of what is learned for each token of the
-    vocabulary: nothing here knows what a digit is, or where numbers start. (Contextual position
-    encoding, Golovneva et al. 2024, counts by gates too, of query and key, without starting anew.)
+    vocabulary: nothing here knows what a digit is, or where numbers start, but for the first of a
+    row, which begins with the counter at 0. (Contextual position encoding, Golovneva et al. 2024,
+    counts by gates too, of query and key, without starting anew.)
 
     A token that starts anew has the id 0, no place: every query sees it. Attention over a window
     needs such a one to weigh the others against, or two equal digits look like one.
@@ -73,7 +75,7 @@ class Pointer(nnx.Module):
     """
 
     def __init__(self, vocabulary: int):
-        self.gate_logits = nnx.Param(jnp.full(vocabulary, FIRST_GATE))
+        self.gate_logits = nnx.Param(jnp.full(vocabulary, FIRST_GATE, jnp.float32))
 
     def soft(self) -> jax.Array:
         """How far each token moves the counter on, float32 `[vocabulary]`."""
@@ -129,7 +131,9 @@ def places(
       tokens: int `[batch, length]`.
       positions: int `[length]` or `[batch, length]`, the tokens' places; None counts from 0.
       ids: int32 `[batch, length]`, coupled ids.
-      key: PRNG key of random gaps; None for always the same.
+      key: PRNG key of random gaps, of each row its own; None for always the same in all rows, each
+        gap by its place alone: what a row comes to depends neither on its neighbours nor on what
+        fills it up.
 
     Raises:
       ValueError: the scheme needs ids and there are none.
@@ -144,10 +148,17 @@ def places(
     if scheme == "random-rope":
         # Longer rows meet distances then that shorter ones have met in training (Ruoss et al. 2023,
         # Randomized Positional Encodings Boost Length Generalization of Transformers).
-        key = jax.random.key(0) if key is None else key
-        gaps = shards.drawn(
-            lambda every: jax.random.randint(key, every.shape, 1, WIDEST_GAP + 1), tokens
-        )
+        widest = WIDEST_GAP + 1
+        if key is None:
+            # Partitionable: or a gap would depend on how many are drawn.
+            with jax.threefry_partitionable(True):
+                length, key = tokens.shape[-1:], jax_settings.key(0)
+                gaps = jax.random.randint(key, length, 1, widest, dtype=jnp.int32)
+        else:
+            gaps = shards.drawn(
+                lambda every: jax.random.randint(key, every.shape, 1, widest, dtype=jnp.int32),
+                tokens,
+            )
         return Places(turned_by=jnp.cumsum(gaps, axis=-1))
     if scheme == "coupled-rope":
         return Places(turned_by=ids)
@@ -161,7 +172,10 @@ def offset_ids(ids: jax.Array, key: jax.Array | None) -> jax.Array:
     if key is not None:
         room = EMBEDDED_IDS - ids.max(-1, keepdims=True)
         offset = shards.drawn(
-            lambda every: jax.random.randint(key, every.shape, 0, jnp.maximum(every, 1)), room
+            lambda every: jax.random.randint(
+                key, every.shape, 0, jnp.maximum(every, 1), dtype=jnp.int32
+            ),
+            room,
         )
         ids = jnp.where(ids > 0, ids + offset, 0)
     return jnp.minimum(ids, EMBEDDED_IDS - 1)
@@ -175,9 +189,9 @@ def first_bias(config: Architecture) -> jax.Array | None:
     """
     if config.positions not in BIASED:
         return None
-    table = jnp.zeros((config.heads, 2 * config.clip + 2))
+    table = jnp.zeros((config.heads, 2 * config.clip + 2), jnp.float32)
     if config.positions == "learned":
-        centres = jnp.linspace(-FIRST_CENTRES, FIRST_CENTRES, config.heads)
+        centres = jnp.linspace(-FIRST_CENTRES, FIRST_CENTRES, config.heads, dtype=jnp.float32)
         difference = jnp.arange(-config.clip, config.clip + 1)
         table = table.at[:, :-1].set(-((difference - centres[:, None]) ** 2))
     return table

@@ -38,7 +38,7 @@ from pallas_kernels.laws import Impossible, LawError, Unknown, Value, spelled
 from pallas_kernels.laws import Path as Name
 from pallas_kernels.shapes import Shape
 from pallas_kernels.stream_cases import OPERATIONS, StreamCase, StreamShape
-from spak_jax import addition, model, roofline
+from spak_jax import addition, jax_settings, model, roofline
 from spak_jax.config import (
     BIASED,
     OPERANDS,
@@ -292,18 +292,20 @@ def _halting_difference(config: Config) -> float:
     few = {"dtype": "float32", "loops": min(config.model.loops, HALTING_LOOPS)}
     config = config.model_copy(update={"model": config.model.model_copy(update=few)})
 
+    data = config.data
+    problems = addition.sample_exact(jax_settings.key(0), data.longest, 4, data.task)
+    length = addition.text_length(data.longest, data.task) - 1
+
     @jax.jit
     def difference(key):
         network = model.build(config, addition.VOCABULARY_SIZE, key, "xla")
         definition, weights = nnx.split(network)
         network = nnx.merge(definition, jax.tree.map(lambda x: ENLARGED * x, weights))
-        problems = addition.sample_exact(key, config.data.longest, 4, config.data.task)
-        length = addition.text_length(config.data.longest, config.data.task) - 1
-        tokens = addition.problem_rows(problems, length, config.data.task).tokens
+        tokens = addition.problem_rows(problems, length, data.task).tokens
         ids = addition.coupled_ids(tokens)
         plain = network(tokens, ids=ids)
         never = jnp.full(tokens.shape, 2.0)
         halting, _ = network.halting_logits(tokens, never, ids=ids)
         return jnp.abs(plain - halting).max() / jnp.abs(plain).max()
 
-    return float(difference(jax.random.key(0)))
+    return float(difference(jax_settings.key(0)))

@@ -16,9 +16,16 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from spak_jax import addition, evaluate
-from spak_jax.command_line import Failure, InputError, console, run_program, write_file
-from spak_jax.config import Config, read_config
+from spak_jax import addition, evaluate, jax_settings
+from spak_jax.command_line import (
+    Failure,
+    InputError,
+    console,
+    progress,
+    run_program,
+    write_file,
+)
+from spak_jax.config import Config, add_words, file_and_overrides, read_config
 from spak_jax.train import TrainState, compiled, first_state, first_supply
 
 DIGITS, ACCURACY = 100, 0.999
@@ -27,6 +34,7 @@ EXAMPLES = 10_000
 FIRST_EXAMPLES = 256
 
 
+@jax_settings.fixed()
 def race(config: Config, digits: int, every: int) -> dict[str, Any]:
     """Trains until `ACCURACY` of additions of `digits` digits are right.
 
@@ -47,28 +55,30 @@ def race(config: Config, digits: int, every: int) -> dict[str, Any]:
     problems = addition.sample_exact(jax.random.key(1), digits, EXAMPLES, config.data.task)
     few = jax.tree.map(lambda array: array[:FIRST_EXAMPLES], problems)
     training = scoring = 0.0
-    while int(state.step) < config.train.steps:
-        started = time.perf_counter()
-        state = _advance(run_steps, state, supply, every, config)
-        training += time.perf_counter() - started
-        started = time.perf_counter()
-        scorer = evaluate.Scorer(evaluate.Trained(config, state.weights, 0), settings)
-        right = scorer(few).correct.mean()
-        if right >= ACCURACY:
-            outcome = scorer(problems)
-            right = outcome.correct.mean()
-        scoring += time.perf_counter() - started
-        console.print(f"step {int(state.step):,}: {right:.2%} of {digits} digits right")
-        if right >= ACCURACY:
-            trained = evaluate.Trained(config, state.weights, int(state.step))
-            return evaluate.origin(trained) | {
-                "digits": digits,
-                **evaluate.summary(outcome),
-                "seconds": time.time() - psutil.Process().create_time(),
-                "training_seconds": training,
-                "scoring_seconds": scoring,
-                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            }
+    with progress(config.name, config.train.steps, unit="steps") as shown:
+        while int(state.step) < config.train.steps:
+            before, started = int(state.step), time.perf_counter()
+            state = _advance(run_steps, state, supply, every, config)
+            training += time.perf_counter() - started
+            started = time.perf_counter()
+            scorer = evaluate.Scorer(evaluate.Trained(config, state.weights, 0), settings)
+            right = scorer(few).correct.mean()
+            if right >= ACCURACY:
+                outcome = scorer(problems)
+                right = outcome.correct.mean()
+            scoring += time.perf_counter() - started
+            shown.advance(int(state.step) - before)
+            console.print(f"step {int(state.step):,}: {right:.2%} of {digits} digits right")
+            if right >= ACCURACY:
+                trained = evaluate.Trained(config, state.weights, int(state.step))
+                return evaluate.origin(trained) | {
+                    "digits": digits,
+                    **evaluate.summary(outcome),
+                    "seconds": time.time() - psutil.Process().create_time(),
+                    "training_seconds": training,
+                    "scoring_seconds": scoring,
+                    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                }
     raise Failure(f"{ACCURACY:.1%} of {digits} digits not reached in {config.train.steps:,} steps")
 
 
@@ -76,10 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.race", description="Train until 100-digit additions are right."
     )
-    parser.add_argument(
-        "config", nargs="?", default="configs/quickstart.toml", help="(%(default)s)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
+    add_words(parser, default="quickstart")
     parser.add_argument("--digits", type=int, default=DIGITS, help="(%(default)s)")
     parser.add_argument(
         "--every", type=int, default=100, help="steps between scorings (%(default)s)"
@@ -88,9 +95,11 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     evaluate.check_range("--digits", arguments.digits, 1, evaluate.MAX_DIGITS)
     evaluate.check_range("--every", arguments.every, 1, 1_000_000)
-    config = read_config(Path(arguments.config), arguments.overrides)
+    config = read_config(*file_and_overrides(arguments))
     if config.train.seeds > 1:
         raise InputError(f"train.seeds = {config.train.seeds}: a race is run by one seed")
+    # The time is one with compiling in it, the second time too.
+    jax.config.update("jax_enable_compilation_cache", False)
     result = race(config, arguments.digits, arguments.every)
     console.print(
         f"{config.system}, {result['parameters']:,} parameters, on {result['device']}:"

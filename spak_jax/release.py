@@ -32,9 +32,6 @@ def release(run: Path, out: Path) -> int:
         released = checkpoint.Run(out)
         released.save(restored.step, restored.config, restored.weights)
         released.close()
-        # Orbax notes in them where on this machine it wrote; only remote stores are read by them.
-        for note in out.rglob("commit_success.txt"):
-            note.unlink()
         results = run / checkpoint.RESULTS
         if results.is_file():
             write_file(out / checkpoint.RESULTS, results.read_bytes())
@@ -45,11 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.release", description="Keep what others need of a run."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("out", type=Path, metavar="DIR", help="the folder to make")
+    folder = checkpoint.run_folder
+    parser.add_argument("run", type=folder, metavar="RUN", help="a run folder")
+    parser.add_argument("out", type=folder, metavar="DIR", help="the folder to make")
     arguments = parser.parse_args()
     step = release(arguments.run, arguments.out)
-    console.print(f"{arguments.out}: the weights of step {step:,}", markup=False)
+    console.print(f"{arguments.out}: the weights of step {step:,}")
 
 
 if __name__ == "__main__":

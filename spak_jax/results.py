@@ -60,6 +60,8 @@ class Score(Part):
     low: Fraction
     high: Fraction
     zero_shot: bool
+    # Of one of the seed's columns: the share of its problems that training's lengths hold.
+    trained_share: Fraction | None = None
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:
@@ -136,6 +138,7 @@ class Results(Part):
     kinds: dict[Name, dict[Length, Score]] = {}
     commit: Name | None = None
     halting: tuple[Fraction, ...] | None = None
+    halting_rule: Name | None = None
     method: str = ""
     dtype: str = ""
     problems: Name | None = None
@@ -427,6 +430,8 @@ def _grouped(
 def _identity(results: Results) -> dict[str, Any]:
     """All that makes an evaluation what it is, but the training seed."""
     identity = {name: getattr(results, name) for name in IDENTITY}
+    # Files from before there was a choice do not name it.
+    identity["halting_rule"] = results.halting_rule or (results.halting and "confidence")
     return identity | {"config": _training_settings(results)}
 
 
@@ -469,6 +474,8 @@ def _name(results: Results, with_loops: bool = True) -> str:
 def _circumstances(results: Results) -> str:
     """What a name says of an evaluation that is not a plain one."""
     told = ", halting" if results.halting else ""
+    if results.halting_rule:
+        told += f" by {results.halting_rule}"
     if results.on_the_way:
         told += f" after {results.step:,} of {results.config.train.steps:,} steps"
     if results.problems:

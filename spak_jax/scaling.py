@@ -17,11 +17,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from spak_jax import evaluate, model, train
-from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
-from spak_jax.config import Config, Parallel, parse_config, read_config
+from spak_jax.command_line import (
+    InputError,
+    Table,
+    console,
+    progress,
+    run_program,
+    writable_folder,
+    write_file,
+)
+from spak_jax.config import (
+    Config,
+    Parallel,
+    add_words,
+    files_and_overrides,
+    parse_config,
+    read_config,
+)
 
 ROUNDS = 7
 SECONDS_A_ROUND = 0.5
@@ -90,11 +104,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.scaling", description="Time training on one device and on all."
     )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="TOML files, and changes")
+    add_words(parser, several=True)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
-    arguments = parser.parse_args()
-    overrides = [word for word in arguments.configs if "=" in word]
-    configs = [read_config(Path(word), overrides) for word in arguments.configs if "=" not in word]
+    arguments = parser.parse_intermixed_args()
+    paths, overrides = files_and_overrides(arguments)
+    configs = [read_config(path, overrides) for path in paths]
     devices = jax.local_device_count()
     if devices < 2:
         raise InputError(f"there is one device, {evaluate.device_name()}: scaling needs several")
@@ -113,7 +127,8 @@ def main() -> None:
         "configs": [],
     }
     for config in configs:
-        found["configs"].append(measure(config, devices))
+        with progress(f"timing {config.name}"):
+            found["configs"].append(measure(config, devices))
         show(found, found["configs"][-1])
         # After each: the rest may take long, or fail.
         if arguments.json:

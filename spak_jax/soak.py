@@ -18,7 +18,7 @@ import psutil
 
 from spak_jax import checkpoint, evaluate
 from spak_jax.command_line import console, run_program, write_file
-from spak_jax.config import Config, read_config
+from spak_jax.config import Config, add_words, file_and_overrides, read_config
 from spak_jax.metrics import METRICS
 from spak_jax.train import train
 
@@ -91,14 +91,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.soak", description="Train for long and see what grows."
     )
-    parser.add_argument(
-        "config", nargs="?", default="configs/quickstart.toml", help="(%(default)s)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to it")
+    add_words(parser, default="quickstart")
     parser.add_argument("--minutes", type=float, default=30, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was seen")
     arguments = parser.parse_intermixed_args()
-    config = read_config(Path(arguments.config), arguments.overrides)
+    config = read_config(*file_and_overrides(arguments))
     with tempfile.TemporaryDirectory() as folder:
         found = soak(config, arguments.minutes, Path(folder) / "run")
     found |= evaluate.where_and_when()

@@ -4,12 +4,14 @@
 """
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from spak_jax import addition
-from spak_jax.config import Architecture, Config, parse_config, read_config
+from spak_jax.command_line import InputError
+from spak_jax.config import Architecture, Config, leaves, parse_config, read_config
 
 CONFIGS = Path("configs")
 
@@ -17,8 +19,8 @@ CONFIGS = Path("configs")
 class Scoring(NamedTuple):
     """When a training's models are scored, and at how many loops; None for its end, and its own.
 
-    kinds: whether on each kind of addition too (`addition.KINDS`). examples: problems a length;
-    None for the study's.
+    kinds: whether on each kind of addition too (`addition.KINDS`). examples: problems a length at
+    most; None for those of the configuration's evaluation.
     """
 
     step: int | None = None
@@ -28,90 +30,74 @@ class Scoring(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """One system's trainings, all seeds together, and their scorings in the order of steps."""
+    """One system's trainings, all seeds together, and their scorings in the order of steps.
+
+    At which lengths, and how many problems of each, the configuration says (`evaluation`).
+    """
 
     config: Config
     scorings: tuple[Scoring, ...]
 
 
-class Study(NamedTuple):
-    """Experiments, the lengths that all are scored at, and problems a length.
-
-    examples: of more than 100 digits fewer, as `evaluate.Settings` says.
-    """
-
-    experiments: list[Experiment]
-    digits: tuple[int, ...]
-    examples: int
-
-    def with_examples(self, examples: int) -> "Study":
-        """The same, every scoring with that many problems a length."""
-        experiments = [
-            experiment._replace(
-                scorings=tuple(scoring._replace(examples=None) for scoring in experiment.scorings)
-            )
-            for experiment in self.experiments
-        ]
-        return self._replace(experiments=experiments, examples=examples)
-
-
-def table(width: int, overrides: Sequence[str]) -> Study:
+def table(width: int, overrides: Sequence[str]) -> list[Experiment]:
     """The seed's table, at the width of its runs or at that of the parameters it states."""
     # LoopLM-128e, by its name 128 wide, stands with the 256 ones.
     names = {
         256: ("gpt12", "loop12", "loop30", "loop128e"),
         768: ("gpt12-w768", "loop12-w768", "loop30-w768"),
     }[width]
-    # Beside the trained 12 loops half, twice (in the seed's table), and further; LoopLM-30 also
-    # where 30 loops have applied blocks as often as 12 do in their 15,000 steps.
+    scored = _scored_at((*range(1, 13), 16), 10_000)
+    configs = {name.removesuffix("-w768"): _config(name, overrides, sizes=scored) for name in names}
+    # Beside the trained loops half, twice (in the seed's table), and further; LoopLM-30 also where
+    # it has applied its block as often as LoopLM-12 has at its end.
     more = {
-        "loop12": tuple(Scoring(loops=loops) for loops in (6, 18, 24, 48)),
-        "loop30": (Scoring(step=6_000),),
+        "loop12": _at_other_loops(configs["loop12"], (0.5, 1.5, 2, 4)),
+        "loop30": _at_equal_work(configs["loop30"], configs["loop12"]),
     }
     experiments = []
-    for name in names:
-        scorings = (Scoring(), *more.get(name.removesuffix("-w768"), ()))
+    for name, config in configs.items():
+        scorings = (Scoring(), *more.get(name, ()))
         ordered = sorted(scorings, key=lambda scoring: scoring.step or float("inf"))
-        experiments.append(Experiment(_config(name, overrides), tuple(ordered)))
-    return Study(experiments, (*range(1, 13), 16), 10_000)
+        experiments.append(Experiment(config, tuple(ordered)))
+    return experiments
 
 
-def frontier(overrides: Sequence[str]) -> Study:
+def frontier(overrides: Sequence[str]) -> list[Experiment]:
     """Told where digits align: every length to 100 digits, beyond, and, where trained so, loops."""
+    scored = _scored_at((*range(1, 101), 200, 500, 1_000), 10_000)
     experiments = []
     for name in ("frontier", "frontier-tiny"):
-        config = _config(name, overrides)
-        factors = (2, 4) if config.model.free_loops else ()
-        deeper = (Scoring(loops=factor * config.model.loops, examples=1_000) for factor in factors)
+        config = _config(name, overrides, sizes=scored)
+        deeper = _at_other_loops(config, (2, 4) if config.model.free_loops else ())
+        deeper = (scoring._replace(examples=1_000) for scoring in deeper)
         experiments.append(Experiment(config, (Scoring(kinds=True), *deeper)))
-    return Study(experiments, (*range(1, 101), 200, 500, 1_000), 10_000)
+    return experiments
 
 
-def pointer(overrides: Sequence[str]) -> Study:
+def pointer(overrides: Sequence[str]) -> list[Experiment]:
     """Told nothing of where digits align."""
-    config = _config("pointer", overrides)
     lengths = (*range(1, 13), 16, 24, 32, 48, 64, 80, 100, 200, 500, 1_000)
-    return Study([Experiment(config, (Scoring(kinds=True),))], lengths, 10_000)
+    config = _config("pointer", overrides, sizes=_scored_at(lengths, 10_000))
+    return [Experiment(config, (Scoring(kinds=True),))]
 
 
-def tasks(overrides: Sequence[str]) -> Study:
+def tasks(overrides: Sequence[str]) -> list[Experiment]:
     """Subtraction and the addition of three numbers, with and without given ids."""
+    scored = _scored_at((*range(1, 13), 16, 32, 100), 10_000)
     experiments = []
     for base in ("frontier", "pointer"):
         for task in ("subtraction", "three-operands"):
             rows = max(addition.text_length(6, task) - 1, 24)
             config = _config(
                 base,
-                [
-                    f'name="{base}-{task}"',
-                    f'system.name="{_config(base, []).system}, {task}"',
-                    f'data.task="{task}"',
-                    f"data.row_length={rows}",
-                    *overrides,
-                ],
+                overrides,
+                name=f"{base}-{task}",
+                system=f"{_config(base, []).system}, {task}",
+                own=[f'data.task="{task}"'],
+                sizes=[*scored, f"data.row_length={rows}"],
             )
             experiments.append(Experiment(config, (Scoring(),)))
-    return Study(experiments, (*range(1, 13), 16, 32, 100), 10_000)
+    return experiments
 
 
 # Scheme, clip and window of the ablation, each with every one of its models.
@@ -126,33 +112,40 @@ SCHEMES = (
     ("coupled-bias", 1, False),
     ("coupled-bias", 1, True),
 )
+ABLATION_LENGTHS = (*range(1, 9), 10, 12, 16, 32, 100)
 MODELS = (("gpt", 2), ("gpt", 4), ("loop", 2), ("loop", 4), ("loop", 8))
 
 
-def ablation(overrides: Sequence[str]) -> Study:
+def ablation(overrides: Sequence[str]) -> list[Experiment]:
     """What matters: every scheme with stacked and with looped blocks of several depths."""
-    base = _config("ablation", overrides)
-    shared = base.model.model_dump(include=set(Architecture.model_fields))
     experiments = []
     for scheme, clip, window in SCHEMES:
         told = f"{scheme}, window" if window else scheme
-        placed = shared | {"positions": scheme, "clip": clip, "window": window}
+        placed = [
+            'model.kind="loop"',
+            f'model.positions="{scheme}"',
+            f"model.clip={clip}",
+            f"model.window={json.dumps(window)}",
+        ]
         for kind, depth in MODELS:
             stacked = kind == "gpt"
-            deep = {"layers" if stacked else "loops": depth}
             system = f"GPT, {depth} layers" if stacked else f"LoopLM, {depth} loops"
-            changes = {
-                "name": f"{told.replace(', ', '-')}-{kind}{depth}",
-                "system": f"{system}, {told}",
-                "model": placed | deep | {"kind": kind},
-                "parallel": base.parallel.model_dump(mode="json"),
-            }
-            config = parse_config(base.model_dump(mode="json") | changes, base.name)
-            experiments.append(Experiment(config, (Scoring(),)))
-    return Study(experiments, (*range(1, 9), 10, 12, 16, 32, 100), 1_000)
+            config = _config(
+                "ablation",
+                overrides,
+                name=f"{told.replace(', ', '-')}-{kind}{depth}",
+                system=f"{system}, {told}",
+                # Every system has its own depth, so a stack's is no override's either.
+                own=[*placed, f"model.loops={depth}"],
+                sizes=_scored_at(ABLATION_LENGTHS, 1_000),
+            )
+            experiments.append(
+                Experiment(_stacked(config, depth) if stacked else config, (Scoring(),))
+            )
+    return experiments
 
 
-def ideas(overrides: Sequence[str]) -> Study:
+def ideas(overrides: Sequence[str]) -> list[Experiment]:
     """More that might reach longer numbers without being told where digits align, but did not.
 
     Loops trained to be repeated (input injected, state normalised, random depths), run as often as
@@ -165,32 +158,54 @@ def ideas(overrides: Sequence[str]) -> Study:
         "model.shared_step=true",
         "model.free_loops=12",
     ]
+    turned = ['model.positions="rope"']
+    randomly = ['model.positions="random-rope"']
     local = ['model.positions="token-bias"', "model.clip=2", "model.window=true"]
-    packed = ['data.layout="packed"', "data.row_length=64", "train.batch=96"]
-    deeper = (Scoring(), Scoring(loops=16), Scoring(loops=64))
-    kinds = {
-        "rope-repeated": ("rope, repeatable loops", repeated, deeper),
+    single, packed = ['data.layout="single"'], ['data.layout="packed"']
+    # What makes a system what it is called; sizes; more loops at test time, as factors.
+    systems = {
+        "rope-repeated": (
+            "rope, repeatable loops",
+            [*repeated, *turned, *single],
+            [],
+            (4, 16),
+        ),
         "random-rope-repeated": (
             "random-rope, repeatable loops",
-            [*repeated, 'model.positions="random-rope"'],
-            deeper,
+            [*repeated, *randomly, *single],
+            [],
+            (4, 16),
         ),
         "token-bias-window-repeated": (
             "token-bias, window, repeatable loops",
-            [*repeated, *local],
-            deeper,
+            [*repeated, *local, *single],
+            [],
+            (4, 16),
         ),
-        "rope-packed": ("rope, packed rows", packed, (Scoring(),)),
+        "rope-packed": (
+            "rope, packed rows",
+            [*turned, *packed],
+            ["data.row_length=64", "train.batch=96"],
+            (),
+        ),
     }
     experiments = []
-    for name, (told, changes, scorings) in kinds.items():
-        named = [f'name="{name}"', f'system.name="LoopLM, 4 loops, {told}"']
-        config = _config("ablation", [*named, *changes, *overrides])
+    for name, (told, own, sizes, factors) in systems.items():
+        system = f"LoopLM, 4 loops, {told}"
+        config = _config(
+            "ablation",
+            overrides,
+            name=name,
+            system=system,
+            own=["model.loops=4", *own],
+            sizes=[*_scored_at(ABLATION_LENGTHS, 1_000), *sizes],
+        )
+        scorings = (Scoring(), *_at_other_loops(config, factors))
         experiments.append(Experiment(config, scorings))
-    return Study(experiments, ablation([]).digits, 1_000)
+    return experiments
 
 
-STUDIES: dict[str, Callable[[Sequence[str]], Study]] = {
+STUDIES: dict[str, Callable[[Sequence[str]], list[Experiment]]] = {
     "table-256": functools.partial(table, 256),
     "table-768": functools.partial(table, 768),
     "frontier": frontier,
@@ -204,5 +219,81 @@ SEEDS = {"table-768": 1, "ablation": 3, "ideas": 3}
 MOST_SEEDS = 5
 
 
-def _config(name: str, overrides: Sequence[str]) -> Config:
-    return read_config(CONFIGS / f"{name}.toml", overrides)
+def _config(
+    base: str,
+    overrides: Sequence[str],
+    *,
+    name: str | None = None,
+    system: str | None = None,
+    own: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+) -> Config:
+    """The configuration of one of a study's systems.
+
+    Args:
+      base: the name of the file it starts from.
+      overrides: the user's, for every system of the study.
+      name, system: its names; None for those of the file.
+      own: changes that make it what it is called, as overrides. No override of the user's may say
+        otherwise.
+      sizes: changes that give way to the user's.
+
+    Raises:
+      InputError: an override contradicts what the system is, or is not allowed.
+    """
+    path = CONFIGS / f"{base}.toml"
+    plain = read_config(path)
+    name, system = name or plain.name, system or plain.system
+    own = [f"name={json.dumps(name)}", f"system.name={json.dumps(system)}", *own]
+    try:
+        config = read_config(path, [*sizes, *overrides, *own])
+        # The same where the last word is the user's: no reading of their syntax is needed here.
+        asked = dict(leaves(read_config(path, [*sizes, *own, *overrides]).model_dump()))
+    except InputError as error:
+        # What is missing with an override need not be what it names.
+        raise InputError(f"{name} with {' '.join(overrides)}: {error}") from None
+    for key, value in leaves(config.model_dump()):
+        if asked.get(key) != value:
+            # A configuration keeps the system's name alone.
+            key = "system.name" if key == "system" else key
+            raise InputError(
+                f"override of {key}: {value!r} is what makes {name} of this study; train a"
+                " configuration of your own instead"
+            )
+    return config
+
+
+def _stacked(config: Config, layers: int) -> Config:
+    """A looped model's configuration with as many blocks of their own instead.
+
+    Raises:
+      InputError: an override asks of it what only loops have.
+    """
+    shared = set(Architecture.model_fields)
+    looped = config.model.model_dump(exclude={*shared, "kind", "loops"}, exclude_defaults=True)
+    for key in looped:
+        raise InputError(f"override of model.{key}: {config.name} is a stack of blocks, without it")
+    stack = config.model.model_dump(include=shared) | {"kind": "gpt", "layers": layers}
+    parallel = config.parallel.model_dump(mode="json")
+    changes = {"model": stack, "parallel": parallel}
+    return parse_config(config.model_dump(mode="json") | changes, config.name)
+
+
+def _scored_at(lengths: Sequence[int], examples: int) -> list[str]:
+    """Overrides that say where a study scores, and on how many problems a length."""
+    return [f"evaluation.digits={list(lengths)}", f"evaluation.examples={examples}"]
+
+
+def _at_other_loops(config: Config, factors: Sequence[float]) -> tuple[Scoring, ...]:
+    """A training's end scored at multiples of its loops, as far as they are whole."""
+    asked = (float(factor * config.model.loops) for factor in factors)
+    return tuple(Scoring(loops=int(loops)) for loops in asked if loops.is_integer())
+
+
+def _at_equal_work(config: Config, peer: Config) -> tuple[Scoring, ...]:
+    """Where a looped model has applied its block as often as a peer has at the end of its training.
+
+    Nowhere, where it is trained no longer than that.
+    """
+    step = peer.train.steps * peer.model.loops // config.model.loops
+    return (Scoring(step=step),) if 1 <= step < config.train.steps else ()

@@ -199,14 +199,33 @@ def _kinds_cells(row: Row) -> list[str]:
 def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
     lines = _listed(evaluated)
     results = [r for line in lines for r in line.results]
+    seeds = {line.label: ranges(r.config.train.seed for r in line.results) for line in lines}
+    # Where they are not the same for all.
+    told = "; ".join(f"{label} {of}" for label, of in seeds.items())
+    of_each = f" Training seeds: {told}." if len(set(seeds.values())) > 1 else ""
+    shares = {
+        name: {r.seed_columns[name].trained_share for r in results if name in r.seed_columns}
+        for name in SEED_COLUMNS
+    }
     commits = ", ".join(dict.fromkeys(_short_commit(r.commit) for r in results))
     return [
-        f"{origin(results)}, {problem_counts(results)}, commit {commits}.",
+        f"{origin(results)}, {problem_counts(results)}, commit {commits}.{of_each}",
         f"In parentheses: {interval_kind(lines)}, bounds rounded outwards.",
         *([NOTE_ON_KINDS] if any(line.kinds for line in lines) else []),
-        NOTE_ON_COLUMNS,
+        NOTE_ON_COLUMNS + _note_on_shares(shares),
         NOTE_ON_PUBLISHED,
     ]
+
+
+def _note_on_shares(shares: dict[str, set[float | None]]) -> str:
+    """What the columns hold of trained lengths and of longer ones; older files do not say."""
+    told = []
+    for name, of_column in shares.items():
+        known = sorted(x for x in of_column if x is not None and 0 < x < 1)
+        if known:
+            low, high = (f"{100 * x:.1f}" for x in (known[0], known[-1]))
+            told.append(f"{name} {low if low == high else f'{low} to {high}'}%")
+    return f" Of a column's problems, of trained lengths: {', '.join(told)}." if told else ""
 
 
 def _short_commit(commit: str | None) -> str:

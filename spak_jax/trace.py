@@ -17,15 +17,24 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spak_jax import addition, evaluate, figures, model
-from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
+from spak_jax import addition, evaluate, figures, jax_settings, model
+from spak_jax.command_line import (
+    InputError,
+    console,
+    progress,
+    run_program,
+    writable_folder,
+    write_file,
+)
 from spak_jax.config import LoopedModel
 
 # What a picture can show, a pixel or two a token.
 LONGEST_TEXT = 400
 DECIMALS = 4
+WRONG = "; in red with the right one behind it where it is another"
 
 
+@jax_settings.fixed()
 def trace(trained: evaluate.Trained, numbers: tuple[int, ...], loops: int | None) -> dict[str, Any]:
     """What every loop does with a problem and its true answer.
 
@@ -36,7 +45,8 @@ def trace(trained: evaluate.Trained, numbers: tuple[int, ...], loops: int | None
 
     Returns:
       `text`, the problem as the model reads it; `first`, the index of the token that chooses the
-      answer's first symbol; for each loop, each of the tokens from there that choose one:
+      answer's first symbol; `chosen`, what each token from there on chooses after the last loop;
+      for each loop, each of the tokens from there that choose one:
       `confidence`, the probability of the true next symbol, and `looked`, the weights of attention
       over the text, the mean over heads; `system`, `config` and where and when.
 
@@ -61,9 +71,10 @@ def trace(trained: evaluate.Trained, numbers: tuple[int, ...], loops: int | None
         logits, looked = network.traced(batch.tokens, loops=loops, ids=ids)
         chances = jax.nn.softmax(logits[:, 0])
         true = jnp.broadcast_to(batch.targets[0, :, None], (*chances.shape[:2], 1))
-        return jnp.take_along_axis(chances, true, axis=-1)[..., 0], looked[:, 0].mean(1)
+        right = jnp.take_along_axis(chances, true, axis=-1)[..., 0]
+        return right, looked[:, 0].mean(1), logits[-1, 0].argmax(-1)
 
-    confidence, looked = map(np.asarray, run(trained.weights, batch))
+    confidence, looked, chosen = map(np.asarray, run(trained.weights, batch))
     first = text.index("=")
     rounded = lambda array: np.round(array.astype(float), DECIMALS).tolist()  # noqa: E731
     return evaluate.origin(trained) | {
@@ -71,6 +82,7 @@ def trace(trained: evaluate.Trained, numbers: tuple[int, ...], loops: int | None
         "loops": len(confidence),
         "text": text,
         "first": first,
+        "chosen": addition.decode(chosen[first:]),
         "confidence": rounded(confidence[:, first:]),
         "looked": rounded(looked[:, first:]),
     }
@@ -79,10 +91,12 @@ def trace(trained: evaluate.Trained, numbers: tuple[int, ...], loops: int | None
 def draw(traced: dict[str, Any]) -> Figure:
     """A panel of attention for each loop, and confidence by loop below them."""
     text, first, loops = traced["text"], traced["first"], traced["loops"]
-    read, written = text[:-1], text[first + 1 :].replace("\n", "¶")
+    read, right, chosen = (
+        part.replace("\n", "¶") for part in (text[:-1], text[first + 1 :], traced["chosen"])
+    )
     confidence, looked = np.array(traced["confidence"]), np.array(traced["looked"])
     width, margin = figures.WIDE + 1.6, 0.45
-    panel = 0.35 + 0.075 * len(written)
+    panel = 0.35 + 0.075 * len(right)
     below = 0.75 + 0.16 * loops
     height = loops * panel + below + 0.5
     figure = Figure(figsize=(width, height))
@@ -103,20 +117,21 @@ def draw(traced: dict[str, Any]) -> Figure:
     for loop, panel_axes in enumerate(axes[:-1]):
         image = panel_axes.imshow(looked[loop], cmap="Blues", **shown)
         panel_axes.set_title(f"loop {loop + 1}: attention, mean over heads", loc="left", pad=2)
-        _symbols(panel_axes.yaxis, written)
+        _symbols(panel_axes.yaxis, chosen, right)
         _symbols(panel_axes.xaxis, read)
         panel_axes.set_ylabel("chosen symbol")
     bar = figure.add_axes((1 - 0.6 / width, 0.5, 0.12 / width, 0.4))
     figure.colorbar(image, cax=bar)
     sure = axes[-1].imshow(confidence, cmap="Greens", **shown)
     axes[-1].set_title("probability of the right symbol after each loop", loc="left", pad=2)
-    _symbols(axes[-1].xaxis, written)
+    _symbols(axes[-1].xaxis, right)
     axes[-1].set_yticks(range(loops), range(1, loops + 1))
     axes[-1].set_ylabel("loop")
     bar = figure.add_axes((1 - 0.6 / width, 0.75 / height, 0.12 / width, 0.16 * loops / height))
     figure.colorbar(sure, cax=bar, ticks=[0, 1])
     caption = (
-        f"{traced['system']}: {traced['problem']}, least significant digit first."
+        f"{traced['system']}: {traced['problem']}, least significant digit first. Chosen: after the"
+        f" last loop, behind the right symbols before it{WRONG if chosen != right else ''}."
         f" {traced['device']}, {traced['date']}."
     )
     figure.text(
@@ -136,7 +151,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("problem", metavar="PROBLEM", help="such as 999999+1")
     parser.add_argument("--loops", type=int, help="instead of the trained number")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("figures") / "trace")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the pictures (default: RUN/trace)"
+    )
     arguments = parser.parse_intermixed_args()
     evaluate.check_range("--loops", arguments.loops, 1, evaluate.MAX_LOOPS)
     trained = evaluate.load(arguments.run)
@@ -144,8 +161,9 @@ def main() -> None:
         numbers = addition.parse_problem(arguments.problem, trained.config.data.task)
     except ValueError as error:
         raise InputError(str(error)) from None
-    writable_folder(arguments.out)
-    traced = trace(trained, numbers, arguments.loops)
+    out = writable_folder(arguments.out or arguments.run / "trace")
+    with progress("tracing"):
+        traced = trace(trained, numbers, arguments.loops)
     files = {"trace.json": json.dumps(traced) + "\n"}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -153,14 +171,22 @@ def main() -> None:
         drawn = draw(traced)
         files |= {f"trace.{kind}": figures.saved(drawn, kind) for kind in ("png", "pdf")}
     for name, content in files.items():
-        write_file(arguments.out / name, content)
-        console.print(f"wrote {arguments.out / name}", markup=False)
+        write_file(out / name, content)
+        console.print(f"wrote {out / name}")
+    evaluate.warn_of_loops(traced["config"]["model"], traced["loops"])
 
 
-def _symbols(axis, text: str) -> None:
-    """A tick and a symbol of the text for each row or column."""
-    axis.set_ticks(range(len(text)), list(text), fontsize=4)
+def _symbols(axis, text: str, right: str | None = None) -> None:
+    """A tick and a symbol of the text for each row or column; marked where it is not the right
+    one."""
+    right = text if right is None else right
+    pairs = list(zip(text, right, strict=True))
+    labels = [symbol if symbol == true else f"{symbol} ({true})" for symbol, true in pairs]
+    axis.set_ticks(range(len(text)), labels, fontsize=4)
     axis.set_tick_params(length=0, pad=1)
+    for label, (symbol, true) in zip(axis.get_ticklabels(), pairs, strict=True):
+        if symbol != true:
+            label.set_color("red")
 
 
 if __name__ == "__main__":

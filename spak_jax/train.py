@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import functools
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,21 +23,53 @@ import optax
 from flax import nnx
 
 from pallas_kernels import shards
-from spak_jax import addition, checkpoint, evaluate, interruption, metrics, model, parallel
+from spak_jax import (
+    addition,
+    checkpoint,
+    evaluate,
+    interruption,
+    jax_settings,
+    metrics,
+    model,
+    parallel,
+    positions,
+)
 from spak_jax.command_line import (
     Failure,
     InputError,
     console,
     first_line,
-    progress_bar,
+    progress,
+    require_devices,
     run_program,
 )
-from spak_jax.config import Config, Parallel, Train, first_difference, read_specification
+from spak_jax.config import (
+    Config,
+    Parallel,
+    Train,
+    add_words,
+    file_and_overrides,
+    first_difference,
+    read_specification,
+)
 
-DEFAULT_CONFIG = Path("configs/quickstart.toml")
 VALIDATION_BATCHES = 8
+# No part of any step: names, and when a training saves, tells, ends and is scored.
+BESIDE_THE_STEPS = (
+    "name",
+    "system",
+    "evaluation",
+    "train.steps",
+    "train.steps_per_call",
+    "train.checkpoint_every",
+)
 # A compiled call that takes longer leaves its user without news.
 SECONDS_PER_CALL = 2.0
+# Of waiting for a training.
+INSTEAD = (
+    "it can be stopped at any time, and goes on when it is asked for again; for a trial take fewer"
+    " steps, such as train.steps=200, or the configuration quickstart"
+)
 
 
 class TrainState(NamedTuple):
@@ -58,7 +92,7 @@ OVER_SEEDS = TrainState(weights=0, optimizer=0, step=None, seed=0)
 class Told(NamedTuple):
     """What a call tells of each of its steps, float32: the loss, and the norm of its gradient.
 
-    Arrays of `train.steps_per_call`, or one such row a seed; NaN beyond the steps that were taken.
+    Arrays of `train.steps_per_call`, or one such row a seed; 0 beyond the steps that were taken.
     """
 
     loss: jax.Array
@@ -213,7 +247,7 @@ def make_training(
             state, of_step = every_seed(state, supply)
             return state, jax.tree.map(lambda x, value: x.at[..., i].set(value), told, of_step)
 
-        none = jnp.full((*state.seed.shape, config.train.steps_per_call), jnp.nan, jnp.float32)
+        none = jnp.zeros((*state.seed.shape, config.train.steps_per_call), jnp.float32)
         return jax.lax.fori_loop(0, count, body, (state, Told(none, none)))
 
     return run_steps
@@ -287,14 +321,19 @@ def compiled_steps(config: Config) -> Callable:
     return run_steps.lower(*_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
+@jax_settings.fixed()
 def train(config: Config, run_path: Path, until: int | None = None) -> list[TrainState]:
     """Trains to the last step, from the newest checkpoint in the run folder if there is one.
 
-    SIGTERM and SIGINT end it after the steps under way, with a checkpoint. So it must be called
-    from the main thread.
+    SIGTERM, SIGINT and SIGHUP end it after the steps under way, with a checkpoint. So it must be
+    called from the main thread.
+
+    A run goes on with more `train.steps` than it was begun with, other intervals, other scoring or
+    another name: only what would have changed the steps already done is refused. Where some of
+    several seeds have no run yet, or are behind, they are brought to the others' step first.
 
     Args:
-      config: of this run; a checkpoint of another is refused.
+      config: of this run; a checkpoint of another training is refused.
       run_path: the run folder; with several seeds, of all of them (`run_folders`).
       until: a step to stop at, with a checkpoint, on the way to the last; None for the last.
 
@@ -302,31 +341,51 @@ def train(config: Config, run_path: Path, until: int | None = None) -> list[Trai
       The last state of each seed's training, on one device.
 
     Raises:
-      InputError: the run folder is another configuration's, in use, damaged, or cannot be written,
-        or has been trained beyond `until`; or there are too few devices.
+      InputError: the run folder is another training's, in use, damaged, or cannot be read or
+        written, or has been trained beyond `until`; or there are too few devices.
       Failure: a number is no longer finite, memory or disk is full, or another process is gone; the
         last good checkpoint stays.
       Stopped: by a signal, with a checkpoint.
     """
     last = config.train.steps if until is None else until
+    require_devices()
     _require_same_kind(config, run_path)
+    if _behind(config, run_path) is not None:
+        # Before folders are made for those that have none.
+        _Runs(config, run_path).require_same_training(last)
     with contextlib.ExitStack() as held:
         request = held.enter_context(interruption.heeded())
         folders = run_folders(config, run_path)
         lock = lambda: [held.enter_context(checkpoint.locked(path)) for path in folders]  # noqa: E731
         parallel.by_first(lock)
-        runs = _Runs(config, run_path)
-        held.enter_context(runs.explaining())
-        return _train(config, runs, last, request)
+        while (behind := _behind(config, run_path)) is not None:
+            some, path, step = behind
+            first, count = some.train.seed, some.train.seeds
+            seeds = f"seeds {first} to {first + count - 1}" if count > 1 else f"seed {first}"
+            console.print(f"{run_path}: {seeds} to step {step:,} first, where the others are")
+            _train(some, path, step, request)
+        return _train(config, run_path, last, request)
 
 
 def _train(
-    config: Config, runs: "_Runs", last: int, request: interruption.Request
+    config: Config, run_path: Path, last: int, request: interruption.Request
+) -> list[TrainState]:
+    runs = _Runs(config, run_path)
+    with runs.explaining():
+        return _train_in(runs, config, last, request)
+
+
+def _train_in(
+    runs: "_Runs", config: Config, last: int, request: interruption.Request
 ) -> list[TrainState]:
     state = runs.begin(last)
+    if runs.step == last:
+        runs.close()
+        return _apart(parallel.on_first_device(state, config.parallel))
     supply = first_supply(config)
     started = time.monotonic()
-    run_steps, validation_loss = compiled(config)
+    with progress("compiling"):
+        run_steps, validation_loss = compiled(config)
     seeds = config.train.seeds
     console.print(
         f"{config.system}: {model.parameter_count(state.weights) // seeds:,} parameters,"
@@ -337,10 +396,12 @@ def _train(
     )
 
     learning_rate = schedule(config.train)
-    printed, pace = time.monotonic(), 1
+    pace = 1
     (asked,) = parallel.of_all(request.signal)
-    with progress_bar(config.name) as progress:
-        task = progress.add_task("", total=last, completed=runs.step, status="")
+    instead = evaluate.or_a_gpu(INSTEAD)
+    with progress(config.name, last, runs.step, "steps", instead) as shown:
+        # Compiled already: the first step tells the pace.
+        shown.advance(0)
         while runs.step < last and not any(asked):
             step, target = runs.step, _next_stop(runs.step, pace, last, config.train)
             started = time.monotonic()
@@ -380,11 +441,8 @@ def _train(
             if due or any(asked):
                 runs.save(state)
             runs.step = target
-            status = f"loss {sum(losses) / seeds:.4f}  rate {rate:.1e}  {1 / seconds:.1f} steps/s"
-            progress.update(task, completed=target, status=status)
-            if progress.disable and (time.monotonic() - printed > 10 or target >= last):
-                printed = time.monotonic()
-                console.print(f"step {target:,} of {last:,}  {status}")
+            status = f"loss {sum(losses) / seeds:.4f}, learning rate {rate:.1e}"
+            shown.advance(target - step, status)
     runs.close()
     if any(asked):
         raise interruption.Stopped(
@@ -400,21 +458,12 @@ def main() -> None:
         prog="python -m spak_jax.train",
         description="Train a model, or go on with a training, and score it.",
     )
+    add_words(parser, default="quickstart")
     parser.add_argument(
-        "config", nargs="?", help="a TOML file (default: %(default)s)", default=str(DEFAULT_CONFIG)
+        "--run", type=checkpoint.run_folder, help="the run folder (default: runs/NAME)"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="changes to it, in TOML, such as model.loops=24",
-    )
-    parser.add_argument("--run", type=Path, help="the run folder (default: runs/NAME)")
     parser.add_argument(
         "--fresh", action="store_true", help="start over; a run that is there is moved aside"
-    )
-    parser.add_argument(
-        "--despite-laws", action="store_true", help="train although a law of the file is broken"
     )
     parser.add_argument(
         "--distributed",
@@ -428,19 +477,16 @@ def main() -> None:
 
 
 def _train_and_score(arguments: argparse.Namespace) -> None:
-    config_path, overrides = arguments.config, arguments.overrides
-    if "=" in config_path:
-        config_path, overrides = str(DEFAULT_CONFIG), [config_path, *overrides]
-    specification = read_specification(Path(config_path), overrides)
+    path, overrides = file_and_overrides(arguments)
+    specification = read_specification(path, overrides)
     config = specification.config
-    if not arguments.despite_laws:
-        # Here, as it compiles training steps of this module.
-        from spak_jax.check import require_lawful
+    # Here, as it compiles training steps of this module.
+    from spak_jax.check import require_lawful
 
-        require_lawful(specification, Path(config_path))
+    require_lawful(specification, path, overrides)
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
-        parallel.by_first(lambda: _move_aside(run_path))
+        parallel.by_first(lambda: move_aside(run_path))
     states = train(config, run_path)
     if not parallel.is_first():
         return
@@ -467,7 +513,7 @@ def _next_stop(step: int, pace: int, last: int, train: Train) -> int:
 def _key(seed: jax.Array | int, purpose: str) -> jax.Array:
     """The PRNG key of one purpose; different purposes never share random numbers."""
     purposes = ("weights", "data", "dropout", "validation")
-    return jax.random.split(jax.random.key(seed), 4)[purposes.index(purpose)]
+    return jax.random.split(jax_settings.key(seed), 4)[purposes.index(purpose)]
 
 
 def _apart(state: TrainState) -> list[TrainState]:
@@ -499,14 +545,72 @@ def _together(states: Sequence[TrainState]) -> TrainState:
 
 def _require_same_kind(config: Config, run_path: Path) -> None:
     """Raises `InputError` where one run stands in the place of several seeds', or they in its."""
-    several = config.train.seeds > 1
-    others = [run_path] if several else run_path.glob("seed*")
-    if any((path / checkpoint.CHECKPOINTS).is_dir() for path in others):
+    seeds = config.train.seeds
+    if seeds > 1 and checkpoint.steps_in(run_path):
         raise InputError(
-            f"{run_path} holds {'one run' if several else 'runs of several seeds'}, which"
-            f" train.seeds = {config.train.seeds} does not go on with; name another folder with"
-            " --run, or start over with --fresh"
+            f"{run_path} holds one run, which train.seeds = {seeds} does not go on with; name"
+            " another folder with --run, or start over with --fresh"
         )
+    begun = [path for path in _seed_folders(run_path) if checkpoint.steps_in(path)]
+    if seeds == 1 and begun:
+        raise InputError(
+            f"{run_path} holds runs of several seeds, which train.seeds = 1 does not go on with;"
+            f" name one of them, such as --run {begun[0]}, or start over with --fresh"
+        )
+
+
+def _seed_folders(run_path: Path) -> list[Path]:
+    """Those in a run folder that are named as the runs of its seeds."""
+    try:
+        names = [entry.name for entry in os.scandir(run_path) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"cannot read the run folder {run_path}: {error.strerror}") from None
+    return sorted(run_path / name for name in names if re.fullmatch("seed(0|[1-9][0-9]*)", name))
+
+
+def _behind(config: Config, run_path: Path) -> tuple[Config, Path, int] | None:
+    """Seeds to train first, so that all can go on from one step: in which folder, to which step.
+
+    None where all have a checkpoint of the same step, or none has any.
+    """
+    behind, folders = None, run_folders(config, run_path)
+    while True:
+        begun = [set(checkpoint.steps_in(path)) for path in folders]
+        if not any(begun) or set.intersection(*begun):
+            return behind
+        newest = max(max(steps, default=0) for steps in begun)
+        first, *more = (i for i, steps in enumerate(begun) if newest not in steps)
+        # One program trains seeds that follow one another.
+        count = 1 + sum(i == first + n for n, i in enumerate(more, start=1))
+        config, folders = _some_seeds(config, first, count), folders[first : first + count]
+        behind = config, run_path if count > 1 else folders[0], newest
+
+
+def _some_seeds(config: Config, first: int, count: int) -> Config:
+    """The configuration of `count` of its seeds, from the one at place `first` on."""
+    train = config.train.model_copy(
+        update={"seed": config.train.seed + first, "seeds": count},
+    )
+    devices = config.parallel.model_copy(
+        update={"seeds": math.gcd(config.parallel.seeds, count)},
+    )
+    return config.model_copy(update={"train": train, "parallel": devices})
+
+
+def _difference(stored: Config, asked: Config, step: int) -> str | None:
+    """What would have made other steps, up to this one, than those done; None for nothing."""
+    difference = first_difference(stored, asked, but=BESIDE_THE_STEPS)
+    steps = sorted((stored.train.steps, asked.train.steps))
+    # The one part of a step that goes by how many there will be.
+    soft = asked.model.positions == "learned" and step < positions.SOFT_UNTIL * steps[0]
+    if difference or steps[0] == steps[1] or asked.model.positions != "learned" or soft:
+        return difference
+    return (
+        f"train.steps is {stored.train.steps:,} there and {asked.train.steps:,} here, and says when"
+        f' the gates of model.positions = "learned" become firm: not after step {step:,} as trained'
+    )
 
 
 class _Runs:
@@ -521,32 +625,34 @@ class _Runs:
         self._config = config
         self._configs, self._paths = one_by_one(config), run_folders(config, run_path)
 
+    def require_same_training(self, last: int) -> None:
+        """Raises `InputError` where a run that is there cannot go on to step `last`."""
+        for i, path in enumerate(self._paths):
+            steps = checkpoint.steps_in(path)
+            if steps:
+                self._require_within(steps[-1], last)
+                self._restored(i, steps[-1])
+
     def begin(self, last: int) -> TrainState:
         """The state to go on from: that of the newest checkpoints, or the first one.
 
+        Where there are some, all have one of the same step.
+
         Raises:
-          InputError: the folders are another configuration's, damaged, or cannot be written, or
-            have been trained beyond step `last`.
+          InputError: the folders are another training's, damaged, or cannot be written, or have
+            been trained beyond step `last`.
         """
         begun = [set(checkpoint.steps_in(path)) for path in self._paths]
         common = set.intersection(*begun)
-        if any(begun) and not common:
-            raise InputError(
-                f"{self.path}: the runs of its seeds have no checkpoint of the same step; name"
-                " another folder with --run, or start over with --fresh"
-            )
         if common:
             # Where a kill fell between two of them, some runs are a checkpoint ahead.
             self.step = max(common)
             state = _together([self._restored(i, self.step) for i in range(len(begun))])
-            if self.step > last:
-                raise InputError(
-                    f"{self.path} has been trained to step {self.step:,}, beyond {last:,}; move it"
-                    " aside to train it again"
-                )
+            self._require_within(self.step, last)
             where = shardings(self._config)
             state = state if where is None else jax.device_put(state, where)
-            console.print(f"{self.path}: going on after step {self.step}")
+            what = "going on after" if self.step < last else "already trained to"
+            console.print(f"{self.path}: {what} step {self.step:,}")
         else:
             state = first_state(self._config)
         self._runs = [checkpoint.Run(path) for path in self._paths]
@@ -556,6 +662,13 @@ class _Runs:
             self.save(state)
         parallel.by_first(lambda: [metrics.cut(path, self.step) for path in self._paths])
         return state
+
+    def _require_within(self, step: int, last: int) -> None:
+        if step > last:
+            raise InputError(
+                f"{self.path} has been trained to step {step:,}, beyond {last:,}: ask for more"
+                " train.steps, name another folder with --run, or start over with --fresh"
+            )
 
     def save(self, state: TrainState) -> None:
         """A checkpoint of each seed's run."""
@@ -620,7 +733,7 @@ class _Runs:
     def _restored(self, i: int, step: int) -> TrainState:
         config, path = self._configs[i], self._paths[i]
         restored = checkpoint.restore(path, optimizer=True, at_most=step)
-        difference = first_difference(restored.config, config)
+        difference = _difference(restored.config, config, restored.step)
         if difference:
             raise InputError(
                 f"{path} holds a run of another configuration: {difference};"
@@ -639,20 +752,26 @@ class _Runs:
         return TrainState(weights, optimizer_state, jnp.int32(restored.step), seed)
 
 
-def _move_aside(run_path: Path) -> None:
-    if not run_path.exists():
-        return
-    number = 1
-    while (aside := run_path.with_name(f"{run_path.name}.old-{number}")).exists():
-        number += 1
+def move_aside(run_path: Path) -> None:
+    whole = Path(os.path.abspath(run_path))
+    if Path.cwd().is_relative_to(whole):
+        raise InputError(
+            f"--fresh cannot move {run_path} aside: this program was started in it; start it in"
+            " another folder, or name another run"
+        )
     try:
+        if not run_path.exists():
+            return
+        number = 1
+        while (aside := whole.with_name(f"{whole.name}.old-{number}")).exists():
+            number += 1
         # Not away from under a training that is under way.
         with contextlib.ExitStack() as held:
-            for folder in (run_path, *run_path.glob("seed*/")):
+            for folder in (run_path, *_seed_folders(run_path)):
                 held.enter_context(checkpoint.locked(folder))
-            run_path.rename(aside)
+            whole.rename(aside)
     except OSError as error:
-        raise InputError(f"cannot move {run_path} to {aside}: {error.strerror}") from None
+        raise InputError(f"cannot move {run_path} aside: {error.strerror}") from None
     console.print(f"the run in {run_path} is now in {aside}")
 
 

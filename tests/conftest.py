@@ -13,8 +13,11 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import hypothesis
 import pytest
 
+# pytest-xdist tells its workers the width of the terminal; tables are as wide as they want here.
+os.environ.pop("COLUMNS", None)
 # Tests compare float32 numbers; a GPU that happens to be there would change them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a test's time is compiling what another test, worker or run has compiled before.
@@ -22,10 +25,27 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "spak-jax-test-cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# On a GPU the workers share its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
 
 from spak_jax.config import Config, parse_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+
+# Compiling takes as long as it takes.
+hypothesis.settings.register_profile("compiling", deadline=None)
+hypothesis.settings.load_profile("compiling")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go():
+    """Each compiled program holds memory maps, of which a process may have some 65,000: beyond them
+    the compiler crashes."""
+    yield
+    jax.clear_caches()
+
 
 TINY = """
 name = "tiny"
@@ -51,6 +71,13 @@ checkpoint_every = 4
 digits = [1, 2, 7]
 examples = 20
 """
+
+
+@pytest.fixture(scope="module")
+def exact_products():
+    """Products of float32 as they are meant: XLA's on a GPU are in tf32 unless told."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture

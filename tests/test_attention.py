@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 from pallas_kernels import attention, choose, dispatch, reference, targets, tiles
 from pallas_kernels.tile import Extras, Options
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiling():
@@ -110,7 +112,7 @@ def test_tiles_of_every_target(length, target):
         target=target, interpret=jax.default_backend() == "cpu",
     )  # fmt: skip
     q, k, v, d_out = (normal(i, (1, length, 2, 32)) for i in range(4))
-    out, pull = jax.vjp(lambda *x: dispatch.run_kernels(x, Extras(), options), q, k, v)
+    out, pull = jax.vjp(lambda *x: dispatch.run_kernels((x, None), Extras(), options), q, k, v)
     plain = lambda *x: attention(*x, scale=0.2, implementation="xla")  # noqa: E731
     with jax.default_matmul_precision("highest"):
         truth, pull_truth = jax.vjp(plain, q, k, v)
@@ -320,6 +322,100 @@ def test_under_data_parallel_shard_map():
     assert relative_error(gradient, jax.grad(lambda q: local(q).sum())(q)) < 1e-6
 
 
+MASKS = {
+    "causal": {},
+    "segments": {"segment_ids": jnp.array([[0] * 4 + [1] * 20, [2] * 24])},
+    "window": {"ids": 1 + jnp.arange(48).reshape(2, 24) % 9, "window": 2},
+    "neither": {"causal": False, "segment_ids": jnp.arange(48).reshape(2, 24) // 12 % 2},
+}
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas", "streamed"])
+@settings(deadline=None, max_examples=4)
+@given(
+    masks=st.sampled_from(list(MASKS)),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    broken=st.sampled_from([jnp.nan, jnp.inf, -jnp.inf]),
+    which=st.sampled_from([(0, 1, 2), (0,), (1,), (2,)]),
+    rate=st.sampled_from([0.0, 0.3]),
+    place=st.integers(0, 23),
+)
+def test_what_a_token_does_not_see_is_nothing_to_it(
+    implementation, masks, dtype, broken, which, rate, place
+):
+    """Bit for bit, of outputs and gradients; and who sees a NaN of a value has NaN."""
+    options = MASKS[masks] | {"positions": jnp.arange(24), "dropout_rate": rate}
+    options["dropout_key"] = jax.random.key(0)
+    q, k, v, d_out = (normal(i, (2, 24, 2, 16), dtype) for i in range(4))
+    # By plain code: what a change of one value changes.
+    marked = lambda v: attention(q * 0, k * 0, v, implementation="xla", **MASKS[masks])  # noqa: E731
+    seeing = (marked(v) != marked(v.at[:, place].add(100))).any((2, 3))
+    seeing = seeing.at[:, place].set(True)
+    d_out = jnp.where(seeing[..., None, None], 0, d_out)
+
+    def run(*qkv):
+        with pytest.MonkeyPatch.context() as patch:
+            if implementation == "streamed":
+                patch.setattr(dispatch, "_whole_row", lambda *_: None)
+            named = "xla" if implementation == "xla" else "pallas"
+
+            def projected(q, k, v):
+                out = attention(q, k, v, implementation=named, **options)
+                return (jnp.where(seeing[..., None, None], 0, out) * d_out).sum(), out
+
+            gradients, out = jax.grad(projected, (0, 1, 2), has_aux=True)(*qkv)
+        return out, gradients
+
+    out, gradients = run(q, k, v)
+    changed = tuple(
+        x.at[:, place].set(broken) if i in which else x for i, x in enumerate((q, k, v))
+    )
+    found, found_gradients = run(*changed)
+    np.testing.assert_array_equal(found[~seeing], out[~seeing])
+    for value, expected in zip(found_gradients, gradients, strict=True):
+        np.testing.assert_array_equal(value[~seeing], expected[~seeing])
+    if 2 in which and rate == 0:
+        assert not jnp.isfinite(found[seeing]).any()
+
+
+def test_the_newest_token_does_not_look_behind_itself():
+    q, k, v = normal(0, (2, 2, 4)), normal(1, (2, 6, 2, 4)), normal(2, (2, 6, 2, 4))
+    at, told = jnp.array([2, 4]), {"bias_table": None, "window": None, "clip": None, "scale": 0.5}
+    later = (jnp.arange(6) > at[:, None])[..., None, None]
+    out = reference.newest_attention(q, k, v, at, ids=None, **told)
+    k, v = (jnp.where(later, jnp.nan, x) for x in (k, v))
+    np.testing.assert_array_equal(out, reference.newest_attention(q, k, v, at, ids=None, **told))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_integers_of_every_type_mean_the_same(implementation):
+    """With ids of unsigned types, whose differences wrap around."""
+    q = normal(0, (2, 8, 2, 16))
+    numbers = np.random.default_rng(0).integers(0, 9, (2, 8))
+    table = normal(1, (2, 6))
+
+    def run(dtype):
+        given = jnp.asarray(numbers, dtype)
+        out = attention(q, q, q, ids=given, bias_table=table, window=2, positions=given,
+                        segment_ids=given // 5, implementation=implementation)  # fmt: skip
+        return np.asarray(out)
+
+    expected = run(jnp.int32)
+    for dtype in ("int8", "uint8", "int16", "uint16", "uint32"):
+        np.testing.assert_array_equal(run(dtype), expected)
+    with jax.enable_x64(True):
+        for dtype in ("int64", "uint64"):
+            np.testing.assert_array_equal(run(dtype), expected)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("shape", [(0, 8, 2, 16), (2, 0, 2, 16), (2, 8, 0, 16)])
+def test_nothing_gives_nothing(shape, implementation):
+    q = jnp.zeros(shape)
+    f = lambda q: attention(q, q, q, implementation=implementation)  # noqa: E731
+    assert f(q).shape == jax.grad(lambda q: f(q).sum())(q).shape == shape
+
+
 BAD = {
     "shapes": ({"k": (2, 8, 2, 8)}, "q, k, v are"),
     "odd head": ({"shape": (2, 8, 2, 15)}, "head_dim = 15"),
@@ -333,6 +429,28 @@ BAD = {
         {"ids": jnp.zeros((2, 8), int), "bias_table": jnp.zeros((2, 4)), "window": 3}, "window = 3"
     ),
     "rate": ({"dropout_rate": 1.0}, "dropout_rate = 1.0"),
+    "negative rate": ({"dropout_rate": -0.1}, "dropout_rate = -0.1"),
+    "no key": ({"dropout_key": 3, "dropout_rate": 0.1}, "dropout_key = 3: expected one PRNG key"),
+    "keys": (
+        {"dropout_key": jax.random.split(jax.random.key(0), 2), "dropout_rate": 0.1},
+        r"dropout_key = key<fry>\[2\]",
+    ),
+    "float positions": ({"positions": jnp.arange(8.0)}, "positions are float32: expected integers"),
+    "bool segments": (
+        {"segment_ids": jnp.ones((2, 8), bool)}, "segment_ids are bool: expected integers"
+    ),
+    "segments for all rows": ({"segment_ids": jnp.zeros(8, int)}, r"segment_ids are \[8\]"),
+    "half ids": (
+        {"ids": jnp.ones((2, 8), jnp.bfloat16), "window": 1},
+        "ids are bfloat16: expected integers or float32",
+    ),
+    "bool ids": ({"ids": jnp.ones((2, 8), bool), "window": 1}, "ids are bool"),
+    "negative window": ({"ids": jnp.zeros((2, 8), int), "window": -1}, "window = -1"),
+    "window by token": ({"ids": jnp.zeros((2, 8), int), "window": jnp.ones(8)}, "window = "),
+    "bias of integers": (
+        {"ids": jnp.zeros((2, 8), int), "bias_table": jnp.zeros((2, 4), int)}, "bias_table is int"
+    ),
+    "head of nothing": ({"shape": (2, 8, 2, 0)}, "head_dim = 0"),
     "implementation": ({"implementation": "magic"}, "implementation = 'magic'"),
     "head too large": ({"shape": (2, 8, 2, 160), "implementation": "pallas"}, "up to 128, not 160"),
     "cudnn with dropout": (

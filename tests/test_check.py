@@ -193,14 +193,38 @@ def test_results_decide_laws_of_accuracy(tmp_path):
     assert (found.holds, found.reason) == (None, 'accuracy["99"] was not scored')
 
 
-def test_training_refuses_a_broken_law_unless_told(tmp_path):
-    path = lawful(tmp_path, "parameters <= 100")
+def test_training_refuses_what_its_file_breaks(tmp_path):
+    path = lawful(tmp_path, "parameters <= 1_000")
     run = tmp_path / "run"
-    refused = run_program("spak_jax.train", path, "--run", run)
-    assert_refused(refused, "the-law", "parameters = ", "--despite-laws")
-    assert not run.exists()
-    told = ("spak_jax.train", path, "train.steps=2", "--run", run, "--despite-laws")
-    assert run_program(*told).returncode == 0
+    for overrides in ((), ("train.steps=2",)):
+        refused = run_program("spak_jax.train", path, *overrides, "--run", run)
+        assert_refused(refused, "the-law", "parameters = ")
+        assert not run.exists()
+    # What the run is counts, not what it would have been.
+    mended = run_program("spak_jax.train", path, "model.width=4", "train.steps=2", "--run", run)
+    assert mended.returncode == 0 and "no longer true" not in mended.stdout, mended.stderr
+
+
+@pytest.mark.parametrize(
+    ("law", "override", "status"),
+    [
+        ("train.steps == 12", "train.steps=2", 1),
+        ("model.loops >= 3 and parameters > 0", "model.loops=2", 1),
+        # It cannot even be judged any more.
+        ("1 / (model.loops - 2) == 1", "model.loops=2", 2),
+    ],
+)
+def test_an_override_may_break_what_the_file_claims(tmp_path, law, override, status):
+    path = lawful(tmp_path, law)
+    steps = "train.steps=2"
+    words = ("spak_jax.train", path, *dict.fromkeys((override, steps)), "--run", tmp_path / "run")
+    trained = run_program(*words)
+    assert trained.returncode == 0, trained.stderr
+    [said] = [line for line in trained.stdout.splitlines() if "no longer true" in line]
+    assert override in said and "the-law" in said and law in said
+    asked = run_program("spak_jax.check", path, override)
+    assert asked.returncode == status and "the-law" in asked.stderr
+    assert run_program("spak_jax.check", path).returncode == 0
 
 
 def test_halting_that_forgets_positions_breaks_its_law(tmp_path, monkeypatch):
@@ -268,7 +292,9 @@ check = "kernel.short_forward.spilled <= 8"
 """
 
 
-def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tmp_path, monkeypatch):
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """The file of a specification whose laws forbid one tile, and a table of tiles beside it."""
     path = tmp_path / "configs" / "tiny.toml"
     path.parent.mkdir()
     path.write_text(TINY + SPACE)
@@ -281,7 +307,14 @@ def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tmp_path, m
     monkeypatch.setattr(compile, "measure", measure)
     monkeypatch.chdir(tmp_path)
     table = tmp_path / "tiles.toml"
-    words = ["tune", "--spec", str(path), "--target", "rtx5070", "--table", str(table)]
+    table.write_text(tiles.FILE.read_text())
+    monkeypatch.setattr(tiles, "FILE", table)
+    return path, table
+
+
+def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tuned, tmp_path, monkeypatch):
+    path, table = tuned
+    words = ["tune", "--spec", str(path), "--target", "rtx5070", "--write"]
     monkeypatch.setattr(sys, "argv", words)
     for _ in range(2):
         tune.main()
@@ -298,6 +331,34 @@ def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tmp_path, m
     told["chosen"]["short_forward"]["spilled"] = 5
     evidence.write_text(json.dumps(told))
     assert check.judge_facts(specification, path.parent)[0].verdict.holds is False
+
+
+def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, monkeypatch, capsys):
+    path, table = tuned
+    before = path.read_bytes(), table.read_bytes()
+    words = ["tune", "--spec", str(path), "--target", "rtx5070"]
+    for more, folder in (([], "runs/tuned"), (["--out", "mine"], "mine")):
+        monkeypatch.setattr(sys, "argv", words + more)
+        tune.main()
+        assert (path.read_bytes(), table.read_bytes()) == before
+        found = tmp_path / folder
+        assert {file.name for file in found.iterdir()} == {"tiles.toml", "tuned_tiny_rtx5070.json"}
+        assert "num_warps = 4" in (found / "tiles.toml").read_text()
+        told = capsys.readouterr().out
+        assert "num_warps=4" in told and f"{folder}/tiles.toml; the kernels read their own" in told
+    assert {file.name for file in tmp_path.iterdir()} == {"configs", "mine", "runs", "tiles.toml"}
+
+    # What was found before stays; what is no table is not replaced.
+    (tmp_path / "mine" / "tiles.toml").write_text(
+        table.read_text().replace("[rtx5070.short_forward]", '[rtx5070.short_forward]\n"own" = {}')
+    )
+    tune.main()
+    assert '"own" = {  }' in (tmp_path / "mine" / "tiles.toml").read_text()
+    for text in ("no = table", "[rtx5070]", "a = 1"):
+        (tmp_path / "mine" / "tiles.toml").write_text(text)
+        with pytest.raises(SystemExit):
+            tune.main()
+        assert (tmp_path / "mine" / "tiles.toml").read_text() == text
 
 
 def test_no_tile_within_the_laws_is_an_error_that_names_them(tmp_path, monkeypatch):

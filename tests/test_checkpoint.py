@@ -1,14 +1,21 @@
 """Checkpoints: what was saved comes back, and what is damaged does not come back as something."""
 
+import contextlib
 import os
 import shutil
+import sys
+import tempfile
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from conftest import assert_refused, run_program
+from conftest import assert_refused, run_program, tiny_config
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from spak_jax import checkpoint
-from spak_jax.command_line import InputError
+from spak_jax import checkpoint, command_line
+from spak_jax.command_line import Failure, InputError
 from spak_jax.release import release
 
 WEIGHTS = {
@@ -116,6 +123,239 @@ def test_many_arrays_that_cannot_be_read_are_one_message(run):
     result = run_program("spak_jax.evaluate", run, env=os.environ)
     assert_refused(result, "checkpoints/2 is damaged", "go back to step 1")
     assert len(result.stderr.splitlines()) == 1
+
+
+# Whatever a file system takes, and often what something reads as more than a name.
+NAMES = st.text(
+    st.sampled_from("[]*?{}~%$:;|&#@=+,'\"\\<>! \n\t\r.-aé٣漢\x01\u202e\udcff")
+    | st.characters(exclude_characters="/\0", exclude_categories=["Cs"]),
+    min_size=1,
+    max_size=60,
+).filter(lambda name: name not in (".", "..") and len(os.fsencode(name)) < 256)
+
+
+def assert_survives(path, config):
+    writer = checkpoint.Run(path)
+    for step in (1, 2):
+        writer.save(step, config, WEIGHTS, OPTIMIZER)
+    writer.drop_after(1)
+    writer.close()
+    assert checkpoint.steps_in(path) == [1]
+    assert_is_what_was_saved(checkpoint.restore(path, optimizer=True))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(NAMES, min_size=1, max_size=3))
+@example(["a[b]"])
+@example(["[!a]", "**"])
+@example(["a\\b", "gs:", "x"])
+@example(["\udcff", "-a", "~", "%20", "a."])
+@example(["x" * 255] * 12)
+def test_a_run_may_have_any_path(names):
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, *names)
+        # What a pattern would find instead.
+        place.with_name("b").mkdir(parents=True)
+        assert_survives(place, tiny_config())
+
+
+def test_without_a_plainly_named_place_nothing_is_begun(tmp_path, monkeypatch, tiny):
+    odd = tmp_path / "a[b]"
+    odd.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
+    writer = checkpoint.Run(odd)
+    with pytest.raises(InputError, match="set TMPDIR"):
+        writer.save(0, tiny, WEIGHTS)
+    with monkeypatch.context() as no_place:
+        no_place.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+        with pytest.raises(Failure, match="none"):
+            writer.save(0, tiny, WEIGHTS)
+
+
+@pytest.mark.parametrize("read_back", [checkpoint.READ_BACK, 0])
+def test_what_does_not_come_back_was_not_saved(run, tmp_path, monkeypatch, read_back, tiny):
+    """Orbax drops the arrays of a folder whose name it takes for a pattern, and says nothing."""
+    monkeypatch.setattr(checkpoint, "READ_BACK", read_back)
+    odd = tmp_path / "a[b]"
+    run.rename(odd)
+    writer = checkpoint.Run(odd)
+    writer.save(3, tiny, WEIGHTS, OPTIMIZER)
+    monkeypatch.setattr(checkpoint, "_plainly_named", contextlib.nullcontext)
+    monkeypatch.chdir("/")
+    with pytest.raises(Failure, match=r"cannot save .* step 4 .*that of step 3 is kept"):
+        writer.save(4, tiny, WEIGHTS, OPTIMIZER)
+    monkeypatch.undo()
+    assert checkpoint.steps_in(odd) == [2, 3]
+    assert_is_what_was_saved(checkpoint.restore(odd, optimizer=True))
+    # What is left of it goes with the next training.
+    checkpoint.Run(odd)
+    assert {path.name for path in (odd / checkpoint.CHECKPOINTS).iterdir()} == {"2", "3"}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (PermissionError(13, "Permission denied", "weights/d/0"), "weights/d/0: Permission denied"),
+        (InterruptedError(4, "Interrupted system call"), "Interrupted system call"),
+        (OSError(24, "Too many open files"), "Too many open files"),
+        (MemoryError(), "out of memory"),
+        (ImportError("no module named zarr3"), "no module named zarr3"),
+        (TypeError("restore() got an unexpected keyword"), "unexpected keyword"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 4 GiB"), "RESOURCE_EXHAUSTED"),
+        (ValueError("UNAVAILABLE: the disk is away"), "UNAVAILABLE"),
+        (InputError("its configuration: unknown key model.new"), "unknown key model.new"),
+    ],
+)
+def test_only_damage_is_called_damage(run, monkeypatch, error, cause, listed):
+    if not listed:
+        for path in run.rglob(checkpoint.FILES):
+            path.unlink()
+
+    def fails(*rest, **more):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", fails)
+    with pytest.raises(InputError, match="cannot read the checkpoint .*/2") as refusal:
+        checkpoint.restore(run)
+    said = str(refusal.value).replace(str(run), "RUN")
+    assert cause in said and "\n" not in said
+    assert not any(word in said for word in ("damage", "--fresh", "remove"))
+
+
+def test_files_that_are_as_they_were_saved_are_not_damaged(run, monkeypatch):
+    def fails(*rest, **more):
+        raise ValueError("NOT_FOUND: a format of tomorrow")
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", fails)
+    with pytest.raises(InputError, match="cannot read .*a format of tomorrow"):
+        checkpoint.restore(run)
+    # Where nothing says so, it is what such an error mostly means.
+    (run / "checkpoints" / "2" / checkpoint.FILES).unlink()
+    with pytest.raises(InputError, match="is damaged .*a format of tomorrow"):
+        checkpoint.restore(run)
+
+
+def test_a_file_that_cannot_be_read_is_named(run, monkeypatch):
+    flip(next((run / "checkpoints" / "2" / "weights").rglob("d/*")))
+
+    def refused(path, *rest):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint.Path, "open", refused)
+    with pytest.raises(InputError, match=r"cannot read .*\(.*/2/.*: Permission denied\)$"):
+        checkpoint.restore(run)
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_a_jax_that_cannot_start_is_one_line(run, platforms):
+    env = os.environ | {"JAX_PLATFORMS": platforms, "CUDA_VISIBLE_DEVICES": ""}
+    result = run_program("spak_jax.evaluate", run, env=env)
+    assert result.returncode == 2
+    # JAX may have told of a plugin before it.
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: JAX cannot start on JAX_PLATFORMS={platforms} (")
+    assert "JAX_PLATFORMS=cpu is there" in last
+
+
+def test_any_program_tells_that_jax_cannot_start(monkeypatch, capsys):
+    def asserts():
+        raise AssertionError
+
+    def main():
+        jax.devices()
+
+    with monkeypatch.context() as absent:
+        absent.setattr(jax, "devices", asserts)
+        with pytest.raises(SystemExit) as end:
+            command_line.run_program(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: JAX cannot start on JAX_PLATFORMS=cpu")
+    # Other bugs stay what they are.
+    with pytest.raises(AssertionError):
+        command_line.run_program(asserts)
+
+
+def test_a_reader_that_loses_a_race_looks_again(run, tiny, monkeypatch):
+    read, tidied = checkpoint._read, []
+
+    def tidied_meanwhile(folder, *rest):
+        if not tidied:
+            tidied.append(folder)
+            monkeypatch.setattr(checkpoint, "_read", read)
+            writer = checkpoint.Run(run)
+            for step in (3, 4):
+                writer.save(step, tiny, WEIGHTS, OPTIMIZER)
+            return read(folder, *rest)
+        return read(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "_read", tidied_meanwhile)
+    assert checkpoint.restore(run).step == 4
+    assert [folder.name for folder in tidied] == ["2"]
+
+
+def test_entries_that_are_no_checkpoints_stay_and_do_not_matter(run, tiny):
+    folder = run / checkpoint.CHECKPOINTS
+    names = ("007", "٣", "0abc", "tmp", "-1", "1e3", "9.partial", "２", " 5")
+    for name in names:
+        (folder / name).mkdir()
+    for name in (".DS_Store", "6", "notes.txt"):
+        (folder / name).write_text("mine")
+    writer = checkpoint.Run(run)
+    writer.save(3, tiny, WEIGHTS, OPTIMIZER)
+    assert checkpoint.steps_in(run) == [2, 3]
+    assert checkpoint.restore(run).step == 3
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*names, ".DS_Store", "6", "notes.txt", "2", "3"}
+
+
+def test_what_killed_processes_left_goes(run):
+    folder = run / checkpoint.CHECKPOINTS
+    for name in ("3.unseen", "3.unseen.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-7"):
+        (folder / name).mkdir()
+    (folder / "0.removed").mkdir()
+    checkpoint.Run(run)
+    assert {path.name for path in folder.iterdir()} == {"1", "2"}
+
+
+def test_folders_that_cannot_be_read_are_told(run, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.os, "scandir", refused)
+    with pytest.raises(InputError, match="cannot read .*checkpoints: Permission denied"):
+        checkpoint.restore(run)
+
+
+def test_names_of_run_folders(tmp_path):
+    (tmp_path / "file").touch()
+    assert checkpoint.run_folder(str(tmp_path)) == tmp_path
+    assert checkpoint.run_folder("none/yet") == Path("none/yet")
+    with pytest.raises(InputError, match="is empty"):
+        checkpoint.run_folder("")
+    for name in ("file", "file/run"):
+        with pytest.raises(InputError, match=f"{name} cannot be a folder"):
+            checkpoint.run_folder(str(tmp_path / name))
+    with pytest.raises(InputError, match="File name too long"):
+        checkpoint.run_folder("x" * 300)
+
+
+def test_a_run_folder_may_be_a_link(run, tmp_path, tiny):
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    writer = checkpoint.Run(link)
+    writer.save(3, tiny, WEIGHTS, OPTIMIZER)
+    assert checkpoint.restore(link).step == checkpoint.restore(run).step == 3
+
+
+def test_without_the_system_s_locks_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with (
+        pytest.raises(InputError, match="writing run folders needs Linux"),
+        checkpoint.locked(tmp_path / "run"),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_lock_is_held_by_one_and_names_nobody_afterwards(tmp_path):

@@ -13,7 +13,7 @@ from conftest import ROOT, assert_refused, run_program
 from jax import export
 
 from pallas_kernels import compile as aot
-from pallas_kernels import targets, tiles
+from pallas_kernels import programs, targets, tiles
 from pallas_kernels.looped_cases import LOOPED_CASES
 from pallas_kernels.shapes import (
     LONG,
@@ -128,11 +128,12 @@ def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
 )
 def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
     function, arguments = aot.program(case, target)
-    exported = export.export(
-        jax.jit(function),
-        platforms=["cuda"],
-        disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
-    )(*arguments)
+    with targets.compiling_for(target):
+        exported = export.export(
+            jax.jit(function),
+            platforms=["cuda"],
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
+        )(*arguments)
     # Forward, and backward in one kernel or in two; an MLP's two products, and four backward.
     backward, operation = getattr(case, "backward", True), getattr(case, "operation", None)
     expected = (6,) if operation == "mlp" else (2, 3) if backward else (1,)
@@ -168,6 +169,29 @@ def test_a_missing_assembler_is_named(tmp_path):
         _package(tmp_path / name)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": str(tmp_path)}
     assert_refused(run_program("pallas_kernels.compile", env=environment), "ptxas")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "pallas_kernels.tune"),
+        ("-m", "pallas_kernels.bench"),
+        ("-c", "import jax; from spak_jax import command_line as c; c.run_program(jax.devices)"),
+    ],
+    ids=["tune", "bench", "run_program"],
+)
+@pytest.mark.skipif(
+    any(map(os.path.exists, programs.DEVICE_FILES)), reason="needs a machine without a GPU"
+)
+def test_no_program_misses_libraries_of_a_gpu_that_is_not_there(command):
+    chosen_by_jax = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
+    chosen_by_jax.pop("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", None)
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=chosen_by_jax, capture_output=True, text=True
+    )
+    assert "Traceback" not in result.stderr and "plugin" not in result.stderr
+    refused = "JAX's backend here is cpu" in result.stderr
+    assert refused if command[0] == "-m" else not result.stderr
 
 
 def test_chips_get_the_tiles_of_their_own_target_or_the_most_cautious():

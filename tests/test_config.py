@@ -1,14 +1,17 @@
 """Configurations: what ships is valid, what is wrong is named."""
 
 import contextlib
+import tempfile
+import tomllib
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny_config
+from conftest import ROOT, TINY, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spak_jax.command_line import InputError
-from spak_jax.config import first_difference, parse_config, read_config
+from spak_jax.config import first_difference, leaves, parse_config, read_config
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -39,10 +42,43 @@ def test_the_five_systems_follow_the_originals_recipe():
 
 def test_overrides_are_toml(tiny_toml):
     config = read_config(
-        tiny_toml, ["model.loops=24", 'name="trial"', "data.bridge_digits=[7]", "train.betas=[0,1]"]
+        tiny_toml,
+        ["model.loops=24", 'name="trial"', "data.bridge_digits=[7]", "train.betas=[0,0.5]"],
     )
     assert (config.model.loops, config.name, config.data.bridge_digits) == (24, "trial", (7,))
     assert config.train.steps == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("model.positions=random-rope", "model.positions", "random-rope"),
+        ("name=trial", "name", "trial"),
+        ("model.mlp = swiglu ", "model.mlp", "swiglu"),
+        ("system.name=My model", "system", "My model"),
+        ("system.name=C# and = [red]", "system", "C# and = [red]"),
+        ("system.name='2024'", "system", "2024"),
+        ('system.name=\\ "quoted', "system", '\\ "quoted'),
+        ("system.name=Größe\x7f", "system", "Größe\x7f"),
+        ("model.inject_input=true", "model.inject_input", True),
+        ("train.learning_rate=1e-2", "train.learning_rate", 1e-2),
+    ],
+)
+def test_an_override_that_is_no_toml_is_a_string(tiny_toml, override, key, value):
+    assert dict(leaves(read_config(tiny_toml, [override]).model_dump()))[key] == value
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40))
+def test_any_text_is_itself_as_an_override_or_is_refused(text):
+    """Where it is no other value of TOML, such as `1` or `"a"`."""
+    try:
+        tomllib.loads(f"x={text}")
+    except ValueError:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tiny.toml"
+            path.write_text(TINY)
+            with contextlib.suppress(InputError):
+                assert read_config(path, [f"system.name={text}"]).system == text.strip()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +119,15 @@ def test_overrides_are_toml(tiny_toml):
         ("model=3", ["model = 3"]),
         ("name.x=3", ["name.x=3", "a value, not a section"]),
         ("model.loops", ["model.loops", "key.path=value"]),
-        ("model.mlp=gelu", ["model.mlp=gelu", "key.path=value"]),
+        ("model.mlp=relu", ["model.mlp = 'relu'", "'gelu'"]),
+        ("train.steps=abc", ["train.steps = 'abc'", "integer"]),
+        ("train.steps=", ["train.steps = ''", "integer"]),
+        ("train.betas=[0.9,", ["train.betas = '[0.9,'"]),
+        ("model.inject_input=True", ["model.inject_input = 'True'", "true or false"]),
+        ("system.name=2024", ["system.name = 2024", "in quotes", "'system.name=\"2024\"'"]),
+        ("system.name=", ["system.name = ''", "at least 1 character"]),
+        ("sys tem=x", ["'sys tem=x'", "key.path=value"]),
+        ("\udc80=x", ["key.path=value"]),
         ("=3", ["=3", "key.path=value"]),
         ("", ["key.path=value"]),
     ],

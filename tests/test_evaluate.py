@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spak_jax import addition, checkpoint, evaluate, generation, model
+from spak_jax import addition, checkpoint, evaluate, generation, halting, model
 from spak_jax import train as training
 from spak_jax.command_line import InputError
+from spak_jax.results import gather, read_results
 from spak_jax.solve import solve
 
 LENGTH = 40
@@ -54,7 +56,10 @@ def test_teacher_forcing_equals_generation(strength, salt):
         assert 0 < forced.mean() < 1
 
 
-@pytest.mark.parametrize("halt", [False, True])
+STILL = evaluate.Halting("still", 0.7, 0.7)
+
+
+@pytest.mark.parametrize("halt", [None, evaluate.PUBLISHED_HALTING, STILL])
 def test_decoding_a_trained_model_equals_teacher_forcing(half_trained, halt):
     trained = evaluate.load(half_trained)
     problems = addition.sample_exact(jax.random.key(0), 1, 300)
@@ -132,7 +137,7 @@ def test_a_stack_has_no_loops_to_choose():
 
     gpt = parse_config(values, "test")
     trained = evaluate.Trained(gpt, nnx.state(model.build(gpt, 13, jax.random.key(0))), 0)
-    for options in ({"loops": 3}, {"halt": True}):
+    for options in ({"loops": 3}, {"halt": evaluate.PUBLISHED_HALTING}):
         with pytest.raises(InputError, match="stack of 2 blocks"):
             evaluate.forward(trained.config, **options)
     results = evaluate.score(trained, evaluate.Settings((1,), 5, 0))
@@ -206,6 +211,7 @@ def test_the_command_line(half_trained, tmp_path):
         "--loops",
         "4",
         "--halt",
+        "published",
         "--seed",
         "5",
         "--json",
@@ -215,6 +221,10 @@ def test_the_command_line(half_trained, tmp_path):
     results = json.loads(out.read_text())
     assert list(results["lengths"]) == ["1", "8"] and results["lengths"]["8"]["total"] == 30
     assert results["loops"] == 4 and results["halting"] == [0.9, 0.999]
+    assert results["halting_rule"] == "confidence"
+    assert "warning: --halt published: the original's thresholds lose answers" in result.stdout
+    assert "note: 4 loops, 3 in training" in result.stdout
+    assert "training seed 0, 4 loops, step 220: whole answers right" in result.stdout
     assert results["training"]["validation_step"] == [110, 220]
     assert results["training"]["step"][-1] == 220
 
@@ -226,7 +236,86 @@ def test_the_command_line(half_trained, tmp_path):
         "1": 1,
         "2": 1,
     }
-    assert "wrong: 99+1=100" in result.stdout
+    (written,) = re.findall(r"^wrong: 99\+1=(.*), right: 100$", result.stdout, re.MULTILINE)
+    assert written == solve(evaluate.load(half_trained), [(99, 1)])[0].text != "100"
+
+
+@pytest.mark.parametrize(("words", "rule"), [((), "still"), (("confidence",), "sure")])
+def test_halting_is_calibrated_for_the_model(words, rule, half_trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(halting, "CALIBRATED_ON", 200)
+    command = ("spak_jax.evaluate", half_trained, "--digits", "1", "--examples", "20")
+    result = run_program(*command, "--json", tmp_path / "x.json", "--halt", *words)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "x.json").read_text())
+    expected = halting.calibrated(evaluate.load(half_trained), rule)
+    assert results["halting"] == [expected.before, expected.after] and expected.rule == rule
+    assert results["halting_rule"] == expected.rule_name
+    assert f"halting by {expected.rule_name}, calibrated" in result.stdout
+    assert ("warning" in result.stdout) == (rule == "sure")
+
+
+@pytest.mark.parametrize(("loops", "free"), [(4, 0), (4, 6), (3, 0), (2, 0)])
+def test_more_loops_than_in_training_are_remarked_on(loops, free, capsys):
+    evaluate.warn_of_loops({"loops": 3, "free_loops": free}, loops)
+    said = "4 loops, 3 in training: this model was not trained to be repeated"
+    assert (said in capsys.readouterr().out) == (loops > 3 and not free)
+
+
+def test_a_column_is_zero_shot_only_where_all_of_it_is(half_trained):
+    """The column "5-6" was called zero-shot, most of whose problems have trained lengths."""
+    problems = addition.sample_seed_columns(jax.random.key(0), 4_000)
+    longer = np.asarray(addition.longest_operand(problems))
+    outcome = evaluate.Outcome(np.zeros(4_000, bool), np.ones(4_000, np.float32))
+    columns = evaluate._seed_columns(problems, outcome, longest=6)
+    assert {name: line["zero_shot"] for name, line in columns.items()} == {
+        "1-4": False, "5-6": False, "8": True, "10": True, "12": True,
+    }  # fmt: skip
+    assert columns["1-4"]["trained_share"] == 1 and columns["8"]["trained_share"] == 0
+    inside = ((longer == 5) | (longer == 6)).sum() / ((longer >= 5) & (longer <= 7)).sum()
+    assert columns["5-6"]["trained_share"] == pytest.approx(inside) == pytest.approx(0.6, abs=0.1)
+    results = evaluate.score(evaluate.load(half_trained), evaluate.Settings((1,), 30, 0))
+    assert results["seed_columns"]["5-6"]["zero_shot"]
+    results["seed_columns"]["5-6"] |= {"zero_shot": False, "trained_share": 0.6093}
+    with evaluate.console.capture() as said:
+        evaluate.print_results(results)
+    (line,) = [line for line in said.get().splitlines() if "5-6" in line]
+    assert "60.9% trained lengths" in line and "zero-shot" not in line
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    """A folder of two seeds, with one that never saved a checkpoint beside them."""
+    config = tiny_config(train={"seed": 9, "seeds": 2, "steps": 2, "checkpoint_every": 2})
+    run = tmp_path_factory.mktemp("two")
+    training.train(config, run)
+    (run / "seed3").mkdir()
+    return run
+
+
+@pytest.mark.parametrize("program", ["solve", "trace", "halting"])
+def test_a_folder_of_seeds_names_them(program, two_seeds):
+    words = ["1+2"] if program != "halting" else []
+    result = run_program(f"spak_jax.{program}", two_seeds, *words)
+    # The tenth after the ninth.
+    assert_refused(result, f"{two_seeds} holds", f"{two_seeds / 'seed9'}, {two_seeds / 'seed10'}")
+    assert "seed3" not in result.stderr
+
+
+def test_the_seeds_of_a_folder_are_scored_together(two_seeds, tmp_path):
+    command = ("spak_jax.evaluate", two_seeds, "--digits", "1", "--examples", "50")
+    result = run_program(*command, "--json", tmp_path / "two.json")
+    assert result.returncode == 0, result.stderr
+    paths = [tmp_path / f"two-seed{seed}.json" for seed in (9, 10)]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    (line,), _ = gather([(path, read_results(path)) for path in paths])
+    assert [results.config.train.seed for results in line.results] == [9, 10]
+    for seed in (9, 10):
+        assert f"training seed {seed}, 3 loops" in result.stdout
+    _, over_seeds = result.stdout.split("mean over training seeds 9-10, 3 loops")
+    for name, found in (("1", line.at_length(1)), ("seed's 5-6", line.in_column("5-6"))):
+        (row,) = [row for row in over_seeds.splitlines() if row.split("│")[1:2] == [f"{name:>11} "]]
+        assert f"{found.low:.1%} - {found.high:.1%}" in row and f"{found.mean:.1%}" in row
+    assert "Student intervals" in over_seeds
 
 
 def test_kinds_and_long_numbers_are_scored(half_trained):
@@ -322,8 +411,8 @@ def test_solve_writes_what_scoring_finds_right(half_trained):
     right = [answer.text == str(a + b) for (a, b), answer in zip(pairs, answers, strict=True)]
     assert right == outcome.correct.tolist() and any(right)
     for answer in answers:
-        assert len(answer.loops) == len(answer.text)
-        assert all(1 <= loops <= 3 for loops in answer.loops)
+        assert len(answer.settled) == len(answer.text)
+        assert all(1 <= loops <= 3 for loops in answer.settled)
 
 
 @pytest.mark.parametrize("name", ["frontier", "frontier-tiny", "pointer"])

@@ -398,3 +398,13 @@ def test_command_line_exits_with_status_2_and_one_message(tmp_path):
 def test_figures_know_nothing_of_models():
     check = "import sys, spak_jax.figures; sys.exit(bool({'jax', 'flax'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+def test_nothing_is_written_outside_runs_unless_it_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures").mkdir()
+    monkeypatch.setattr(figures, "render", lambda evaluated: {"table.md": "drawn"})
+    run_main(monkeypatch, written(tmp_path, results()))
+    assert {path.name for path in tmp_path.iterdir()} == {"figures", "runs", "results.json"}
+    assert not list((tmp_path / "figures").iterdir())
+    assert (tmp_path / "runs" / "figures" / "table.md").read_text() == "drawn"

@@ -1,6 +1,7 @@
 """Halting that pays: the calibration keeps its word, and what is told is what was counted."""
 
 import json
+import shutil
 import sys
 
 import jax
@@ -29,7 +30,8 @@ def test_scores_are_those_of_the_evaluator(half_trained, way):
     outcome = halting.Thinker(trained, 3)(
         problems, {"none": halting.NEVER, "seed": halting.ORIGINAL}[way]
     )
-    expected = evaluate.Scorer(trained, evaluate.Settings((1,), 1, 0, halt=way == "seed"))(problems)
+    halt = evaluate.PUBLISHED_HALTING if way == "seed" else None
+    expected = evaluate.Scorer(trained, evaluate.Settings((1,), 1, 0, halt=halt))(problems)
     np.testing.assert_array_equal(outcome.correct, expected.correct)
     steps = np.where(outcome.answering, outcome.steps, 0).sum(1) / outcome.answering.sum(1)
     np.testing.assert_allclose(steps, expected.steps, rtol=1e-6)
@@ -58,6 +60,16 @@ def test_the_calibration_saves_most_of_what_it_may(found, rule):
     # Less doubt, more loops.
     loops = [doubts[doubt]["text_steps"] for doubt in sorted(doubts)]
     assert loops == sorted(loops, reverse=True) and loops[0] > loops[-1]
+
+
+@pytest.mark.parametrize("rule", ["sure", "still"])
+def test_calibrating_alone_chooses_the_same(half_trained, found, rule):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(halting, "CALIBRATED_ON", 400)
+        patch.setattr(halting, "CALIBRATION_SEED", 3)
+        patch.setattr(halting, "DOUBTS", dict.fromkeys(RULES, (0.3, 0.1, 0.01, 1e-4)))
+        way = halting.calibrated(evaluate.load(half_trained), rule)
+    assert way._asdict() == found["ways"][rule]
 
 
 def test_a_number_of_loops_for_all_is_what_the_evaluator_runs(found, half_trained):
@@ -116,6 +128,9 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
     assert set(found["milliseconds"]) == set(found["ways"]) == {"none", "seed", "sure", "still"}
     assert (tmp_path / "out" / "halting.png").stat().st_size > 10_000
     assert "still: threshold" in capsys.readouterr().out
+    run = shutil.copytree(half_trained, tmp_path / "run")
+    command(run, "--digits", "1", "--examples", "5")
+    assert (run / "halting" / "halting.json").is_file()
     with pytest.raises(InputError, match="--digits .*upwards"):
         command(half_trained, "--digits", "0")
 
@@ -125,3 +140,5 @@ def test_a_stack_has_no_loops_to_stop():
     stack = parse_config(tiny_config().model_dump(mode="json") | {"model": model}, "test")
     with pytest.raises(InputError, match="no loops to stop"):
         halting.measure(evaluate.Trained(stack, None, 0), (1,), 1, 0, None)
+    with pytest.raises(InputError, match="no loops to stop"):
+        halting.calibrated(evaluate.Trained(stack, None, 0), "still")

@@ -15,6 +15,8 @@ from pallas_kernels import linear
 from spak_jax import addition, model, train
 from spak_jax.config import read_config
 
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
+
 SIZES = st.sampled_from([64, 128, 192])
 
 

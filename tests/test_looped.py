@@ -13,6 +13,8 @@ from test_model import build, make_config, random_weights
 from pallas_kernels import looped, targets, tiles
 from spak_jax import addition, evaluate, model
 
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
+
 FRONTIER = {
     "positions": "coupled-bias",
     "window": True,
@@ -27,9 +29,7 @@ def quick_compiling():
     """Interpreted kernels compile slowly and run in no time; the GPU compiles what users get."""
     on_cpu = jax.default_backend() == "cpu"
     jax.config.update("jax_disable_most_optimizations", on_cpu)
-    # A GPU multiplies float32 in tf32 unless told.
-    with jax.default_matmul_precision("highest"):
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
@@ -165,8 +165,41 @@ def test_what_follows_a_problem_is_not_waited_for():
     tokens = jnp.array([addition.encode("1+2=3\n\n\n"), addition.encode("7+9=61\n\n")])
     over = addition.ended(tokens)
     assert over.tolist() == [[False] * 5 + [True] * 3, [False] * 6 + [True] * 2]
-    _, steps = evaluate.forward(config, halt=True)(weights, tokens)
+    _, steps = evaluate.forward(config, halt=evaluate.PUBLISHED_HALTING)(weights, tokens)
     assert (steps[over] == 1).all() and (steps[~over] > 1).any()
+
+
+@pytest.mark.parametrize("rule", [None, "sure", "still"])
+def test_what_is_broken_in_a_token_is_nothing_to_those_before_it(rule):
+    """Nor to other rows of its program."""
+    network, tokens = network_of(), texts(3, 12)
+    thresholds = None if rule is None else jnp.full((3, 12), 0.6)
+
+    def logits(broken):
+        embed = model.LoopLM._embedded
+
+        def embedded(self, *given):
+            x = embed(self, *given)
+            return x.at[1, 7].set(jnp.nan) if broken else x
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.LoopLM, "_embedded", embedded)
+            return network.launched(tokens, thresholds, rule=rule or "sure")
+
+    whole, found = logits(False), logits(True)
+    others = np.ones((3, 12), bool)
+    others[1, 7:] = False
+    for value, expected in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(value[others], expected[others])
+    assert np.isnan(found[0][~others]).all()
+
+
+def test_no_rows_give_no_logits():
+    network = network_of()
+    for shape in ((0, 12), (3, 0)):
+        for how in ("launched", "scanned"):
+            logits, _ = run(network, how, jnp.zeros(shape, jnp.int32))
+            assert logits.shape == (*shape, 13)
 
 
 def test_models_take_it_on_a_gpu_where_it_applies(monkeypatch):
@@ -241,10 +274,10 @@ def test_compiled_equals_the_scanned_model(width, length):
 def test_the_evaluator_scores_the_same_in_one_launch(half_trained, halt, monkeypatch):
     trained = evaluate.load(half_trained)
     problems = addition.sample_exact(jax.random.key(0), 1, 300)
-    settings = evaluate.Settings((1,), 300, 0, halt=halt)
+    settings = evaluate.Settings((1,), 300, 0, halt=evaluate.PUBLISHED_HALTING if halt else None)
     launched = evaluate.Scorer(trained, settings)(problems)
     evaluate._compiled_rows.cache_clear()
-    monkeypatch.setattr(model.LoopLM, "fits_one_launch", lambda self, tokens: False)
+    monkeypatch.setattr(model.LoopLM, "_fits_one_launch", lambda self, tokens: False)
     scanned = evaluate.Scorer(trained, settings)(problems)
     evaluate._compiled_rows.cache_clear()
     # A probability at its threshold, or two of the same size, may come out the other way round.

@@ -665,3 +665,27 @@ def test_a_gpt_supervises_its_logits():
     network, batch = random_model(**GPT), random_batch()
     expected = loss_of_logits(logits_of(network, batch.tokens), batch)
     np.testing.assert_allclose(supervised_of(network, batch), [expected], rtol=1e-6)
+
+
+TABULATED = {
+    "loop": LOOP,
+    "gpt": GPT | {"mlp": "swiglu"},
+    "ids alone": GPT | {"positions": "coupled-embedding"},
+    "biases": LOOP | {"positions": "coupled-bias", "window": True, "inject_input": True},
+    "pointer": LOOP | {"positions": "learned", "window": True},
+}
+
+
+@pytest.mark.parametrize("name", TABULATED)
+def test_flax_tabulates_every_kind_of_model(name):
+    """A table with a line for each part; and methods are left as they were."""
+    config = make_config(**TABULATED[name])
+    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0))
+    tokens = jnp.zeros((2, 6), jnp.int32)
+    before = model.Block.__call__
+    table = nnx.tabulate(network, tokens, ids=addition.coupled_ids(tokens))
+    assert model.Block.__call__ is before
+    count = model.parameter_count(nnx.state(network))
+    assert f"{count:,}" in table
+    for part in ("embedding", "final_norm", "Block", "LayerNorm"):
+        assert part in table

@@ -295,3 +295,15 @@ def test_good_results_are_read_past_keys_that_are_not_known(tmp_path):
 def test_what_is_no_file_is_refused(path, tmp_path):
     with pytest.raises(InputError, match="cannot read the results file"):
         read_results(tmp_path / path)
+
+
+def test_halting_rules_are_told_apart_and_older_files_mean_confidence():
+    old = results(halting=[0.9, 0.9])
+    same = old | {"halting_rule": "confidence", "commit": None}
+    other = old | {"halting_rule": "convergence"}
+    lines, repeats = gathered(old, same, other)
+    assert [line.label for line in lines] == [
+        "LoopLM-12 (Dynamic), halting",
+        "LoopLM-12 (Dynamic), halting by convergence",
+    ]
+    assert len(repeats) == 1

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import add_and_norm, add_and_score, gelu, reference
+from pallas_kernels import add_and_norm, add_and_score, gelu, linear, reference, targets
+
+pytestmark = pytest.mark.gpu
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 KEY = jax.random.key(7)
@@ -138,3 +140,58 @@ def test_the_same_bits_on_every_run_and_under_vmap():
     for i in range(3):
         for mine, theirs in zip(one(x[i], update[i], keys[i]), together, strict=True):
             assert (mine == theirs[i]).all()
+
+
+SCALE, X = jnp.ones(16), jnp.ones((2, 16))
+SCORED = (X, X, SCALE, jnp.ones((5, 16)), jnp.zeros(2, int), jnp.ones(2))
+
+
+def scored(place, value):
+    return lambda: add_and_score(*SCORED[:place], value, *SCORED[place + 1 :])
+
+
+BAD = {
+    "implementation": (lambda: gelu(X, "magic"), "implementation = 'magic'"),
+    "u": (lambda: gelu(jnp.arange(3)), "u is int32"),
+    "x": (lambda: add_and_norm(X.astype(jnp.bfloat16), None, SCALE), "x is bfloat16"),
+    "update": (lambda: add_and_norm(X, X[:1], SCALE), r"update is \[1, 16\]: expected \[2, 16\]"),
+    "scale": (lambda: add_and_norm(X, None, SCALE[:1]), r"scale is \[1\]: expected \[16\]"),
+    "shift": (lambda: add_and_norm(X, None, SCALE, shift=X), r"shift is \[2, 16\]"),
+    "rate": (lambda: add_and_norm(X, X, SCALE, dropout_rate=2.0), "dropout_rate = 2.0"),
+    "key": (lambda: add_and_norm(X, X, SCALE, dropout_key=jnp.ones(2)), "dropout_key = float32"),
+    "dtype": (lambda: add_and_norm(X, X, SCALE, dtype=jnp.int32), "dtype is int32"),
+    "table": (scored(3, jnp.ones((5, 15))), r"table is \[5, 15\]: expected \[vocabulary, 16\]"),
+    "wanted": (scored(4, jnp.zeros(2)), "wanted is float32: expected integers"),
+    "one wanted": (scored(4, jnp.zeros(1, int)), r"wanted is \[1\]: expected \[2\]"),
+    "weights": (scored(5, jnp.ones(())), r"weights are \[\]: expected \[2\]"),
+    "matrix": (
+        lambda: linear.linear(X, jnp.ones((8, 4)), dtype="float32"), r"weights is|weights are"
+    ),
+    "outer": (
+        lambda: linear.mlp(X, jnp.ones((16, 8)), jnp.ones((4, 16)), dtype="float32"), "outer is"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_arguments_that_do_not_fit_are_named(case):
+    call, said = BAD[case]
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_nothing_gives_nothing(implementation, monkeypatch):
+    none = jnp.zeros((0, 3, 16))
+    assert gelu(none, implementation).shape == none.shape
+    stream, normed = add_and_norm(none, none, SCALE, implementation=implementation)
+    assert stream.shape == normed.shape == none.shape
+    _, score = add_and_score(
+        none, none, SCALE, SCORED[3], jnp.zeros((0, 3), int), jnp.ones((0, 3)),
+        implementation=implementation,
+    )  # fmt: skip
+    assert score == 0
+    monkeypatch.setattr(targets, "kernels_run", lambda: implementation == "pallas")
+    wide = jnp.zeros((0, 64), jnp.bfloat16)
+    assert linear.linear(wide, jnp.ones((64, 128)), dtype=jnp.bfloat16).shape == (0, 128)
+    assert linear.mlp(wide, *2 * [jnp.ones((64, 64))], dtype=jnp.bfloat16).shape == (0, 64)

@@ -80,6 +80,25 @@ def test_seeds_that_agree_have_an_interval_and_the_footnote_says_which():
     assert "widened where the Wilson interval of all their problems together reaches" in table
 
 
+def test_systems_of_other_seeds_say_which_are_theirs():
+    evaluated, _ = gathered(results(seed=4), results(seed=7, name="b", system="B"))
+    assert "Training seeds: LoopLM-12 (Dynamic) 4; B 7." in markdown_table(evaluated)
+    evaluated, _ = gathered(results(seed=4), results(seed=4, name="b", system="B"))
+    assert "Training seeds:" not in markdown_table(evaluated)
+
+
+def test_a_column_of_trained_lengths_says_so():
+    def with_share(share, **more):
+        column = score(10) | {"trained_share": share}
+        return results(seed_columns={"5-6": column, "8": score(0, zero_shot=True)}, **more)
+
+    evaluated, _ = gathered(with_share(0.609), with_share(0.613, name="b", system="B"))
+    told = r"Of a column's problems, of trained lengths: 5-6 60.9 to 61.3%."
+    assert told in markdown_table(evaluated)
+    evaluated, _ = gathered(results(), results(name="b", system="B"))
+    assert "of trained lengths:" not in markdown_table(evaluated)
+
+
 def test_halting_is_not_set_beside_a_published_number_scored_without():
     [line], _ = gathered(results(halting=[0.9, 0.999]))
     assert table_rows([line])[0].published == [None] * 5

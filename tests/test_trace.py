@@ -1,6 +1,7 @@
 """The look inside a looped model, and the race to a hundred digits: programs for people."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -25,7 +26,21 @@ def test_a_trace_is_of_the_answer(half_trained):
     chances = np.exp(logits[0] - np.logaddexp.reduce(logits[0], axis=-1, keepdims=True))
     expected = [chances[4 + i, batch.targets[0, 4 + i]] for i in range(3)]
     np.testing.assert_allclose(confidence[-1], expected, atol=1e-3)
+    chosen = np.asarray(logits[0].argmax(-1))[4:]
+    assert traced["chosen"] == addition.decode(chosen) and len(traced["chosen"]) == 3
     json.dumps(traced)
+
+
+def test_a_trace_shows_what_was_chosen_and_marks_what_is_wrong(half_trained):
+    """Its labels of the chosen symbols were those of the true ones."""
+    traced = trace.trace(evaluate.load(half_trained), (57, 8), None)
+    for chosen, labels in (("56\n", ["5", "6", "¶"]), ("5\n7", ["5", "¶ (6)", "7 (¶)"])):
+        figure = trace.draw(traced | {"chosen": chosen})
+        ticks = figure.axes[0].get_yticklabels()
+        assert [tick.get_text() for tick in ticks] == labels
+        assert [tick.get_color() == "red" for tick in ticks] == ["(" in label for label in labels]
+        caption = figure.texts[0].get_text().replace("\n", " ")
+        assert ("in red" in caption) == ("7" in chosen)
 
 
 def test_what_cannot_be_traced_is_refused(half_trained):
@@ -46,6 +61,11 @@ def test_the_trace_command(half_trained, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["trace.json", "trace.pdf", "trace.png"]
     traced = json.loads((out / "trace.json").read_text())
     assert traced["loops"] == 5 and traced["problem"] == "999+1" and traced["step"] == 220
+    assert "note: 5 loops, 3 in training" in result.stdout
+    # Unasked, beside the run: nothing that the repository holds is written over.
+    run = shutil.copytree(half_trained, tmp_path / "run")
+    result = run_program("spak_jax.trace", run, "9+1")
+    assert result.returncode == 0 and (run / "trace" / "trace.png").is_file(), result.stderr
     assert_refused(run_program("spak_jax.trace", half_trained, "999-1"), "999-1")
     assert_refused(run_program("spak_jax.trace", half_trained, "1+1", "--loops", "0"), "--loops 0")
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,14 @@ import optax
 import pytest
 from conftest import assert_refused, run_program, tiny_config
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
-from spak_jax import addition, checkpoint, model
+from spak_jax import addition, checkpoint, evaluate, metrics, model, positions
 from spak_jax import train as training
 from spak_jax.command_line import Failure, InputError
-from spak_jax.config import Train
+from spak_jax.config import Train, leaves
+from spak_jax.release import release
 
 
 def assert_same_run(one, other):
@@ -73,7 +78,7 @@ def test_one_compiled_call_equals_single_steps(tiny):
     run_steps = jax.jit(training.make_training(tiny))
     first, supply = begun(tiny)
     together, told = run_steps(first, supply, jnp.int32(4))
-    assert all(np.isnan(x[4:]).all() and np.isfinite(x[:4]).all() for x in told)
+    assert all((x[4:] == 0).all() and (x[:4] > 0).all() for x in told)
     state = first
     for i in range(4):
         state, alone = run_steps(state, supply, jnp.int32(1))
@@ -209,8 +214,94 @@ def test_one_seed_and_several_do_not_share_a_folder(tiny, tmp_path):
     training.train(tiny_config(train={"seeds": 2}), tmp_path / "two")
     with pytest.raises(InputError, match="several seeds, which train.seeds = 1 does not"):
         training.train(tiny, tmp_path / "two")
-    with pytest.raises(InputError, match="no checkpoint of the same step"):
-        training.train(tiny_config(train={"seeds": 3}), tmp_path / "two")
+    assert "seed0" in str(assert_refuses(tiny, tmp_path / "two"))
+
+
+def assert_refuses(config, run):
+    """The refusal of a training, which leaves the run folder as it was."""
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(InputError) as refusal:
+        training.train(config, run)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert "\n" not in str(refusal.value)
+    return refusal.value
+
+
+def test_more_seeds_are_brought_to_the_step_of_those_there_are(tmp_path, monkeypatch):
+    """And a kill on the way costs nothing that a checkpoint holds."""
+    run = tmp_path / "run"
+    of = lambda seeds, **more: tiny_config(train={"seeds": seeds, **more})  # noqa: E731
+    training.train(of(2), run)
+    assert "train.batch is 8 there and 4 here" in str(assert_refuses(of(3, batch=4), run))
+    assert "beyond 8" in str(assert_refuses(of(3, steps=8), run))
+    assert {path.name for path in run.iterdir()} == {"seed0", "seed1"}
+
+    class Stopped(Exception):
+        pass
+
+    save, before = checkpoint.Run.save, files_in(run, "*.json", "d/*")
+
+    def stop_there(written, step, *rest):
+        if step == 8:
+            raise Stopped
+        save(written, step, *rest)
+
+    monkeypatch.setattr(checkpoint.Run, "save", stop_there)
+    with pytest.raises(Stopped):
+        training.train(of(3), run)
+    monkeypatch.undo()
+    folders = training.run_folders(of(3), run)
+    assert [checkpoint.steps_in(folder)[-1] for folder in folders] == [12, 12, 4]
+    states = training.train(of(3), run)
+    assert [(int(state.seed), int(state.step)) for state in states] == [(0, 12), (1, 12), (2, 12)]
+    assert files_in(run, "*.json", "d/*").items() > before.items()
+    training.train(tiny_config(train={"seed": 2}), tmp_path / "alone")
+    assert_same_run(run / "seed2", tmp_path / "alone")
+
+
+def files_in(run, *patterns):
+    found = [path for pattern in patterns for path in run.rglob(pattern) if path.is_file()]
+    return {path: path.read_bytes() for path in found}
+
+
+@given(
+    st.lists(st.sets(st.sampled_from([0, 4, 8, 12, 16]), max_size=2), min_size=1, max_size=6),
+    st.integers(0, 3),
+)
+def test_seeds_that_are_behind_are_trained_in_groups_that_can_be(begun, first):
+    """Whatever steps a kill, or another number of seeds, has left."""
+    steps = {f"seed{first + i}": sorted(each) for i, each in enumerate(begun)}
+    config = tiny_config(train={"seed": first, "seeds": max(2, len(begun))})
+    steps |= {
+        path.name: [] for path in training.run_folders(config, Path()) if path.name not in steps
+    }
+    newest = max((each[-1] for each in steps.values() if each), default=None)
+    with mock.patch.object(checkpoint, "steps_in", lambda path: steps[path.name]):
+        for _ in range(100):
+            behind = training._behind(config, Path())
+            if behind is None:
+                break
+            some, path, step = behind
+            names = [path.name for path in training.run_folders(config, Path())]
+            group = [path.name for path in training.run_folders(some, path)]
+            assert group == [f"seed{one.train.seed}" for one in training.one_by_one(some)]
+            assert set(group) < set(names)
+            common = set.intersection(*(set(steps[name]) for name in group))
+            # They go on from one step, or begin, and end where others are.
+            assert common or not any(steps[name] for name in group)
+            assert max(common, default=-1) < step <= newest
+            assert any(step in steps[name] for name in names if name not in group)
+            steps |= {name: [step] for name in group}
+    assert behind is None
+    common = set.intersection(*map(set, steps.values()))
+    assert common or not any(steps.values())
+
+
+def test_some_seeds_share_what_devices_they_can():
+    config = tiny_config(train={"seeds": 6, "seed": 10}, parallel={"seeds": 2})
+    some = training._some_seeds(config, 2, 3)
+    assert (some.train.seed, some.train.seeds, some.parallel.seeds) == (12, 3, 1)
+    assert training._some_seeds(config, 2, 4).parallel.seeds == 2
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -233,6 +324,122 @@ def test_another_configuration_is_refused_and_nothing_changes(tiny, tmp_path):
     with pytest.raises(InputError, match=r"model.loops is 3 there and 4 here"):
         training.train(tiny_config(model={"loops": 4}), tmp_path)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_training_goes_on_for_longer(tiny, tmp_path):
+    """To the same bits as if that had been planned, also with other intervals and another name."""
+    training.train(tiny_config(train={"steps": 20}), tmp_path / "planned")
+    training.train(tiny, tmp_path / "run")
+    longer = tiny_config(
+        train={"steps": 20, "checkpoint_every": 3, "steps_per_call": 4},
+        evaluation={"digits": [1]},
+    ).model_copy(update={"name": "other", "system": "Another name"})
+    training.train(longer, tmp_path / "run")
+    assert_same_run(tmp_path / "planned", tmp_path / "run")
+    assert checkpoint.restore(tmp_path / "run").config == longer
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert steps == sorted(set(steps)) and {4, 8, 12, 15, 20} <= set(steps)
+    assert "step 20, beyond 19: ask for more train.steps" in str(
+        assert_refuses(tiny_config(train={"steps": 19}), tmp_path / "run")
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic")
+def test_every_field_that_makes_steps_is_refused_and_no_other_is():
+    config = tiny_config()
+    for key, value in leaves(config.model_dump()):
+        *sections, name = key.split(".")
+        other = config
+        changed = {name: value + 1 if type(value) is int else "changed"}
+        for section in reversed(sections):
+            changed = {section: getattr(other, section).model_copy(update=changed)}
+        difference = training._difference(config, config.model_copy(update=changed), 12)
+        beside = key.startswith(training.BESIDE_THE_STEPS)
+        assert (difference is None) == beside, key
+        assert beside or difference.startswith(f"{key} is ")
+
+
+def test_gates_that_became_firm_do_not_soften_again():
+    """Gates are soft for the first part of the steps there will be, which a longer training has."""
+    of = lambda steps: tiny_config(model={"positions": "learned"}, train={"steps": steps})  # noqa: E731
+    firm = 12 * positions.SOFT_UNTIL
+    for step in range(13):
+        for one, other in ((12, 24), (24, 12)):
+            difference = training._difference(of(one), of(other), step)
+            assert (difference is None) == (step < firm), step
+            if difference:
+                assert f"train.steps is {one} there and {other} here" in difference
+                assert "gates" in difference
+        assert training._difference(of(12), of(12), step) is None
+
+
+@given(
+    st.integers(2**30, 2**34),
+    st.sampled_from(
+        [
+            "steps",
+            "decay_steps",
+            "warmup_steps",
+            "seed",
+            "batch",
+            "steps_per_call",
+            "checkpoint_every",
+            "seeds",
+        ]
+    ),
+    st.integers(1, 64),
+)
+def test_numbers_that_arrays_cannot_hold_are_refused_by_name(number, name, seeds):
+    try:
+        config = tiny_config(train={"decay_steps": 2**31 - 1, "seeds": seeds, name: number})
+    except InputError as error:
+        assert f"train.{name}" in str(error) or "train.warmup_steps" in str(error)
+        assert number >= 2**31 - 65 or name in ("seeds", "warmup_steps", "decay_steps")
+        return
+    train = config.train
+    last_seed = train.seed + train.seeds - 1
+    for largest in (last_seed, train.steps, train.decay_steps, train.batch, train.warmup_steps):
+        assert int(np.int32(largest)) == largest
+    assert np.isfinite(training.schedule(train)(np.int32(train.steps - 1)))
+
+
+def test_every_seed_and_mean_is_one():
+    most = 2**31 - 1
+    config = tiny_config(train={"seed": most - 1, "seeds": 2})
+    assert [one.train.seed for one in training.one_by_one(config)] == [most - 1, most]
+    with pytest.raises(InputError, match="train.seeds = 2 from train.seed = 2147483647"):
+        tiny_config(train={"seed": most, "seeds": 2})
+    with pytest.raises(InputError, match="train.betas.*less than 1"):
+        tiny_config(train={"betas": [0.9, 1.0]})
+
+
+def test_only_what_is_not_underfoot_is_moved_aside(tmp_path, monkeypatch):
+    inside = tmp_path / "outer" / "inner"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    for name in (".", "..", "../../outer", str(inside), str(tmp_path)):
+        with pytest.raises(InputError, match="was started in it"):
+            training.move_aside(Path(name))
+    (tmp_path / "link").symlink_to(inside)
+    training.move_aside(Path("../../link"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.old-1", "outer"]
+    training.move_aside(Path("none"))
+    with pytest.raises(InputError, match="File name too long"):
+        training.move_aside(Path("x" * 300))
+
+
+def test_a_run_of_any_name_is_trained_read_and_released(tiny, tmp_path):
+    name = "lr[1e-3] *?b\\c~%{x}:'é\n"
+    run = tmp_path / name / "run"
+    training.train(tiny, run, 4)
+    (state,) = training.train(tiny, run)
+    out = tmp_path / name / "out"
+    assert release(run, out) == 12
+    for path in (run, out):
+        loaded = evaluate.load(path)
+        same = zip(jax.tree.leaves(loaded.weights), jax.tree.leaves(state.weights), strict=True)
+        assert all((mine == theirs).all() for mine, theirs in same)
+    assert metrics.read(run)[-1].step == 12
 
 
 def test_the_command_line_moves_an_old_run_aside_and_refuses_bad_input(tiny_toml, tmp_path):

@@ -1,0 +1,83 @@
+"""JAX's settings change nothing that is computed here, and forbidden NaNs are not ours."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from spak_jax import addition, checkpoint, evaluate, halting, model
+from spak_jax.solve import solve
+from spak_jax.train import train
+
+SETTINGS = {
+    "x64": lambda: jax.enable_x64(True),
+    "rbg": lambda: jax.default_prng_impl("rbg"),
+    "keys of old": lambda: jax.threefry_partitionable(False),
+    "no rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "strict dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "no NaN": lambda: jax.debug_nans(True),
+}
+# What draws, and has weights beside those of layers.
+SCHEMES = {"random-rope": {}, "learned": {"window": True, "clip": 2}, "coupled-embedding": {}}
+
+
+def config_of(scheme):
+    return tiny_config(
+        model={"positions": scheme, **SCHEMES[scheme]},
+        data={"examples": 0, "layout": "single"},
+        train={"steps": 4, "checkpoint_every": 4},
+        evaluation={"digits": [1, 3], "examples": 5},
+    )
+
+
+@pytest.fixture(scope="module")
+def as_ever(tmp_path_factory):
+    """By scheme a run, and what becomes of it."""
+    found = {}
+    for scheme in SCHEMES:
+        run = tmp_path_factory.mktemp(scheme)
+        found[scheme] = run, outcome(scheme, run)
+    return found
+
+
+def outcome(scheme, run):
+    """A training's weights, its scores, answers and the threshold it halts by."""
+    config = config_of(scheme)
+    train(config, run)
+    trained = evaluate.load(run)
+    return (
+        checkpoint.digest(checkpoint.restore(run).weights),
+        evaluate.score(trained, evaluate.Settings.of(config.evaluation)),
+        solve(trained, [(1, 2), (10, 345)]),
+    )
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_same_whatever_the_settings(scheme, setting, as_ever, tmp_path):
+    run, expected = as_ever[scheme]
+    with SETTINGS[setting]():
+        assert outcome(scheme, tmp_path / "run") == expected
+        # And a run that was made without it is read.
+        trained = evaluate.load(run)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(trained.weights)} == {"float32"}
+
+
+def test_calibrating_knows_no_settings(half_trained, monkeypatch):
+    monkeypatch.setattr(halting, "CALIBRATED_ON", 64)
+    trained = evaluate.load(half_trained)
+    found = []
+    for setting in (contextlib.nullcontext, SETTINGS["x64"], SETTINGS["no NaN"]):
+        with setting():
+            found.append(halting.calibrated(trained, "still"))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_models_weights_are_float32_under_x64():
+    """Of a model that a user's own program builds."""
+    for scheme in SCHEMES:
+        with jax.enable_x64(True):
+            _, weights = model.abstract(config_of(scheme), addition.VOCABULARY_SIZE)
+        assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {np.dtype(np.float32)}
