@@ -103,7 +103,7 @@ def test_what_is_done_is_kept_and_what_is_missing_is_made_again(tiny_system, mon
 
     # What was scored on the way cannot be scored again after it.
     (runs / "tiny" / "seed1" / "tiny-seed1-step6.json").unlink()
-    with pytest.raises(InputError, match="has been trained to step 12, beyond 6; move it aside"):
+    with pytest.raises(InputError, match="trained to step 12, beyond 6: ask for more"):
         run(monkeypatch, WORDS)
 
 
