@@ -113,7 +113,7 @@ def generate(
         place = jnp.where(done, length, at + 1)
         chosen = logits.argmax(-1).astype(tokens.dtype)
         tokens = tokens.at[rows, place].set(chosen, mode="drop")
-        steps = steps.at[rows, place].set(taken, mode="drop")
+        steps = steps.at[rows, place].set(taken.astype(steps.dtype), mode="drop")
         at = jnp.minimum(at + 1, length - 1)
         return tokens, steps, at, memory, done | (chosen == addition.NEWLINE) | (at + 1 >= room)
 
