@@ -707,7 +707,7 @@ def _read_line(name: str, number: int, line: bytes, task: str) -> tuple[int, ...
 def _teacher_forced(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
     logits, steps = run(weights, batch.tokens)
     right = (logits.argmax(-1) == batch.targets) | ~batch.answer
-    return right.all(-1), steps.mean(-1, where=batch.answer)
+    return right.all(-1), steps.mean(-1, jnp.float32, where=batch.answer)
 
 
 def _decoded(write: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -716,7 +716,7 @@ def _decoded(write: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Arr
     answer = jnp.pad(batch.answer, [(0, 0), (1, 0)])
     generated, steps = write(weights, tokens, answer.argmax(-1))
     right = (generated == tokens) | ~answer
-    return right.all(-1), steps.mean(-1, where=answer)
+    return right.all(-1), steps.mean(-1, jnp.float32, where=answer)
 
 
 def _problems_of(examples: int, digits: int) -> int:
