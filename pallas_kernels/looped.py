@@ -303,7 +303,9 @@ def _loop_by_loop(given, _, chosen):
         state = state + x if options.injected else state
         state, normed = norm_of(state, None, weights.norm1, shift=shift)
         mixed = attention(
-            linear_of(normed, weights.qkv).reshape(batch, length, 3, options.heads, -1),
+            linear_of(normed, weights.qkv).reshape(
+                batch, length, 3, options.heads, width // options.heads
+            ),
             positions=positions,
             ids=ids,
             bias_table=weights.bias_table,

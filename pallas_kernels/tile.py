@@ -411,8 +411,8 @@ def scores(
     if options.windowed:
         query_id, key_id = pair(query.ids, key.ids, keys_first)
         beyond = jnp.maximum(jnp.abs(query_id - key_id) - options.clip, 0)
-        far = jnp.minimum(beyond, 1) * _placed(key_id)
-        raw += MASKED * far.astype(jnp.float32)
+        # Chosen, not added: NaN of a key that is too far stays NaN whatever is added to it.
+        counts &= beyond * _placed(key_id) == 0
     return jnp.where(counts, raw, MASKED)
 
 

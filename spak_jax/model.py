@@ -151,7 +151,7 @@ class Block(nnx.Module):
         x, normed = self._add_and_norm(x, update, self.norm1, keys[0], shift)
         qkv = self._linear(normed, self.qkv, operands and operands.qkv)
         mixed = attention(
-            qkv.reshape(batch, length, 3, self.heads, -1),
+            qkv.reshape(batch, length, 3, self.heads, width // self.heads),
             positions=where.turned_by,
             ids=where.ids,
             bias_table=self.bias_table[...] if hasattr(self, "bias_table") else None,
@@ -243,7 +243,8 @@ class Block(nnx.Module):
     def _projected(self, x, update, shift):
         """The stream, and queries, keys and values, `[batch, length, heads, head_dim]`."""
         x, normed = self._add_and_norm(x, update, self.norm1, None, shift)
-        qkv = self._linear(normed, self.qkv).reshape(*x.shape[:2], 3, self.heads, -1)
+        qkv = self._linear(normed, self.qkv)
+        qkv = qkv.reshape(*x.shape[:2], 3, self.heads, x.shape[-1] // self.heads)
         return x, *jnp.moveaxis(qkv, 2, 0)
 
     def _told(self, where: Places, q: jax.Array) -> dict:
