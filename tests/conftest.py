@@ -25,6 +25,10 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "spak-jax-test-cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Models and interpreted kernels as small as here need no fast code: compiling it took 40% longer. A
+# GPU gets what users get.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # On a GPU the workers share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -71,6 +75,17 @@ checkpoint_every = 4
 digits = [1, 2, 7]
 examples = 20
 """
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """What is compiled here, or by a program that is started here, is compiled as users have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

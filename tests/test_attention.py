@@ -17,15 +17,6 @@ from pallas_kernels.tile import Extras, Options
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiling():
-    """Interpreted kernels compile slowly and run in no time; the GPU compiles what users get."""
-    on_cpu = jax.default_backend() == "cpu"
-    jax.config.update("jax_disable_most_optimizations", on_cpu)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 

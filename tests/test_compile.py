@@ -25,6 +25,8 @@ from pallas_kernels.shapes import (
 )
 from pallas_kernels.stream_cases import STREAM_CASES
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 try:
     aot.check_plugin()
     aot.find_assembler()

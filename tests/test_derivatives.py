@@ -28,16 +28,9 @@ from pallas_kernels import (
 from pallas_kernels import linear as products
 from spak_jax import addition
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 KEY = jax.random.key(5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiling():
-    """Interpreted kernels compile slowly and run in no time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normal(seed, *shape):

@@ -15,17 +15,11 @@ from test_model import build, make_config, random_weights
 from spak_jax import addition, evaluate, generation, model
 from spak_jax.config import BIASED, Architecture
 
+# What is compared must not be rounded to bfloat16.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 SCHEMES = get_args(Architecture.model_fields["positions"].annotation)
 ROWS, LENGTH = 4, 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Models this small need no fast code; what is compared must not be rounded to bfloat16."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def config_of(scheme, kind):

@@ -24,15 +24,6 @@ FRONTIER = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiling():
-    """Interpreted kernels compile slowly and run in no time; the GPU compiles what users get."""
-    on_cpu = jax.default_backend() == "cpu"
-    jax.config.update("jax_disable_most_optimizations", on_cpu)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 needs_gpu = pytest.mark.skipif(
     jax.default_backend() != "gpu", reason="compares what is compiled for a GPU; needs one"
 )

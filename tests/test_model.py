@@ -35,15 +35,6 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling takes nearly all of the time here, and models this small need no fast code."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def reference():
     """The PyTorch equations; tests that ask for them are skipped without PyTorch."""

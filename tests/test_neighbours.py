@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generation import config_of, quick_compilation, weights_of  # noqa: F401
+from test_generation import config_of, weights_of
 
 from spak_jax import addition, evaluate
 from spak_jax.config import Architecture
 from spak_jax.solve import solve
+
+# What is compared must not be rounded to bfloat16.
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 SCHEMES = get_args(Architecture.model_fields["positions"].annotation)
 WAYS = {
@@ -45,8 +48,9 @@ def rows_of(prompts, length):
 @pytest.mark.parametrize(
     ("scheme", "way"),
     [
-        *((scheme, way) for scheme in SCHEMES for way in ("gpt", "loop")),
-        *((scheme, way) for scheme in ("random-rope", "learned") for way in list(WAYS)[2:]),
+        *((scheme, "loop") for scheme in SCHEMES),
+        # What draws and what counts tokens, in all ways.
+        *((scheme, way) for scheme in ("random-rope", "learned") for way in WAYS if way != "loop"),
     ],
 )
 @settings(deadline=None, max_examples=4)

@@ -23,11 +23,7 @@ def found(tmp_path_factory, testrun_uid):
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not told.exists():
-            environment = os.environ | {
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                # Compiling is nearly all of it.
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            }
+            environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
             result = subprocess.run(
                 [sys.executable, ROOT / "tests" / "eight_devices.py", folder],
                 capture_output=True,
