@@ -25,8 +25,8 @@ README = ROOT / "README.md"
 # What must show life is waited for this long, on a machine that has other work.
 PATIENCE = 1200
 # And this long for its end, once asked.
-GRACE = 120
-SHIPPED = ("configs", "pallas_kernels", "released", "spak_jax", "tests")
+GRACE = 300
+SHIPPED = ("configs", "pallas_kernels", "released", "reliability", "spak_jax", "tests")
 
 
 class Ends(NamedTuple):
@@ -157,6 +157,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.surroundings --json surroundings.json": Lives(r"paths \.\.\."),
     "python -m spak_jax.soak configs/quickstart.toml train.batch=32 train.steps=1000000000"
     " train.checkpoint_every=40 evaluation.examples=50 --json soak.json": Lives(STEPS),
+    "python reliability/orbax_growth.py": Lives("by_numpy"),
     # Kernels.
     "python -m pallas_kernels.bench --json bench.json": NO_GPU,
     "python -m pallas_kernels.tune": NO_GPU,
@@ -199,7 +200,7 @@ def commands(text: str) -> dict[str, str]:
         parts[::3], [*parts[1::3], ""], [*parts[2::3], ""], strict=True
     ):
         for code in re.findall(r"`([^`]+)`", prose):
-            if re.search(r"\bpython -m \w|^pip install", code):
+            if re.search(r"\bpython (-m )?\w|^pip install", code):
                 found.append(" ".join(code.split()))
         if language == "sh":
             found += _of_block(block)
