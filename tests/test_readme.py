@@ -125,9 +125,9 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     # How fast it trains, thinks and writes.
     "python -m spak_jax.bench CONFIG": TIMES,
     "python -m spak_jax.bench CONFIG [train.seeds=5]": TIMES,
-    "python -m spak_jax.bench configs/loop12.toml --target rtx5070": Ends("rtx5070"),
+    "python -m spak_jax.bench configs/loop12.toml --target rtx5070": Ends("which is not here"),
     "python -m spak_jax.bench configs/loop12.toml --inference --json inference.json": TIMES,
-    "python -m spak_jax.bench configs/loop12.toml --inference --target rtx5070": Ends("rtx5070"),
+    "python -m spak_jax.bench configs/loop12.toml --inference --target rtx5070": Ends("not here"),
     "python -m pallas_kernels.tune --kernel looped_block": NO_GPU,
     "python -m pallas_kernels.compile --kernel looped_block --json looped_compile.json": Ends(
         "ok", ("looped_compile.json",)
