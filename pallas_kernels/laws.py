@@ -235,6 +235,10 @@ def _evaluate(node: ast.expr, named: Lookup) -> Value:
                 elif isinstance(a, str) != isinstance(b, str):
                     raise LawError(f"compares {a!r} with {b!r}", second.col_offset + 1)
                 else:
+                    for part, value in ((first, a), (second, b)):
+                        # NaN differs from everything, which is no reason that a law holds.
+                        if isinstance(value, float):
+                            _number(part, value)
                     holds = _EQUALITY[type(op)](a, b)
                 if not holds:
                     return False

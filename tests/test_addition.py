@@ -265,6 +265,16 @@ def test_fixed_supply_is_the_configurations_and_held_out_apart():
     assert texts_of(training)[:1000] != texts_of(held_out)
 
 
+@pytest.mark.parametrize("layout", ["packed", "single"])
+def test_rows_of_a_fixed_set_start_anywhere_in_it(layout):
+    """Each of 90 problems is the first of some of 2,000 rows."""
+    data = Data(examples=90, layout=layout, row_length=32)
+    supply, _ = addition.fixed_supply(data)
+    batch = addition.training_batch(jax.random.key(7), data, 2_000, supply)
+    first = {addition.decode(row).partition("\n")[0] for row in np.asarray(batch.tokens)}
+    assert {text.rstrip() for text in texts_of(supply)} == first
+
+
 def test_batches_depend_on_the_key_alone():
     data = Data(examples=0)
     make = jax.jit(lambda key: addition.training_batch(key, data, 8, None))

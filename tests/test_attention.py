@@ -139,6 +139,21 @@ def test_any_combination(length, heads, half, causal, rope, rate, masks, seed):
     assert_equals_reference((2, length, heads, 2 * half), bias_table=table, seed=seed, **options)
 
 
+@pytest.mark.parametrize("length", [24, 80])
+def test_keys_without_an_id_have_a_bias_of_their_own(length):
+    """The table's last entry: its gradient is a sum over all pairs with such a key."""
+    ids = jnp.arange(length)[None] % 5
+    q, k, v, d_out = (normal(i, (1, length, 2, 16)) for i in range(4))
+    table = normal(4, (2, 2 * 2 + 2))
+    with jax.default_matmul_precision("highest"):
+        found, truth = (
+            outputs_and_gradients(way, q, k, v, d_out, table, ids=ids)[4]
+            for way in ("pallas", "xla")
+        )
+    assert float(jnp.abs(truth[:, -1]).min()) > 1e-3
+    np.testing.assert_allclose(found, truth, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
 @pytest.mark.parametrize(("length", "heads", "head_dim"), [(24, 3, 32), (33, 1, 20), (130, 2, 16)])
 def test_q_k_and_v_side_by_side(length, heads, head_dim, implementation):

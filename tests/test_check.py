@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, TINY, assert_refused, run_program
 from results_files import results, score, written
 
-from pallas_kernels import compile, design_space, tiles, tune
+from pallas_kernels import compile, design_space, laws, tiles, tune
 from pallas_kernels.laws import LawError
 from spak_jax import addition, brief, check, model, quantities
 from spak_jax.command_line import InputError
@@ -175,6 +175,51 @@ def test_a_law_of_gpus_is_judged_for_each_target(tmp_path):
     specification = read_specification(path)
     found = check.judge(specification, path.parent, ("rtx5070", "h100"))
     assert [(f.target, f.verdict.holds) for f in found] == [("rtx5070", False), ("h100", True)]
+
+
+def test_a_law_may_speak_of_kernels_of_what_it_is_compared_with(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(named, cases):
+        asked.append((named, [case.shape for case in cases]))
+        registers = sum(case.shape.head_dim for case in cases)
+        return [compile.Report(named[0], "short_forward", cases[0], registers, 0, 1024)]
+
+    monkeypatch.setattr(compile, "measure", measure)
+    wide = TINY.replace("width = 16", "width = 64").replace('"tiny"', '"wide"')
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "wide.toml").write_text(wide)
+    law = 'compared["wide"].kernel.attention.registers == 4 * kernel.attention.registers'
+    path = lawful(tmp_path, law)
+    path.write_text(path.read_text().replace("[system]", '[system]\ncompared_with = ["wide"]'))
+    specification = read_specification(path)
+    [finding] = check.judge(specification, path.parent, ("h100",))
+    assert finding.verdict == laws.Verdict(
+        True,
+        {"compared.wide.kernel.attention.registers": 32, "kernel.attention.registers": 8},
+    )
+    assert [named for named, _ in asked] == [["h100"], ["h100"]]
+    assert verdict(path).reason == "no target is given"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_evidence_that_is_not_finite_is_none(tmp_path, number):
+    file = written(tmp_path, results(name="tiny", lengths={"3": score(900)}), "run.json")
+    low = f'"low": {score(900)["low"]}'
+    assert file.read_text().count(low) == 1
+    file.write_text(file.read_text().replace(low, f'"low": {number}'))
+    path = tmp_path / "configs" / "tiny.toml"
+    path.parent.mkdir()
+    fact = """
+[[fact]]
+name = "good"
+claim = "Three digits are right."
+evidence.run = "../run.json"
+holds = 'run.accuracy["3"].low != 0'
+"""
+    path.write_text(TINY + fact)
+    with pytest.raises(InputError, match="run.json: lengths.3.low.*finite"):
+        check.judge_facts(read_specification(path), path.parent)
 
 
 def test_results_decide_laws_of_accuracy(tmp_path):

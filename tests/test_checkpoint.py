@@ -1,7 +1,9 @@
 """Checkpoints: what was saved comes back, and what is damaged does not come back as something."""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -114,6 +116,30 @@ def test_damage_to_any_file_is_told_or_harmless(run, tmp_path, damage):
         shutil.rmtree(copy)
     # The arrays and the description, at least, cannot be spared.
     assert told >= 2
+
+
+def test_another_configuration_is_not_the_one_that_was_saved(run):
+    """Also where the file is as good JSON as before, and from before files had digests."""
+    newest = run / "checkpoints" / "2"
+    (newest / checkpoint.FILES).unlink()
+    [file] = [
+        path for path in newest.rglob("*") if path.is_file() and b'"loops"' in path.read_bytes()
+    ]
+    changed = re.sub(rb'("loops": ?)3', rb"\g<1>4", file.read_bytes())
+    assert changed != file.read_bytes() and json.loads(changed)
+    file.write_bytes(changed)
+    with pytest.raises(InputError, match="checkpoints/2 is damaged.*go back to step 1"):
+        checkpoint.restore(run)
+
+
+def test_a_checkpoint_is_good_only_with_its_optimizer(run):
+    """What a user is told to go back to must be what a training can go on from."""
+    for path in (run / "checkpoints" / "2" / "weights").rglob("d/*"):
+        truncate(path)
+    for path in (run / "checkpoints" / "1" / "optimizer").rglob("d/*"):
+        truncate(path)
+    with pytest.raises(InputError, match="checkpoints/2 is damaged.*no earlier one is good"):
+        checkpoint.restore(run)
 
 
 def test_many_arrays_that_cannot_be_read_are_one_message(run):

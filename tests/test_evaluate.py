@@ -336,6 +336,30 @@ def test_kinds_and_long_numbers_are_scored(half_trained):
     assert results["kinds"]["all-carry"]["150"]["zero_shot"]
 
 
+def test_all_that_is_scored_is_drawn_by_the_seed_each_by_itself(half_trained, monkeypatch):
+    columns, states = [], []
+    of_columns, of_kind = addition.sample_seed_columns, addition.sample_kind
+
+    def sample_seed_columns(key, *more):
+        problems = of_columns(key, *more)
+        columns.append(np.asarray(problems.numbers).tobytes())
+        return problems
+
+    def sample_kind(random, *more):
+        states.append(str(random.bit_generator.state))
+        return of_kind(random, *more)
+
+    monkeypatch.setattr(addition, "sample_seed_columns", sample_seed_columns)
+    monkeypatch.setattr(addition, "sample_kind", sample_kind)
+    trained = evaluate.load(half_trained)
+    for seed in (0, 0, 1):
+        evaluate.score(trained, evaluate.Settings((1, 2), 10, seed, kinds=addition.KINDS))
+    assert columns[0] == columns[1] != columns[2]
+    once = 2 * len(addition.KINDS)
+    assert states[:once] == states[once : 2 * once]
+    assert len(set(states)) == 2 * once
+
+
 def test_long_rows_are_scored_a_few_at_a_time():
     assert evaluate.rows_per_call(32) == evaluate.ROWS_PER_CALL
     lengths = [evaluate.padded_length(digits, "addition") for digits in (1, 9, 100, 1_000, 10_000)]

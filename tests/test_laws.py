@@ -66,6 +66,14 @@ def test_what_is_not_known_is_neither_kept_nor_broken_and_what_cannot_be_is_brok
     assert (impossible.holds, impossible.reason) == (False, "does not compile")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sign", ["<", "<=", ">", ">=", "==", "!="])
+@pytest.mark.parametrize("law", ["loss {} 1", "not 1 {} loss", "max(loss, 0) {} 1"])
+def test_what_is_not_finite_keeps_no_law(value, sign, law):
+    with pytest.raises(LawError, match="a number beyond"):
+        laws.parse(law.format(sign)).check(lambda path: value)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stream import with_gradients
 
-from pallas_kernels import linear
+from pallas_kernels import linear, targets
 from spak_jax import addition, model, train
 from spak_jax.config import read_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
 SIZES = st.sampled_from([64, 128, 192])
+TAKES = linear.takes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +72,48 @@ def test_gradients_of_several_matrices(count, inputs, outputs, tokens, seed):
     pairs = [linear.Operands(draw(tokens, inputs), draw(tokens, outputs)) for _ in range(count)]
     for made, (x, d_y) in zip(linear.gradients(pairs).sum(1), pairs, strict=True):
         np.testing.assert_allclose(made, x.T @ d_y, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [512, 1024])
+def test_long_sums_leave_nothing_out(inner):
+    draw = drawer(inner)
+    # One side of a channel after the other is all that there is to add up.
+    a = draw(128, inner) * (1 + jnp.arange(inner) // 64)
+    b, by = draw(inner, 128) / inner, draw(128, 128)
+    on_cpu = jax.default_backend() == "cpu"
+    for made, plain in (
+        (linear.product(a, b, interpret=on_cpu), a @ b),
+        (linear.product(a, b.T, transpose_b=True, interpret=on_cpu), a @ b),
+        (linear.product_times(a, b.T, by, interpret=on_cpu), (a @ b) * by),
+        (
+            linear.gelu_product(a, b, slopes=False, interpret=on_cpu)[0],
+            jax.nn.gelu(a @ b, approximate=False),
+        ),
+    ):
+        np.testing.assert_allclose(made, plain, atol=2e-5 * float(jnp.abs(plain).max()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        ({}, True),
+        ({"dtype": jnp.float16}, True),
+        ({"tokens": linear.MOST_TOKENS, "inputs": 64, "outputs": linear.LONGEST}, True),
+        ({"dtype": jnp.float32}, False),
+        ({"tokens": 0}, False),
+        ({"tokens": 8192 + 64}, False),
+        ({"tokens": linear.MOST_TOKENS + 128}, False),
+        ({"inputs": 96}, False),
+        ({"outputs": 13}, False),
+        ({"inputs": linear.LONGEST + 64}, False),
+        ({"outputs": linear.LONGEST + 64}, False),
+    ],
+)
+def test_which_products_are_kernels(changed, taken, monkeypatch):
+    sizes = {"tokens": 8192, "inputs": 256, "outputs": 768, "dtype": jnp.bfloat16} | changed
+    for runs in (True, False):
+        monkeypatch.setattr(targets, "kernels_run", lambda: runs)  # noqa: B023
+        assert TAKES(**sizes) == (taken and runs)
 
 
 def test_bfloat16_is_added_up_in_float32():

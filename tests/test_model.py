@@ -519,6 +519,27 @@ def test_free_loops_come_before_those_that_count(monkeypatch):
     np.testing.assert_allclose(supervised_of(network, batch), [after[0]], rtol=1e-5)
 
 
+def test_each_free_loop_drops_other_numbers():
+    network = random_model(**STABLE | {"loops": 1, "free_loops": 2, "dropout": 0.5})
+    tokens = jnp.asarray(random_batch().tokens)
+    keys = jax.random.split(jax.random.key(0), 20)
+    draws = [int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 3)) for key in keys]
+    key = keys[draws.index(2)]
+    step, first, inputs = network._loop(tokens, 1, None, None, key, None)
+    shift, (own, after) = jax.tree.map(lambda x: x[0], inputs)
+
+    def twice(*loops):
+        stream = first
+        for i in loops:
+            dropped = jax.vmap(lambda key: jax.random.fold_in(key, i))(own)  # noqa: B023
+            stream, _ = step(stream, (shift, (dropped, after)))
+        return network._whole(stream, after)
+
+    found = network._whole(network._after_free_loops(first, tokens, None, key, None), after)
+    assert error(found, twice(0, 1)) < 1e-5
+    assert min(error(found, twice(i, i)) for i in (0, 1)) > 0.1
+
+
 def test_no_gradient_goes_back_through_free_loops():
     """The gradient is that of the loops that count, from the state that the free ones left."""
     batch = random_batch()

@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 # What must show life is waited for this long, on a machine that has other work.
 PATIENCE = 1200
 # And this long for its end, once asked.
-GRACE = 300
+GRACE = 600
 SHIPPED = ("configs", "pallas_kernels", "released", "reliability", "spak_jax", "tests")
 
 
