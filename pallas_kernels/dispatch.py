@@ -42,7 +42,8 @@ def attention(
 
     The softmax is computed in float32. Gradients flow to q, k, v and `bias_table`. Works under
     `jit`, `grad`, `vmap`, `scan`, and over devices under `jax.shard_map(..., check_vma=False)`;
-    where that splits the batch over an axis named `data`, the same is dropped as on one device.
+    where that splits the batch over an axis named `data`, the same is dropped as on one device. With
+    other axes alone every shard would drop the same: that is refused.
 
     Args:
       q, k, v: `[batch, length, heads, head_dim]`, all float32, bfloat16 or float16; head_dim even.

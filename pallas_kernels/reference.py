@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from pallas_kernels import shards
 
@@ -97,7 +96,11 @@ def dropout_words(key: jax.Array, rows: int) -> jax.Array:
 
     Where rows are split over devices `[3]`: then also the number of the first of these `rows`, as
     `dropout_bits` counts them, among all.
+
+    Raises:
+      ValueError: they are split over a mesh axis that is not named `data` (`shards`).
     """
+    shards.require_counted("dropout_key")
     seed = dropout_seed(key)
     if not shards.is_split():
         return seed
@@ -148,7 +151,8 @@ def score(
     """The weighted sum of the cross-entropies of `wanted` under the logits of `x`."""
     normed = layer_norm(x, scale, epsilon).astype(table.dtype)
     logits = jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.float32)
-    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+    right = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+    entropies = jax.nn.logsumexp(logits, axis=-1) - right
     return (entropies * weights).sum()
 
 

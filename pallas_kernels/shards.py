@@ -17,6 +17,19 @@ def is_split() -> bool:
     return AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 
+def require_counted(argument: str) -> None:
+    """Raises `ValueError`, which names the argument, where every shard would draw the same: within
+    `jax.shard_map` over axes of which none is `data`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = mesh.manual_axes
+    axes = [axis for axis in mesh.axis_names if axis in split and mesh.shape[axis] > 1]
+    if axes and not is_split():
+        raise ValueError(
+            f"{argument}: within jax.shard_map over the axes {', '.join(map(repr, axes))} every"
+            f" shard would drop the same; name the axis that rows are split over {AXIS!r}"
+        )
+
+
 def first_row(rows: int) -> jax.Array | int:
     """The number of this device's first row among all, where each device holds `rows`."""
     return jax.lax.axis_index(AXIS) * rows if is_split() else 0
