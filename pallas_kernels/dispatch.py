@@ -42,7 +42,7 @@ def attention(
 
     The softmax is computed in float32. Gradients flow to q, k, v and `bias_table`. Works under
     `jit`, `grad`, `vmap`, `scan`, and over devices under `jax.shard_map(..., check_vma=False)`;
-    where that splits the batch over an axis named `data`, the same is dropped as on one device. With
+    where that splits the batch over an axis named `data`, the same is dropped as on one device. By
     other axes alone every shard would drop the same: that is refused.
 
     Args:

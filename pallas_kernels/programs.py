@@ -358,14 +358,14 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
 
 
-def named_file(word: str | Path, folder: Path, suffix: str = ".toml") -> Path:
+def named_file(word: str | Path, *folders: Path, suffix: str = ".toml") -> Path:
     """The file that a word of a command line names: a path, or the name of a file in a folder.
 
     A path that exists wins.
 
     Args:
       word: `loop12`, `loop12.toml` or a path.
-      folder: where names are looked for.
+      folders: where names are looked for, one after the other.
       suffix: of the files there.
 
     Raises:
@@ -376,12 +376,17 @@ def named_file(word: str | Path, folder: Path, suffix: str = ".toml") -> Path:
     if os.path.exists(word) and not os.path.isdir(word):
         return Path(word)
     name = word.removesuffix(suffix)
-    if os.sep not in name and os.path.isfile(folder / f"{name}{suffix}"):
-        return folder / f"{name}{suffix}"
-    try:
-        known = sorted(path.stem for path in folder.glob(f"*{suffix}"))
-    except OSError:
-        known = []
+    files = [folder / f"{name}{suffix}" for folder in folders] if os.sep not in name else []
+    for file in files:
+        if os.path.isfile(file):
+            return file
+    folder, known = folders[0], []
+    for place in folders:
+        with contextlib.suppress(OSError):
+            known = sorted(path.stem for path in place.glob(f"*{suffix}"))
+        if known:
+            folder = place
+            break
     shown = word if len(word) <= 100 else f"{word[:97]}..."
     close = difflib.get_close_matches(Path(name).name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""

@@ -15,8 +15,14 @@ from pallas_kernels import compile, tiles
 from pallas_kernels.targets import TARGETS
 from spak_jax import check, evaluate, quantities
 from spak_jax.check import WORDS, Finding
-from spak_jax.command_line import named_file, run_program
-from spak_jax.config import CONFIGS, Specification, leaves, read_specification
+from spak_jax.command_line import run_program
+from spak_jax.config import (
+    CONFIGS,
+    Specification,
+    leaves,
+    read_specification,
+    specification_file,
+)
 
 PROSE = ("objective", "hypothesis", "rationale")
 
@@ -62,7 +68,7 @@ def main() -> None:
         "--results", type=Path, nargs="+", default=(), metavar="FILE", help="results of a run of it"
     )
     arguments = parser.parse_args()
-    path, targets = named_file(arguments.specification, CONFIGS), arguments.target
+    path, targets = specification_file(arguments.specification), arguments.target
     compile.touch_no_gpu()
     specification = read_specification(path)
     given = arguments.results

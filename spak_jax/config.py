@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from spak_jax.command_line import InputError, first_line, named_file
 
-# Where names of specifications are looked for, from the folder that a program is started in.
+# Where names of specifications are looked for first, from where a program is started.
 CONFIGS = Path("configs")
 # The longest operand a training law or a scoring set may ask for, in decimal digits.
 MAX_DIGITS = 10_000
 # Bytes; Python takes seconds for as many nested keys.
 LARGEST_SPECIFICATION = 2**15
+# What a specification may start from: names, so many, and they from others so often.
+BASE_NAME = r"(base/)?[A-Za-z0-9][A-Za-z0-9._-]*"
+MOST_BASES, DEEPEST_BASE = 4, 4
 # Numbers in a problem of each task.
 OPERANDS = {"addition": 2, "three-operands": 3, "subtraction": 2}
 
@@ -350,6 +354,11 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specification:
     """The specification in a TOML file, changed by overrides such as `model.loops=24`.
 
+    A file with `base = ["NAME", ...]` starts from the specifications of these names, beside it or
+    among those that ship; each may have its own. Of what several say the last word counts, which
+    is the file's: sections key by key, invariants by name. Facts are claims about one system's
+    results, and stay with it.
+
     Args:
       path: the file.
       overrides: `key.path=value`, the value in TOML; one that is not TOML is a string.
@@ -357,6 +366,89 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
     Raises:
       InputError: the file cannot be read, or a key or value is not allowed.
     """
+    values = _with_bases(path, ())
+    for override in overrides:
+        try:
+            _merge(values, _parse_override(override), override)
+        except RecursionError:
+            raise InputError(f"override {override[:80]!r}: keys are nested too deeply") from None
+    return _validated(Specification, values, str(path))
+
+
+def specification_file(word: str | Path) -> Path:
+    """The file that a word names: a path, or a name in `configs` here or among those that ship.
+
+    Raises:
+      InputError: there is none.
+    """
+    return named_file(word, CONFIGS, shipped_configs())
+
+
+def referred_file(name: str, folder: Path, by: str) -> Path:
+    """The specification that another one speaks of: beside it, or among those that ship.
+
+    Args:
+      name: a plain name, or `base/NAME`.
+      folder: of the specification that speaks of it.
+      by: the file and key that do, for the message.
+
+    Raises:
+      InputError: it is no such name, or there is no such file.
+    """
+    if not re.fullmatch(BASE_NAME, name):
+        raise InputError(f"{by} = {name[:80]!r}: must be a name such as loop12")
+    files = dict.fromkeys(place / f"{name}.toml" for place in (folder, shipped_configs()))
+    for file in files:
+        if file.is_file():
+            return file
+    raise InputError(f"{by} = {name!r}: there is no {' nor '.join(map(str, files))}")
+
+
+def shipped_configs() -> Path:
+    """The folder of the configurations that ship: in a wheel within the package, else beside it."""
+    package = Path(__file__).parent
+    within = package / "configs"
+    return within if within.is_dir() else package.parent / "configs"
+
+
+def _with_bases(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file and its bases say together. within: the files that this one is a base of."""
+    if path.resolve() in within:
+        chain = " -> ".join(file.name for file in (*within, path))
+        raise InputError(f"{path} is a base of itself: {chain}")
+    if len(within) > DEEPEST_BASE:
+        raise InputError(f"{path}: bases are nested more than {DEEPEST_BASE} deep")
+    own = _read_values(path)
+    bases = own.pop("base", [])
+    named = isinstance(bases, list) and all(isinstance(name, str) for name in bases)
+    if not named or len(bases) > MOST_BASES:
+        raise InputError(f"{path}: base must be a list of at most {MOST_BASES} names of files")
+    values: dict[str, Any] = {}
+    for name in bases:
+        file = referred_file(name, path.parent, f"{path}: base")
+        base = _with_bases(file, (*within, path.resolve()))
+        base.pop("fact", None)
+        _inherit(values, base)
+    _inherit(values, own)
+    return values
+
+
+def _inherit(values: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Changes `values` by what a later file says."""
+    for key, value in own.items():
+        inherited = values.get(key)
+        if isinstance(value, Mapping) and isinstance(inherited, dict):
+            _inherit(inherited, value)
+        elif key == "invariant" and inherited and isinstance(value, list):
+            name = lambda law: law.get("name") if isinstance(law, Mapping) else None  # noqa: E731
+            again = {name(law) for law in value}
+            values[key] = [law for law in inherited if name(law) not in again] + value
+        else:
+            values[key] = value
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """What a TOML file says."""
     try:
         content = path.read_bytes()
         if len(content) > LARGEST_SPECIFICATION:
@@ -364,18 +456,12 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
                 f"the specification {path} has {len(content):,} bytes: must be at most"
                 f" {LARGEST_SPECIFICATION:,}"
             )
-        values = tomllib.loads(content.decode())
+        return tomllib.loads(content.decode())
     except OSError as error:
         raise InputError(f"cannot read the specification {path}: {error.strerror}") from None
     # Also integers of more digits than Python reads.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {first_line(error)}") from None
-    for override in overrides:
-        try:
-            _merge(values, _parse_override(override), override)
-        except RecursionError:
-            raise InputError(f"override {override[:80]!r}: keys are nested too deeply") from None
-    return _validated(Specification, values, str(path))
 
 
 def add_words(
@@ -394,7 +480,7 @@ def add_words(
         "words",
         nargs="+" if several else "?" if default else None,
         metavar="CONFIG",
-        help=f"a TOML file, or the name of one in {CONFIGS}{otherwise}",
+        help=f"a TOML file, or the name of one in {CONFIGS} or among those that ship{otherwise}",
     )
     parser.add_argument(
         "overrides",
@@ -420,7 +506,7 @@ def files_and_overrides(arguments: argparse.Namespace) -> tuple[list[Path], list
         (overrides if "=" in word and not os.path.isfile(word) else files).append(word)
     if not files and arguments.default_config is None:
         raise InputError(f"a configuration must be named before {' '.join(overrides)}")
-    return [named_file(word, CONFIGS) for word in files or [arguments.default_config]], overrides
+    return list(map(specification_file, files or [arguments.default_config])), overrides
 
 
 def file_and_overrides(arguments: argparse.Namespace) -> tuple[Path, list[str]]:

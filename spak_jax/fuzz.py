@@ -46,7 +46,7 @@ from spak_jax.command_line import (
     write_file,
 )
 
-CONFIGS = Path("configs")
+CONFIGS = config.shipped_configs()
 RESULTS = Path("figures/reproduced-256/results/loop12-seed0.json")
 # Of the inputs that `--count` asks for: what takes a hundred times longer gets fewer.
 SHARES = {"checkpoints": 0.05, "pytorch": 0.1}
@@ -142,7 +142,7 @@ def fuzz(name: str, count: int, seed: int) -> Found:
 def specifications(st, folder: Path) -> Reader:
     """TOML files, from those that ship."""
     path = folder / "fuzzed.toml"
-    shipped = [file.read_bytes() for file in sorted(CONFIGS.glob("*.toml"))]
+    shipped = [file.read_bytes() for file in sorted(CONFIGS.rglob("*.toml"))]
 
     def read(content: bytes) -> None:
         path.write_bytes(content)

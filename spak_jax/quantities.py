@@ -47,6 +47,7 @@ from spak_jax.config import (
     LoopedModel,
     Specification,
     read_specification,
+    referred_file,
 )
 from spak_jax.results import Estimate, Evaluated
 
@@ -143,8 +144,8 @@ class Quantities:
     def _compared(self, other: str) -> "Quantities":
         if other not in self._specification.system.compared_with:
             raise LawError(f"compared[{other!r}]: {other} is not in system.compared_with")
-        specification = read_specification(self._folder / f"{other}.toml")
-        return Quantities(specification, self._folder, self._target, None, self._thorough)
+        file = referred_file(other, self._folder, "system.compared_with")
+        return Quantities(read_specification(file), file.parent, self._target, None, self._thorough)
 
     def _kernels(self, name: str) -> list[compile.Report]:
         self._require_target()

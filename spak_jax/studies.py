@@ -6,14 +6,18 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from spak_jax import addition
 from spak_jax.command_line import InputError
-from spak_jax.config import Architecture, Config, leaves, parse_config, read_config
-
-CONFIGS = Path("configs")
+from spak_jax.config import (
+    Architecture,
+    Config,
+    leaves,
+    parse_config,
+    read_config,
+    specification_file,
+)
 
 
 class Scoring(NamedTuple):
@@ -241,7 +245,7 @@ def _config(
     Raises:
       InputError: an override contradicts what the system is, or is not allowed.
     """
-    path = CONFIGS / f"{base}.toml"
+    path = specification_file(base)
     plain = read_config(path)
     name, system = name or plain.name, system or plain.system
     own = [f"name={json.dumps(name)}", f"system.name={json.dumps(system)}", *own]

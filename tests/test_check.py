@@ -74,9 +74,9 @@ def test_what_the_seed_claims_to_have_learned_is_among_the_facts():
 @pytest.mark.parametrize(
     ("file", "old", "new", "law"),
     [
-        ("gpt12", "bridge_digits = [5, 6]", "bridge_digits = [5, 8]", "zero-shot-is-unseen"),
+        ("base/common", "bridge_digits = [5, 6]", "bridge_digits = [5, 8]", "zero-shot-is-unseen"),
         ("loop12", "width = 256", "width = 512", "budget"),
-        ("loop12", "batch = 128", "batch = 256", "same-work"),
+        ("loop12", "loops = 12", "loops = 14", "same-work"),
         ("loop12", 'column["5-6"].seeds == 5', 'column["5-6"].seeds == 6', "published-score"),
     ],
 )
@@ -91,10 +91,24 @@ def test_a_broken_copy_is_caught_with_the_name_of_the_law(tmp_path, file, old, n
     text = path.read_text()
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
-    result = run_program("spak_jax.check", path)
+    result = run_program("spak_jax.check", folder / "loop12.toml")
     assert result.returncode == 1, result.stderr
     assert law in result.stderr and "Traceback" not in result.stderr
     assert "broken" in result.stdout
+
+
+def test_one_of_your_own_is_held_to_the_laws_it_starts_from(tmp_path):
+    """That of the README, anywhere; what it is compared with is among those that ship."""
+    [own] = re.findall(r"```toml\n(base = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    path = tmp_path / "narrow.toml"
+    path.write_text(own)
+    findings = check.judge(read_specification(path), path.parent)
+    holds = {finding.name: finding.verdict.holds for finding in findings}
+    assert {"zero-shot-is-unseen", "fewer-weights", "same-work"} <= holds.keys()
+    assert all(found is not False for found in holds.values()) and holds["fewer-weights"]
+    path.write_text(own.replace("width = 64", "width = 512"))
+    result = run_program("spak_jax.check", path)
+    assert result.returncode == 1 and "fewer-weights" in result.stderr
 
 
 def test_a_fact_falls_with_its_evidence(tmp_path):

@@ -1,6 +1,10 @@
 """Configurations: what ships is valid, what is wrong is named."""
 
 import contextlib
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import tomllib
 from pathlib import Path
@@ -11,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spak_jax.command_line import InputError
-from spak_jax.config import first_difference, leaves, parse_config, read_config
+from spak_jax.config import (
+    first_difference,
+    leaves,
+    parse_config,
+    read_config,
+    read_specification,
+    shipped_configs,
+    specification_file,
+)
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -38,6 +50,100 @@ def test_the_five_systems_follow_the_originals_recipe():
         assert (train.batch, train.learning_rate, train.final_learning_rate) == (128, 1e-3, 1e-4)
         assert (train.warmup_steps, train.decay_steps, train.betas) == (100, 15_000, (0.9, 0.99))
         assert (train.weight_decay, train.clip_norm) == (1e-4, 1.0)
+
+
+def law(name: str, check: str = "parameters > 0") -> str:
+    return f'[[invariant]]\nname = "{name}"\nlaw = "x"\ncheck = "{check}"\n'
+
+
+FACT = '[[fact]]\nname = "{}"\nclaim = "Learned."\n'
+
+
+def test_a_file_starts_from_others_and_its_own_word_is_the_last(tmp_path):
+    write = lambda name, text: (tmp_path / f"{name}.toml").write_text(text)  # noqa: E731
+    write("common", "[train]\nsteps = 5\nbatch = 3\n" + law("a") + law("b"))
+    write("small", 'base = ["common"]\n[model]\nwidth = 8\nheads = 2\n[train]\nbatch = 4\n')
+    looped = '[model]\nkind = "loop"\nloops = 2\nheads = 4\n[data]\nbridge_digits = [5]\n'
+    write("looped", 'base = ["common"]\n' + looped + law("c") + FACT.format("of-looped"))
+    own = 'base = ["small", "looped"]\nname = "own"\n[system]\nname = "Own"\n[model]\nloops = 3\n'
+    write("own", own + law("b", "parameters > 1") + FACT.format("own"))
+    found = read_specification(tmp_path / "own.toml", ["train.steps=7"])
+    assert (found.model.width, found.model.heads, found.model.loops) == (8, 4, 3)
+    # What `looped` starts from counts after what `small` says.
+    assert (found.train.steps, found.train.batch, found.data.bridge_digits) == (7, 3, (5,))
+    checks = {each.name: each.check for each in found.invariant}
+    assert checks == {"a": "parameters > 0", "c": "parameters > 0", "b": "parameters > 1"}
+    assert [each.name for each in found.fact] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ('"common"', "base must be a list of at most 4 names"),
+        ("[1]", "base must be a list of at most 4 names"),
+        ('["a", "a", "a", "a", "a"]', "base must be a list of at most 4 names"),
+        ('["nowhere"]', "base = 'nowhere': there is no .*nowhere.toml nor .*nowhere.toml"),
+        ('["../own"]', "must be a name such as loop12"),
+        ('["/etc/passwd"]', "must be a name such as loop12"),
+        ('["base/../own"]', "must be a name such as loop12"),
+        ('["own"]', "is a base of itself: own.toml -> own.toml"),
+        ('["other"]', "is a base of itself: own.toml -> other.toml -> own.toml"),
+        ('["1"]', "bases are nested more than 4 deep"),
+        ('["broken"]', "broken.toml is not TOML"),
+        ('["base/looped", "odd"]', "own.toml: unknown key odd"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(tmp_path, base, said):
+    write = lambda name, text: (tmp_path / f"{name}.toml").write_text(text)  # noqa: E731
+    write("own", f'base = {base}\nname = "own"\n[system]\nname = "Own"\n')
+    write("other", 'base = ["own"]\n')
+    write("broken", "base = [\n")
+    write("odd", "odd = 1\n[model]\nwidth = 8\nheads = 2\nloops = 1\n")
+    for i in range(1, 6):
+        write(str(i), f'base = ["{i + 1}"]\n')
+    with pytest.raises(InputError, match=said) as refused:
+        read_specification(tmp_path / "own.toml")
+    assert "\n" not in str(refused.value)
+
+
+def test_configurations_are_found_from_any_folder_and_own_ones_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = specification_file("loop12")
+    assert read_config(shipped).name == "loop12" and shipped.parent == shipped_configs()
+    with pytest.raises(InputError, match="did you mean loop.*gpt12"):
+        specification_file("loop13")
+    Path("configs").mkdir()
+    Path("configs/loop12.toml").write_text('base = ["loop128e"]\nname = "mine"\n')
+    assert read_config(specification_file("loop12")).name == "mine"
+    assert specification_file("gpt12") == shipped_configs() / "gpt12.toml"
+
+
+def test_a_wheel_holds_them_within_the_package(tmp_path):
+    """As the packages of pyproject.toml say, which name every folder of them."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        settings = tomllib.load(file)["tool"]["setuptools"]
+    for package, folder in settings["package-dir"].items():
+        assert package in settings["packages"]
+        assert settings["package-data"][package] == ["*.toml"]
+        shutil.copytree(
+            ROOT / folder, tmp_path / package.replace(".", "/"), ignore=lambda *_: ["base"]
+        )
+    for package in ("spak_jax", "pallas_kernels"):
+        shutil.copytree(ROOT / package, tmp_path / package, dirs_exist_ok=True)
+    program = (
+        "from spak_jax import config as c; print(c.read_config(c.specification_file('loop12')))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "name='loop12'" in said.stdout, said.stderr
+    held = {path.name for path in (tmp_path / "spak_jax/configs").rglob("*.toml")}
+    assert held == {path.name for path in (ROOT / "configs").rglob("*.toml")}
 
 
 def test_overrides_are_toml(tiny_toml):
