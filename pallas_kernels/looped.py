@@ -4,7 +4,8 @@ One program takes the tokens of a row, or of a few short ones, through all loops
 state lives in its registers from the first loop to the last; weights come tile by tile from the L2
 cache, where all programs find the same ones; queries, keys and values of a loop pass through a
 buffer of its own, which the caches hold (104 KiB at a width of 256). A program stops as soon as all
-of its tokens have halted, whatever its neighbours do. Derivatives go loop by loop.
+of its tokens have halted, whatever its neighbours do. Derivatives go loop by loop, and so do rows
+that no program holds.
 
 The state stands on its side, `[channels, tokens]`, in blocks of channels: weights are then the left
 operands of all products and the normed state the right one. That one Triton keeps in shared memory,
@@ -127,6 +128,7 @@ def looped_block(
     rule: str = "sure",
     inject_input: bool = False,
     normalize_state: bool = False,
+    implementation: str | None = None,
     cut: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`loops` applications of one pre-norm transformer block to each row, and its logits.
@@ -146,12 +148,16 @@ def looped_block(
       weights: of the block and the readout.
       heads: of attention.
       loops: at most.
-      dtype: of the products, bfloat16 or float32; sums, norms and the state are float32.
+      dtype: of the products, bfloat16 or float32, loop by loop also float16; sums, norms and the
+        state are float32.
       positions: int `[length]` or `[batch, length]`; queries and keys are turned by them (RoPE).
       ids, window: as `attention` takes them, ids integers alone.
       thresholds: float, broadcastable to `[batch, length]`; None runs all loops.
       rule: of `RULES`.
       inject_input, normalize_state: as above.
+      implementation: "pallas", one launch, which a CPU interprets; "xla", plain `jnp` loop by loop,
+        for rows of any length and width. None takes one launch on a GPU where a program holds the
+        rows (`takes`), else "xla".
       cut: how a program is cut; None takes what the table of tiles has for the device at hand.
 
     Returns:
@@ -159,22 +165,28 @@ def looped_block(
       took, `[batch, length]`.
 
     Raises:
-      ValueError: the shape is none that a program can hold here (`takes`); shapes, dtypes or
+      ValueError: with "pallas", the shape is none that a program can hold here; shapes, dtypes or
         arguments that do not go together, naming them.
     """
     clip = window if weights.bias_table is None else weights.bias_table.shape[1] // 2 - 1
     positions, ids, thresholds = _checked(
         x, weights, heads, loops, positions, ids, window, thresholds, rule
     )
+    arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
+    arguments.require_dtype("dtype", jnp.zeros((), dtype), *arguments.FLOATS)
     batch, length, width = x.shape
     if batch * length == 0:
         logits = jnp.zeros((batch, length, len(weights.head)), jnp.float32)
         return logits, jnp.full((batch, length), loops, jnp.int32)
     target = targets.target_at_hand()
     told_ids = window is not None or weights.bias_table is not None
-    if cut is None and target is not None:
-        cut = _tile_for(target, length, width, heads, len(weights.head), dtype, told_ids)
-    if cut is None:
+    sizes = length, width, heads, len(weights.head), dtype
+    if implementation is None:
+        launched = cut is not None or takes(*sizes, with_ids=told_ids)
+        implementation = "pallas" if launched else "xla"
+    if implementation == "pallas" and cut is None and target is not None:
+        cut = _tile_for(target, *sizes, told_ids)
+    if implementation == "pallas" and cut is None:
         raise ValueError(
             f"x is {x.shape}, {jnp.dtype(dtype).name}: no program on {target or 'this device'}"
             f" holds {length} tokens of {width} channels through all loops"
@@ -189,7 +201,7 @@ def looped_block(
         normalized=normalize_state,
         # Of a product whose result goes into another, Triton gives each warp 16 rows; where there
         # are fewer rows than that, several warps would make the same ones, and their GELU.
-        one_behind=cut.block_hidden < 16 * cut.num_warps,
+        one_behind=cut is not None and cut.block_hidden < 16 * cut.num_warps,
         attention=tile.Options(
             length=tiles.looped_tokens(length),
             head_dim=width // heads,
@@ -203,7 +215,10 @@ def looped_block(
         ),
     )
     given = x, weights, positions, ids if clip is not None else None, thresholds
-    return run(given, (), (options, jnp.dtype(dtype).name, cut))
+    chosen = options, jnp.dtype(dtype).name, cut
+    if implementation == "xla":
+        return _loop_by_loop(given, (), chosen, implementation)
+    return run(given, (), chosen)
 
 
 def _checked(x, weights: Weights, heads, loops, positions, ids, window, thresholds, rule):
@@ -283,15 +298,23 @@ def _run(given, _, chosen):
     return logits, jnp.abs(unpacked(steps))
 
 
-def _loop_by_loop(given, _, chosen):
-    """The same by the functions that a training runs, which can be differentiated."""
+def _loop_by_loop(given, _, chosen, implementation: str | None = None):
+    """The same by functions that can be differentiated: those that a training runs, or with "xla"
+    plain `jnp` alone."""
     x, weights, positions, ids, thresholds = given
     options, dtype, _ = chosen
     (batch, length, width), told = x.shape, options.attention
-    linear_of = functools.partial(linear.linear, dtype=dtype)
-    norm_of = functools.partial(add_and_norm, dtype=jnp.dtype(dtype))
+    norm_of = functools.partial(add_and_norm, dtype=jnp.dtype(dtype), implementation=implementation)
+
+    def linear_of(x, matrix):
+        if implementation == "xla":
+            return x.astype(dtype) @ matrix.astype(dtype)
+        return linear.linear(x, matrix, dtype=dtype)
 
     def mlp(normed):
+        if weights.mlp_value is None and implementation == "xla":
+            inner = jax.nn.gelu(linear_of(normed, weights.mlp_in), approximate=False)
+            return linear_of(inner, weights.mlp_out)
         if weights.mlp_value is None:
             return linear.mlp(normed, weights.mlp_in, weights.mlp_out, dtype=dtype)
         gate = jax.nn.silu(linear_of(normed, weights.mlp_in))
@@ -310,6 +333,7 @@ def _loop_by_loop(given, _, chosen):
             ids=ids,
             bias_table=weights.bias_table,
             window=told.clip if told.windowed else None,
+            implementation=implementation,
         )
         mixed = linear_of(mixed.reshape(batch, length, width), weights.attention_out)
         state, normed = norm_of(state, mixed, weights.norm2)

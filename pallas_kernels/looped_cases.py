@@ -86,6 +86,7 @@ class LoopedCase:
                     rule="still" if self.windowed else "sure",
                     inject_input=self.windowed,
                     normalize_state=self.windowed,
+                    implementation="pallas",
                     cut=looped.Tile(**self.settings) if self.settings else None,
                 )
 

@@ -772,6 +772,7 @@ class LoopLM(_Transformer):
             rule=rule,
             inject_input=self.config.inject_input,
             normalize_state=self.config.normalize_state,
+            implementation="pallas",
         )
 
     def fits_one_launch(self, tokens: jax.Array) -> bool:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_model import build, make_config, random_weights
 
 from pallas_kernels import looped, targets, tiles
@@ -183,6 +185,76 @@ def test_what_is_broken_in_a_token_is_nothing_to_those_before_it(rule):
     for value, expected in zip(found, whole, strict=True):
         np.testing.assert_array_equal(value[others], expected[others])
     assert np.isnan(found[0][~others]).all()
+
+
+def drawn(length: int, width=32, heads=2, dtype="float32", **sizes) -> tuple:
+    """A state and weights of any size, and ids."""
+    keys = iter(jax.random.split(jax.random.key(length), 20))
+    array = lambda *shape: jax.random.normal(next(keys), shape) / shape[0] ** 0.5  # noqa: E731
+    hidden = sizes.get("hidden", 2 * width)
+    weights = looped.Weights(
+        norm1=1 + array(width), qkv=3 * array(width, 3 * width), attention_out=array(width, width),
+        norm2=1 + array(width), mlp_in=3 * array(width, hidden), mlp_out=array(hidden, width),
+        final_norm=1 + array(width), head=array(sizes.get("vocabulary", 13), width),
+        steps=array(3, width),
+        mlp_value=array(width, hidden) if sizes.get("gated") else None,
+        bias_table=array(heads, 4) if sizes.get("biased") else None,
+    )  # fmt: skip
+    ids = jnp.asarray(np.random.default_rng(length).integers(0, 6, (2, length)), jnp.int32)
+    return array(2, length, width), weights, ids
+
+
+@settings(deadline=None, max_examples=6)
+@given(
+    length=st.integers(1, 64),
+    heads=st.sampled_from([1, 2]),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    rule=st.sampled_from([None, *looped.RULES]),
+    starts=st.sampled_from([{}, {"inject_input": True}, {"normalize_state": True}]),
+)
+def test_one_launch_equals_plain_code(length, heads, gated, biased, rule, starts):
+    x, weights, ids = drawn(length, heads=heads, gated=gated, biased=biased)
+    told = starts | {"heads": heads, "loops": 4, "dtype": jnp.float32}
+    told |= {"ids": ids} if biased else {"positions": jnp.arange(length)}
+    if rule:
+        thresholds = np.random.default_rng(length).uniform(0.1, 0.5, (2, length))
+        told |= {"rule": rule, "thresholds": jnp.asarray(thresholds)}
+    found = looped.looped_block(x, weights, **told, implementation="pallas")
+    plain = looped.looped_block(x, weights, **told, implementation="xla")
+    np.testing.assert_array_equal(found[1], plain[1])
+    # Loops pass rounding on, and with a sharp softmax make more of it.
+    assert error(found[0], plain[0]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [
+        (300, {}),
+        (24, {"width": 288, "heads": 4}),
+        (24, {"vocabulary": 100}),
+        (24, {"dtype": "float16"}),
+    ],
+)
+def test_what_no_program_holds_goes_loop_by_loop(length, sizes):
+    heads = sizes.get("heads", 2)
+    x, weights, _ = drawn(length, **sizes)
+    told = {"heads": heads, "loops": 3, "dtype": sizes.get("dtype", "float32")}
+    with pytest.raises(ValueError, match=r"no program on h100 holds"):
+        looped.looped_block(x, weights, **told, implementation="pallas")
+    assert not looped.takes(
+        length, x.shape[-1], heads, len(weights.head), told["dtype"], with_ids=False
+    )
+
+    def logits(x, weights):
+        return looped.looped_block(x, weights, **told)[0]
+
+    found = logits(x, weights)
+    assert found.shape == (2, length, len(weights.head))
+    plain = looped.looped_block(x, weights, **told, implementation="xla")[0]
+    np.testing.assert_array_equal(found, plain)
+    gradients = jax.grad(lambda *given: (logits(*given) ** 2).mean(), (0, 1))(x, weights)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 def test_no_rows_give_no_logits():
