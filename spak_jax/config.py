@@ -366,7 +366,10 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
     Raises:
       InputError: the file cannot be read, or a key or value is not allowed.
     """
-    values = _with_bases(path, ())
+    try:
+        values = _with_bases(path, ())
+    except RecursionError:
+        raise InputError(f"{path}: keys are nested too deeply") from None
     for override in overrides:
         try:
             _merge(values, _parse_override(override), override)

@@ -91,6 +91,10 @@ def test_a_file_starts_from_others_and_its_own_word_is_the_last(tmp_path):
         ('["1"]', "bases are nested more than 4 deep"),
         ('["broken"]', "broken.toml is not TOML"),
         ('["base/looped", "odd"]', "own.toml: unknown key odd"),
+        (
+            '["deep"]\nx' + 3000 * ".x" + " = 1",
+            "own.toml: (keys are nested too deeply|is not TOML)",
+        ),
     ],
 )
 def test_a_base_that_cannot_be_is_refused(tmp_path, base, said):
@@ -98,6 +102,7 @@ def test_a_base_that_cannot_be_is_refused(tmp_path, base, said):
     write("own", f'base = {base}\nname = "own"\n[system]\nname = "Own"\n')
     write("other", 'base = ["own"]\n')
     write("broken", "base = [\n")
+    write("deep", "x" + 3000 * ".x" + " = 1\n")
     write("odd", "odd = 1\n[model]\nwidth = 8\nheads = 2\nloops = 1\n")
     for i in range(1, 6):
         write(str(i), f'base = ["{i + 1}"]\n')
