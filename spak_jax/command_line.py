@@ -66,8 +66,9 @@ def write_file(path: Path, content: str | bytes) -> None:
       InputError: the folder of `path` cannot be written.
     """
     writable_folder(path.parent)
-    # With the process in its name: several may write one figure, each from what is there.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # With the process for its name: several may write one figure, each from what is there, and a
+    # name of 255 bytes has no room for an ending.
+    partial = path.with_name(f"{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)

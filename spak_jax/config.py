@@ -357,7 +357,7 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
     A file with `base = ["NAME", ...]` starts from the specifications of these names, beside it or
     among those that ship; each may have its own. Of what several say the last word counts, which
     is the file's: sections key by key, invariants by name. Facts are claims about one system's
-    results, and stay with it.
+    results, and stay with it; so does the name, which names the run folder.
 
     Args:
       path: the file.
@@ -430,7 +430,8 @@ def _with_bases(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
     for name in bases:
         file = referred_file(name, path.parent, f"{path}: base")
         base = _with_bases(file, (*within, path.resolve()))
-        base.pop("fact", None)
+        for own_alone in ("name", "fact"):
+            base.pop(own_alone, None)
         _inherit(values, base)
     _inherit(values, own)
     return values
@@ -505,8 +506,12 @@ def files_and_overrides(arguments: argparse.Namespace) -> tuple[list[Path], list
     given = arguments.words or []
     words = [given] if isinstance(given, str) else given
     files, overrides = [], []
-    for word in map(_as_unicode, [*words, *arguments.overrides]):
-        (overrides if "=" in word and not os.path.isfile(word) else files).append(word)
+    for word in [*words, *arguments.overrides]:
+        # A file keeps the name that Python has for it, whatever the locale.
+        if "=" in word and not os.path.isfile(word):
+            overrides.append(_as_unicode(word))
+        else:
+            files.append(word)
     if not files and arguments.default_config is None:
         raise InputError(f"a configuration must be named before {' '.join(overrides)}")
     return list(map(specification_file, files or [arguments.default_config])), overrides

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from pallas_kernels import compilation_cache, programs
-from spak_jax.command_line import InputError, Table, console, named_file, progress
+from spak_jax.command_line import InputError, Table, console, named_file, progress, write_file
 
 PROGRAMS = sorted(
     f"{path.parent.name}.{path.stem}"
@@ -330,6 +330,31 @@ def test_work_within_work_is_not_shown(monkeypatch):
             inner.advance(1, "unseen")
 
     assert lines_of(work, monkeypatch, "outer") == []
+
+
+def test_a_file_may_have_the_longest_name_there_is(tmp_path):
+    path = tmp_path / ("🙂" * 62 + ".json")
+    for content in ("first", "second"):
+        write_file(path, content)
+        assert path.read_text() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("given", ["é数/Zahlen é数🙂.toml", "é数=1.toml"])
+def test_a_file_is_found_by_its_name_in_an_ascii_locale(given, tmp_path):
+    (tmp_path / "é数").mkdir()
+    (tmp_path / given).write_text("odd = 1")
+    environment = {
+        "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    # The file is read, and what it lacks is told.
+    result = subprocess.run(
+        [sys.executable, "-m", "spak_jax.train", given],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+    )
+    assert result.returncode == 2 and b"is missing" in result.stderr, result.stderr
 
 
 def test_a_file_is_found_by_its_name(tmp_path, monkeypatch):

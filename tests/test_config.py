@@ -111,6 +111,13 @@ def test_a_base_that_cannot_be_is_refused(tmp_path, base, said):
     assert "\n" not in str(refused.value)
 
 
+def test_a_name_is_not_inherited(tmp_path):
+    """It names the run folder."""
+    (tmp_path / "own.toml").write_text('base = ["loop12"]\n')
+    with pytest.raises(InputError, match="own.toml: name is missing"):
+        read_specification(tmp_path / "own.toml")
+
+
 def test_configurations_are_found_from_any_folder_and_own_ones_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = specification_file("loop12")
