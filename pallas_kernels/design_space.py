@@ -13,7 +13,6 @@ kernels their shape; all else is for others to check.
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from pallas_kernels import compile, evidence, laws, long, tiles
 from pallas_kernels.laws import Law, LawError
 from pallas_kernels.shapes import Shape
+from pallas_kernels.specification_files import values_of
 from pallas_kernels.targets import TARGETS
 
 Space = Mapping[str, Sequence[int]]
@@ -47,14 +47,10 @@ def read(path: Path) -> Declared:
     """What a specification's file declares.
 
     Raises:
-      LawError: it cannot be read, lacks a size, or its spaces or laws are not as they must be.
+      InputError: it, or what it starts from, cannot be read.
+      LawError: it lacks a size, or its spaces or laws are not as they must be.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LawError(f"cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise LawError(f"is not TOML ({error})") from None
+    values = values_of(path)
     sizes = {key: _size(values, section, key) for section, keys in SIZES.items() for key in keys}
     model = values["model"]
     case = compile.Case(

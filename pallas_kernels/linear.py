@@ -95,7 +95,12 @@ def no_operands(tokens: int, inputs: int, outputs: int, dtype) -> Operands:
 
 
 def linear(
-    x: jax.Array, weights: jax.Array, *, dtype, operands: Operands | None = None
+    x: jax.Array,
+    weights: jax.Array,
+    *,
+    dtype,
+    operands: Operands | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`x @ weights`, added up in float32.
 
@@ -105,15 +110,17 @@ def linear(
       dtype: that both are multiplied in.
       operands: asks for those of the weights' gradient instead of the gradient, where the kernels
         are for such sizes (`takes`); None for the gradient.
+      implementation: "xla", plain `jnp`; None takes the kernels where they are for such sizes.
 
     Returns:
       `[..., outputs]` in `dtype`.
 
     Raises:
-      ValueError: shapes that do not go together, naming them.
+      ValueError: shapes that do not go together, or another implementation, naming them.
     """
+    arguments.require_one_of("implementation", implementation, ("xla", None))
     inputs, outputs = _sides("weights", weights, x)
-    if not takes(math.prod(x.shape[:-1]), inputs, outputs, dtype):
+    if implementation == "xla" or not takes(math.prod(x.shape[:-1]), inputs, outputs, dtype):
         return x.astype(dtype) @ weights.astype(dtype)
     flat = x.reshape(-1, inputs).astype(dtype)
     made = _linear((flat, weights, operands), (), _options(dtype, operands))
@@ -127,25 +134,27 @@ def mlp(
     *,
     dtype,
     operands: tuple[Operands, Operands] | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`gelu(x @ inner) @ outer`.
 
     Args:
       x: `[..., width]`.
       inner, outer: float32 `[width, hidden]` and `[hidden, width]`.
-      dtype, operands: as of `linear`, for both matrices.
+      dtype, operands, implementation: as of `linear`, operands for both matrices.
 
     Returns:
       As x, in `dtype`.
 
     Raises:
-      ValueError: shapes that do not go together, naming them.
+      ValueError: shapes that do not go together, or another implementation, naming them.
     """
+    arguments.require_one_of("implementation", implementation, ("xla", None))
     width, hidden = _sides("inner", inner, x)
     arguments.require_shape("outer", outer, (hidden, width))
-    if not takes(math.prod(x.shape[:-1]), width, hidden, dtype):
+    if implementation == "xla" or not takes(math.prod(x.shape[:-1]), width, hidden, dtype):
         made = x.astype(dtype) @ inner.astype(dtype)
-        return activation.gelu(made) @ outer.astype(dtype)
+        return activation.gelu(made, implementation) @ outer.astype(dtype)
     flat = x.reshape(-1, width).astype(dtype)
     return _mlp((flat, inner, outer, operands), (), _options(dtype, operands)).reshape(x.shape)
 

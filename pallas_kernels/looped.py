@@ -304,19 +304,13 @@ def _loop_by_loop(given, _, chosen, implementation: str | None = None):
     x, weights, positions, ids, thresholds = given
     options, dtype, _ = chosen
     (batch, length, width), told = x.shape, options.attention
+    products = {"dtype": dtype, "implementation": implementation}
+    linear_of = functools.partial(linear.linear, **products)
     norm_of = functools.partial(add_and_norm, dtype=jnp.dtype(dtype), implementation=implementation)
 
-    def linear_of(x, matrix):
-        if implementation == "xla":
-            return x.astype(dtype) @ matrix.astype(dtype)
-        return linear.linear(x, matrix, dtype=dtype)
-
     def mlp(normed):
-        if weights.mlp_value is None and implementation == "xla":
-            inner = jax.nn.gelu(linear_of(normed, weights.mlp_in), approximate=False)
-            return linear_of(inner, weights.mlp_out)
         if weights.mlp_value is None:
-            return linear.mlp(normed, weights.mlp_in, weights.mlp_out, dtype=dtype)
+            return linear.mlp(normed, weights.mlp_in, weights.mlp_out, **products)
         gate = jax.nn.silu(linear_of(normed, weights.mlp_in))
         return linear_of(gate * linear_of(normed, weights.mlp_value), weights.mlp_out)
 

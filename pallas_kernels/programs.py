@@ -358,6 +358,12 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line that is not too long."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def named_file(word: str | Path, *folders: Path, suffix: str = ".toml") -> Path:
     """The file that a word of a command line names: a path, or the name of a file in a folder.
 

@@ -45,8 +45,9 @@ from pallas_kernels import (
 )
 from pallas_kernels.design_space import Declared
 from pallas_kernels.laws import LawError
-from pallas_kernels.programs import console, named_file, run_program
+from pallas_kernels.programs import console, run_program
 from pallas_kernels.shapes import Shape
+from pallas_kernels.specification_files import specification_file
 from pallas_kernels.targets import TARGETS, target_at_hand
 from pallas_kernels.tile import Extras
 
@@ -439,8 +440,7 @@ def main() -> None:
     if not names and jax.default_backend() != "gpu":
         parser.error(f"needs a GPU or --target; JAX's backend here is {jax.default_backend()}")
     if arguments.spec:
-        specification = named_file(arguments.spec, Path("configs"))
-        _tune_by(specification, names, arguments, parser, console.print)
+        _tune_by(specification_file(arguments.spec), names, arguments, parser, console.print)
         return
     path = _table_path(arguments)
     table = _table_so_far(path, parser)

@@ -12,17 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pallas_kernels import compile, tiles
+from pallas_kernels.specification_files import NAMED, specification_file
 from pallas_kernels.targets import TARGETS
 from spak_jax import check, evaluate, quantities
 from spak_jax.check import WORDS, Finding
 from spak_jax.command_line import run_program
-from spak_jax.config import (
-    CONFIGS,
-    Specification,
-    leaves,
-    read_specification,
-    specification_file,
-)
+from spak_jax.config import Specification, leaves, read_specification
 
 PROSE = ("objective", "hypothesis", "rationale")
 
@@ -55,7 +50,9 @@ def main() -> None:
         prog="python -m spak_jax.brief", description="Print a specification as one page."
     )
     parser.add_argument(
-        "specification", metavar="SPEC", help=f"a TOML file, or the name of one in {CONFIGS}"
+        "specification",
+        metavar="SPEC",
+        help=NAMED,
     )
     parser.add_argument(
         "--target",

@@ -1,8 +1,8 @@
 """What every program here shares: that of all programs (`pallas_kernels.programs`), and files."""
 
 import json
-import os
 import tempfile
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pallas_kernels.programs import (
     InputError,
     Table,
     console,
-    named_file,
+    first_line,
     progress,
     require_devices,
     run_program,
@@ -26,19 +26,12 @@ __all__ = [
     "first_line",
     "found_before",
     "named",
-    "named_file",
     "progress",
     "require_devices",
     "run_program",
     "writable_folder",
     "write_file",
 ]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line that is not too long."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def writable_folder(path: Path) -> Path:
@@ -66,9 +59,9 @@ def write_file(path: Path, content: str | bytes) -> None:
       InputError: the folder of `path` cannot be written.
     """
     writable_folder(path.parent)
-    # With the process for its name: several may write one figure, each from what is there, and a
-    # name of 255 bytes has no room for an ending.
-    partial = path.with_name(f"{os.getpid()}.partial")
+    # A name of its own: several processes may write one figure, each from what is there, and a name
+    # of 255 bytes has no room for an ending.
+    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)

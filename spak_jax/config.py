@@ -12,7 +12,6 @@ import contextlib
 import difflib
 import json
 import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,17 +19,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spak_jax.command_line import InputError, first_line, named_file
+from pallas_kernels.specification_files import NAMED, specification_file, values_of
+from spak_jax.command_line import InputError, first_line
 
-# Where names of specifications are looked for first, from where a program is started.
-CONFIGS = Path("configs")
 # The longest operand a training law or a scoring set may ask for, in decimal digits.
 MAX_DIGITS = 10_000
-# Bytes; Python takes seconds for as many nested keys.
-LARGEST_SPECIFICATION = 2**15
-# What a specification may start from: names, so many, and they from others so often.
-BASE_NAME = r"(base/)?[A-Za-z0-9][A-Za-z0-9._-]*"
-MOST_BASES, DEEPEST_BASE = 4, 4
 # Numbers in a problem of each task.
 OPERANDS = {"addition": 2, "three-operands": 3, "subtraction": 2}
 
@@ -352,12 +345,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specification:
-    """The specification in a TOML file, changed by overrides such as `model.loops=24`.
-
-    A file with `base = ["NAME", ...]` starts from the specifications of these names, beside it or
-    among those that ship; each may have its own. Of what several say the last word counts, which
-    is the file's: sections key by key, invariants by name. Facts are claims about one system's
-    results, and stay with it; so does the name, which names the run folder.
+    """The specification in a TOML file and its bases (`specification_files`), changed by overrides
+    such as `model.loops=24`.
 
     Args:
       path: the file.
@@ -366,106 +355,13 @@ def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specificati
     Raises:
       InputError: the file cannot be read, or a key or value is not allowed.
     """
-    try:
-        values = _with_bases(path, ())
-    except RecursionError:
-        raise InputError(f"{path}: keys are nested too deeply") from None
+    values = values_of(path)
     for override in overrides:
         try:
             _merge(values, _parse_override(override), override)
         except RecursionError:
             raise InputError(f"override {override[:80]!r}: keys are nested too deeply") from None
     return _validated(Specification, values, str(path))
-
-
-def specification_file(word: str | Path) -> Path:
-    """The file that a word names: a path, or a name in `configs` here or among those that ship.
-
-    Raises:
-      InputError: there is none.
-    """
-    return named_file(word, CONFIGS, shipped_configs())
-
-
-def referred_file(name: str, folder: Path, by: str) -> Path:
-    """The specification that another one speaks of: beside it, or among those that ship.
-
-    Args:
-      name: a plain name, or `base/NAME`.
-      folder: of the specification that speaks of it.
-      by: the file and key that do, for the message.
-
-    Raises:
-      InputError: it is no such name, or there is no such file.
-    """
-    if not re.fullmatch(BASE_NAME, name):
-        raise InputError(f"{by} = {name[:80]!r}: must be a name such as loop12")
-    files = dict.fromkeys(place / f"{name}.toml" for place in (folder, shipped_configs()))
-    for file in files:
-        if file.is_file():
-            return file
-    raise InputError(f"{by} = {name!r}: there is no {' nor '.join(map(str, files))}")
-
-
-def shipped_configs() -> Path:
-    """The folder of the configurations that ship: in a wheel within the package, else beside it."""
-    package = Path(__file__).parent
-    within = package / "configs"
-    return within if within.is_dir() else package.parent / "configs"
-
-
-def _with_bases(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
-    """What a file and its bases say together. within: the files that this one is a base of."""
-    if path.resolve() in within:
-        chain = " -> ".join(file.name for file in (*within, path))
-        raise InputError(f"{path} is a base of itself: {chain}")
-    if len(within) > DEEPEST_BASE:
-        raise InputError(f"{path}: bases are nested more than {DEEPEST_BASE} deep")
-    own = _read_values(path)
-    bases = own.pop("base", [])
-    named = isinstance(bases, list) and all(isinstance(name, str) for name in bases)
-    if not named or len(bases) > MOST_BASES:
-        raise InputError(f"{path}: base must be a list of at most {MOST_BASES} names of files")
-    values: dict[str, Any] = {}
-    for name in bases:
-        file = referred_file(name, path.parent, f"{path}: base")
-        base = _with_bases(file, (*within, path.resolve()))
-        for own_alone in ("name", "fact"):
-            base.pop(own_alone, None)
-        _inherit(values, base)
-    _inherit(values, own)
-    return values
-
-
-def _inherit(values: dict[str, Any], own: Mapping[str, Any]) -> None:
-    """Changes `values` by what a later file says."""
-    for key, value in own.items():
-        inherited = values.get(key)
-        if isinstance(value, Mapping) and isinstance(inherited, dict):
-            _inherit(inherited, value)
-        elif key == "invariant" and inherited and isinstance(value, list):
-            name = lambda law: law.get("name") if isinstance(law, Mapping) else None  # noqa: E731
-            again = {name(law) for law in value}
-            values[key] = [law for law in inherited if name(law) not in again] + value
-        else:
-            values[key] = value
-
-
-def _read_values(path: Path) -> dict[str, Any]:
-    """What a TOML file says."""
-    try:
-        content = path.read_bytes()
-        if len(content) > LARGEST_SPECIFICATION:
-            raise InputError(
-                f"the specification {path} has {len(content):,} bytes: must be at most"
-                f" {LARGEST_SPECIFICATION:,}"
-            )
-        return tomllib.loads(content.decode())
-    except OSError as error:
-        raise InputError(f"cannot read the specification {path}: {error.strerror}") from None
-    # Also integers of more digits than Python reads.
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML: {first_line(error)}") from None
 
 
 def add_words(
@@ -484,7 +380,7 @@ def add_words(
         "words",
         nargs="+" if several else "?" if default else None,
         metavar="CONFIG",
-        help=f"a TOML file, or the name of one in {CONFIGS} or among those that ship{otherwise}",
+        help=NAMED + otherwise,
     )
     parser.add_argument(
         "overrides",

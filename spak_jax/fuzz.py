@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pallas_kernels import laws
+from pallas_kernels.specification_files import shipped_configs
 from spak_jax import (
     addition,
     check,
@@ -46,7 +47,7 @@ from spak_jax.command_line import (
     write_file,
 )
 
-CONFIGS = config.shipped_configs()
+CONFIGS = shipped_configs()
 RESULTS = Path("figures/reproduced-256/results/loop12-seed0.json")
 # Of the inputs that `--count` asks for: what takes a hundred times longer gets fewer.
 SHARES = {"checkpoints": 0.05, "pytorch": 0.1}

@@ -37,6 +37,7 @@ from pallas_kernels import compile, design_space, evidence
 from pallas_kernels.laws import Impossible, LawError, Unknown, Value, spelled
 from pallas_kernels.laws import Path as Name
 from pallas_kernels.shapes import Shape
+from pallas_kernels.specification_files import referred_file
 from pallas_kernels.stream_cases import OPERATIONS, StreamCase, StreamShape
 from spak_jax import addition, jax_settings, model, roofline
 from spak_jax.config import (
@@ -47,7 +48,6 @@ from spak_jax.config import (
     LoopedModel,
     Specification,
     read_specification,
-    referred_file,
 )
 from spak_jax.results import Estimate, Evaluated
 

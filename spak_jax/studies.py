@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pallas_kernels.specification_files import specification_file
 from spak_jax import addition
 from spak_jax.command_line import InputError
 from spak_jax.config import (
@@ -16,7 +17,6 @@ from spak_jax.config import (
     leaves,
     parse_config,
     read_config,
-    specification_file,
 )
 
 

@@ -31,6 +31,23 @@ check = {check!r}
 """
 
 
+FACT = """
+[[fact]]
+name = "good-at-three"
+claim = "Three digits are right."
+evidence.run = {evidence!r}
+holds = {holds!r}
+"""
+
+
+def learned(tmp_path: Path, evidence: str, holds: str) -> Path:
+    """The tiny specification with one fact."""
+    path = tmp_path / "configs" / "tiny.toml"
+    path.parent.mkdir()
+    path.write_text(TINY + FACT.format(evidence=evidence, holds=holds))
+    return path
+
+
 def lawful(tmp_path: Path, check: str, name: str = "tiny.toml") -> Path:
     """The tiny specification with one law."""
     path = tmp_path / "configs" / name
@@ -112,16 +129,8 @@ def test_one_of_your_own_is_held_to_the_laws_it_starts_from(tmp_path):
 
 
 def test_a_fact_falls_with_its_evidence(tmp_path):
-    path = tmp_path / "configs" / "tiny.toml"
-    path.parent.mkdir()
-    fact = """
-[[fact]]
-name = "good-at-three"
-claim = "Three digits are right."
-evidence.run = "../run*.json"
-holds = 'run.accuracy["3"].low > 0.7 and run.accuracy["3"].seeds == 2'
-"""
-    path.write_text(TINY + fact)
+    holds = 'run.accuracy["3"].low > 0.7 and run.accuracy["3"].seeds == 2'
+    path = learned(tmp_path, "../run*.json", holds)
     specification = read_specification(path)
     [missing] = check.judge_facts(specification, path.parent)
     assert (missing.verdict.holds, missing.verdict.reason) == (None, "no file ../run*.json")
@@ -222,16 +231,7 @@ def test_evidence_that_is_not_finite_is_none(tmp_path, number):
     low = f'"low": {score(900)["low"]}'
     assert file.read_text().count(low) == 1
     file.write_text(file.read_text().replace(low, f'"low": {number}'))
-    path = tmp_path / "configs" / "tiny.toml"
-    path.parent.mkdir()
-    fact = """
-[[fact]]
-name = "good"
-claim = "Three digits are right."
-evidence.run = "../run.json"
-holds = 'run.accuracy["3"].low != 0'
-"""
-    path.write_text(TINY + fact)
+    path = learned(tmp_path, "../run.json", 'run.accuracy["3"].low != 0')
     with pytest.raises(InputError, match="run.json: lengths.3.low.*finite"):
         check.judge_facts(read_specification(path), path.parent)
 
@@ -390,6 +390,15 @@ def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tuned, tmp_
     told["chosen"]["short_forward"]["spilled"] = 5
     evidence.write_text(json.dumps(told))
     assert check.judge_facts(specification, path.parent)[0].verdict.holds is False
+
+
+def test_what_ships_can_be_tuned_by():
+    """With the sizes and laws that it starts from."""
+    for path in SHIPPED:
+        declared, config = design_space.read(path), read_specification(path).config
+        assert declared.name == config.name == path.stem
+        assert declared.case.shape == quantities.attention_case(config).shape
+        assert "attention-fits" in declared.laws
 
 
 def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, monkeypatch, capsys):

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from pallas_kernels import compilation_cache, programs
-from spak_jax.command_line import InputError, Table, console, named_file, progress, write_file
+from pallas_kernels.programs import named_file
+from spak_jax.command_line import InputError, Table, console, progress, write_file
 
 PROGRAMS = sorted(
     f"{path.parent.name}.{path.stem}"

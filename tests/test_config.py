@@ -14,6 +14,7 @@ from conftest import ROOT, TINY, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_kernels.specification_files import shipped_configs, specification_file
 from spak_jax.command_line import InputError
 from spak_jax.config import (
     first_difference,
@@ -21,8 +22,6 @@ from spak_jax.config import (
     parse_config,
     read_config,
     read_specification,
-    shipped_configs,
-    specification_file,
 )
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
@@ -91,10 +90,7 @@ def test_a_file_starts_from_others_and_its_own_word_is_the_last(tmp_path):
         ('["1"]', "bases are nested more than 4 deep"),
         ('["broken"]', "broken.toml is not TOML"),
         ('["base/looped", "odd"]', "own.toml: unknown key odd"),
-        (
-            '["deep"]\nx' + 3000 * ".x" + " = 1",
-            "own.toml: (keys are nested too deeply|is not TOML)",
-        ),
+        ('["deep"]\nx' + 3000 * ".x" + " = 1", "own.toml: keys are nested too deeply"),
     ],
 )
 def test_a_base_that_cannot_be_is_refused(tmp_path, base, said):
@@ -143,7 +139,8 @@ def test_a_wheel_holds_them_within_the_package(tmp_path):
     for package in ("spak_jax", "pallas_kernels"):
         shutil.copytree(ROOT / package, tmp_path / package, dirs_exist_ok=True)
     program = (
-        "from spak_jax import config as c; print(c.read_config(c.specification_file('loop12')))"
+        "from pallas_kernels.specification_files import specification_file;"
+        " from spak_jax.config import read_config; print(read_config(specification_file('loop12')))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     said = subprocess.run(

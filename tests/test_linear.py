@@ -77,7 +77,7 @@ def test_gradients_of_several_matrices(count, inputs, outputs, tokens, seed):
 @pytest.mark.parametrize("inner", [512, 1024])
 def test_long_sums_leave_nothing_out(inner):
     draw = drawer(inner)
-    # One side of a channel after the other is all that there is to add up.
+    # Later channels weigh more: a sum that ends early is far off.
     a = draw(128, inner) * (1 + jnp.arange(inner) // 64)
     b, by = draw(inner, 128) / inner, draw(128, 128)
     on_cpu = jax.default_backend() == "cpu"

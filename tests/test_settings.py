@@ -19,8 +19,7 @@ SETTINGS = {
     "strict dtypes": lambda: jax.numpy_dtype_promotion("strict"),
     "no NaN": lambda: jax.debug_nans(True),
 }
-# Together, as each costs a training: those of numbers, and those of keys, of which one hides the
-# other where keys are made as JAX is set.
+# Those of numbers together, as each costs a training; of those of keys one would hide the other.
 AT_ONCE = {
     "numbers": ("x64", "no rank promotion", "strict dtypes", "no NaN"),
     "keys": ("rbg",),
@@ -61,14 +60,8 @@ def outcome(scheme, run):
     )
 
 
-@pytest.mark.parametrize(
-    ("scheme", "settings"),
-    [
-        *((scheme, "numbers") for scheme in SCHEMES),
-        # Where no scheme draws, keys are those of data and weights.
-        *(("random-rope", settings) for settings in ("keys", "keys of old")),
-    ],
-)
+@pytest.mark.parametrize("settings", AT_ONCE)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_same_whatever_the_settings(scheme, settings, as_ever, tmp_path):
     run, expected = as_ever[scheme]
     with contextlib.ExitStack() as stack:
