@@ -1,0 +1,89 @@
+"""Names that a configuration chooses by: tasks, position schemes and blocks.
+
+A class is registered under a name by the module that defines it, by a package of someone else's
+through an entry point, or from a notebook:
+
+    @TASKS.register("copying")
+    class Copying(Task): ...
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Registered = TypeVar("Registered", bound=type)
+
+
+class Registry(Generic[Registered]):
+    """Classes of one kind, by name.
+
+    Modules and entry points are loaded when a name is first asked for, so that nothing here
+    imports what is registered here.
+
+    Args:
+      kind: what the classes are, for messages: "task".
+      group: the entry points by which installed packages add to it.
+      modules: those of this package that register their own.
+    """
+
+    def __init__(self, kind: str, group: str, modules: tuple[str, ...]):
+        self.kind = kind
+        self._group, self._modules = group, modules
+        self._loaded = False
+        self._classes: dict[str, Registered] = {}
+
+    def register(self, name: str) -> Callable[[Registered], Registered]:
+        """A decorator that adds a class; in a notebook a class of the same module replaces its
+        former self.
+
+        Raises:
+          ValueError: another class has the name.
+        """
+
+        def add(registered: Registered) -> Registered:
+            known = self._classes.get(name)
+            whose = lambda of: (of.__module__, of.__qualname__)  # noqa: E731
+            if known is not None and whose(known) != whose(registered):
+                raise ValueError(f"{self.kind} {name!r} is {known.__module__}.{known.__qualname__}")
+            self._classes[name] = registered
+            registered.name = name
+            return registered
+
+        return add
+
+    def names(self) -> tuple[str, ...]:
+        """All names, those of this package first."""
+        self._load()
+        return tuple(self._classes)
+
+    def get(self, name: str) -> Registered:
+        """The class of a name.
+
+        Raises:
+          ValueError: there is none; says which there are.
+        """
+        self._load()
+        if name not in self._classes:
+            close = difflib.get_close_matches(str(name), self._classes, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"{self.kind} {name!r}: {hint}one of {', '.join(self._classes)}")
+        return self._classes[name]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for module in self._modules:
+            importlib.import_module(module)
+        for point in importlib.metadata.entry_points(group=self._group):
+            if point.name not in self._classes:
+                self.register(point.name)(point.load())
+
+
+TASKS: Registry = Registry("task", "spak_jax.tasks", ("spak_jax.tasks.arithmetic",))
+POSITIONS: Registry = Registry(
+    "position scheme", "spak_jax.positions", ("spak_jax.positions.schemes",)
+)
+BLOCKS: Registry = Registry("block", "spak_jax.blocks", ("spak_jax.models.block",))
