@@ -14,7 +14,7 @@ from pathlib import Path
 from pallas_kernels import compile, tiles
 from pallas_kernels.specification_files import NAMED, specification_file
 from pallas_kernels.targets import TARGETS
-from spak_jax import check, evaluate, quantities
+from spak_jax import check, provenance, quantities
 from spak_jax.check import WORDS, Finding
 from spak_jax.command_line import run_program
 from spak_jax.config import Specification, leaves, read_specification
@@ -79,14 +79,14 @@ def main() -> None:
 def _opening(specification: Specification) -> list[str]:
     system = specification.system
     lines = [f"# {system.name}", ""]
-    if system.seed_name:
-        lines += [f"In the seed's table: {system.seed_name}.", ""]
+    if system.baseline_name:
+        lines += [f"In the baseline's table: {system.baseline_name}.", ""]
     for name in PROSE:
         if text := getattr(system, name):
             lines += [f"**{name.capitalize()}.** {text.strip()}", ""]
     if system.compared_with:
         lines += [f"Compared with: {', '.join(system.compared_with)}.", ""]
-    return lines + [f"Measured {datetime.date.today()}, commit {evaluate.commit() or 'unknown'}."]
+    return lines + [f"Measured {datetime.date.today()}, commit {provenance.commit() or 'unknown'}."]
 
 
 def _settings(specification: Specification) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from pallas_kernels import compile, laws
 from pallas_kernels.laws import Law, LawError, Unknown, Value, Verdict, spelled
 from pallas_kernels.targets import TARGETS
-from spak_jax import results
 from spak_jax.command_line import Failure, InputError, Table, console, progress, run_program
 from spak_jax.config import (
     Fact,
@@ -25,8 +24,9 @@ from spak_jax.config import (
     files_and_overrides,
     read_specification,
 )
+from spak_jax.evaluation.results import Results, read_results
 from spak_jax.quantities import Quantities, no_quantity, of_results
-from spak_jax.results import Evaluated
+from spak_jax.reports.grouping import Evaluated, gather, ranges
 
 # Quantities that the target decides.
 OF_TARGET = ("target", "kernel", "memory", "time")
@@ -148,7 +148,7 @@ def measured(verdict: Verdict) -> str:
 def shown(value: Value) -> str:
     """A quantity's value, for people."""
     if isinstance(value, tuple):
-        numbers = results.ranges(value) if all(isinstance(v, int) for v in value) else value
+        numbers = ranges(value) if all(isinstance(v, int) for v in value) else value
         return f"({numbers})"
     if isinstance(value, bool | str):
         return repr(value)
@@ -194,7 +194,7 @@ def read_evaluated(specification: Specification, paths: Sequence[Path]) -> Evalu
     Raises:
       InputError: one cannot be read or is of another system, or they are of several evaluations.
     """
-    files = [(path, results.read_results(path)) for path in paths]
+    files = [(path, read_results(path)) for path in paths]
     for path, read in files:
         if read.config.name != specification.name:
             raise InputError(
@@ -203,8 +203,8 @@ def read_evaluated(specification: Specification, paths: Sequence[Path]) -> Evalu
     return _as_one(files, ", ".join(map(str, paths)))
 
 
-def _as_one(files: Sequence[tuple[Path, results.Results]], named: str) -> Evaluated:
-    evaluated, _ = results.gather(files)
+def _as_one(files: Sequence[tuple[Path, Results]], named: str) -> Evaluated:
+    evaluated, _ = gather(files)
     if len(evaluated) > 1:
         labels = ", ".join(line.label for line in evaluated)
         raise InputError(f"{named}: of several evaluations ({labels}); name those of one")
@@ -287,7 +287,7 @@ def evidence(name: str, pattern: str, folder: Path) -> Callable[[laws.Path], Val
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the fact {name}: {pattern} cannot be read as JSON ({error})") from None
     if all(isinstance(content, dict) and "lengths" in content for content in contents):
-        evaluated = _as_one([(path, results.read_results(path)) for path in paths], pattern)
+        evaluated = _as_one([(path, read_results(path)) for path in paths], pattern)
         return lambda path: of_results(evaluated, path[1:])
     if len(contents) > 1:
         raise InputError(f"the fact {name}: {pattern} names several files that are no results")
