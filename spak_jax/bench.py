@@ -29,7 +29,7 @@ from spak_jax import (
     evaluate,
     generation_bench,
     inference_bench,
-    model,
+    models,
     profiling,
     roofline,
 )
@@ -303,7 +303,7 @@ def _default_attention(config: Config) -> str:
     return choose(
         config.data.row_length,
         architecture.width // architecture.heads,
-        model.compute_dtype(architecture.dtype),
+        models.compute_dtype(architecture.dtype),
         plain=architecture.dropout == 0,
     ).implementation
 

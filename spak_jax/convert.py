@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from spak_jax import checkpoint, model
+from spak_jax import checkpoint, models
 from spak_jax.addition import VOCABULARY_SIZE
 from spak_jax.command_line import InputError, console, progress, run_program
 from spak_jax.config import Architecture, Config, StaticModel, parse_config
@@ -133,7 +133,7 @@ def translate(original: Original, config: Config) -> nnx.State:
     Raises:
       InputError: naming weights that are missing, unknown or of another shape.
     """
-    _, state = model.abstract(config, VOCABULARY_SIZE)
+    _, state = models.abstract(config, VOCABULARY_SIZE)
     like = nnx.to_pure_dict(state)
     wanted = checkpoint.named_arrays(like)
     sources = {name: _sources(name, config.model) for name in wanted}
@@ -178,7 +178,7 @@ def main() -> None:
         run.save(original.step, config, weights)
         run.close()
     console.print(
-        f"{config.system}: {model.parameter_count(weights):,} parameters, step"
+        f"{config.system}: {models.parameter_count(weights):,} parameters, step"
         f" {original.step:,}, now in {arguments.run}"
     )
 

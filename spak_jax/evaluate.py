@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.looped import AT_ONCE
-from spak_jax import addition, checkpoint, generation, jax_settings, metrics, model
+from spak_jax import addition, checkpoint, jax_settings, metrics, models
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
@@ -35,6 +35,7 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config import MAX_DIGITS, OPERANDS, Config, Evaluation, LoopedModel, Train
+from spak_jax.evaluation import generate
 
 # Halting rules by the field's names, as `pallas_kernels.looped.RULES` calls them.
 HALTING_RULES = {"convergence": "still", "confidence": "sure"}
@@ -149,7 +150,7 @@ def load(run: Path) -> Trained:
             f"{run} holds runs of several seeds: name one of {', '.join(map(str, seeds))}"
         )
     restored = checkpoint.restore(run)
-    _, like = model.abstract(restored.config, addition.VOCABULARY_SIZE)
+    _, like = models.abstract(restored.config, addition.VOCABULARY_SIZE)
     try:
         weights = checkpoint.from_named(like, restored.weights)
     except ValueError as error:
@@ -184,13 +185,13 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
             f"{asked}: {config.name} is a stack of {config.model.layers} blocks;"
             " only a looped model has loops to choose"
         )
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
     depth = (loops or config.model.loops) if looped else 0
 
     def plain(weights, tokens):
         network = nnx.merge(definition, weights)
         more = {"loops": loops} if looped else {}
-        logits = network(tokens, ids=addition.coupled_ids(tokens), **more)
+        logits = network(tokens, position_ids=addition.coupled_ids(tokens), **more)
         return logits, jnp.full(tokens.shape, depth, jnp.int32)
 
     def halting(weights, tokens):
@@ -199,20 +200,23 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
             thresholds(tokens, halt),
             rule=halt.rule,
             loops=loops,
-            ids=addition.coupled_ids(tokens),
+            position_ids=addition.coupled_ids(tokens),
         )
 
     return halting if halt else plain
 
 
-def writer(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
-    """`generation.fastest` for a model, with loops and halting as `forward` takes them."""
-    run = forward(config, loops, halt)
-    if halt and halt.rule == "still":
-        # Whether a token stops hangs on all before it, of which caches keep nothing.
-        return functools.partial(generation.generate, generation.recomputing(run))
-    sure = functools.partial(thresholds, halting=halt) if halt else None
-    return generation.fastest(config, run, loops=loops, thresholds=sure)
+def generate_fn(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
+    """`generate.make_generate_fn` for a model, with loops and halting as `forward` takes them."""
+    # Whether a token is still hangs on all before it, of which a cache keeps nothing.
+    decoder = generate.WITHOUT_CACHE if halt and halt.rule == "still" else None
+    return generate.make_generate_fn(
+        config,
+        forward(config, loops, halt),
+        loops=loops,
+        thresholds=functools.partial(thresholds, halting=halt) if halt else None,
+        decoder=decoder,
+    )
 
 
 def thresholds(tokens: jax.Array, halting: Halting) -> jax.Array:
@@ -307,7 +311,7 @@ class Scorer:
         rows = rows_per_call(length)
         if self._settings.decode:
             # So that caches hold them; the row that is scored is one token longer.
-            held = generation.most_rows(self._config.model, length + 1, self._settings.loops)
+            held = generate.max_cached_batch(self._config.model, length + 1, self._settings.loops)
             rows = min(rows, _power_of_two(held))
         return rows
 
@@ -317,7 +321,7 @@ def _compiled_rows(
     config: Config, loops: int | None, halt: Halting | None, decode: bool
 ) -> Callable:
     if decode:
-        write = writer(config, loops, halt)
+        write = generate_fn(config, loops, halt)
         return jax.jit(lambda weights, batch: _decoded(write, weights, batch))
     run = forward(config, loops, halt)
     return jax.jit(lambda weights, batch: _teacher_forced(run, weights, batch))
@@ -344,10 +348,10 @@ def write_answers(
     """
     config = trained.config
     task, looped = config.data.task, isinstance(config.model, LoopedModel)
-    write = jax.jit(writer(config, loops, halt))
+    write = jax.jit(generate_fn(config, loops, halt))
     digits = np.array([max(len(str(number)) for number in numbers) for numbers in asked])
     most = lambda length: min(  # noqa: E731
-        rows_per_call(length), _power_of_two(generation.most_rows(config.model, length, loops))
+        rows_per_call(length), _power_of_two(generate.max_cached_batch(config.model, length, loops))
     )
     answers: list[Answer] = [Answer("", [])] * len(asked)
     for chosen, filled, length in calls(digits, task, most):
@@ -553,10 +557,10 @@ def warn_of_loops(architecture: Mapping[str, Any], loops: int) -> None:
 
     architecture: the configuration's section `model`.
     """
-    if loops > architecture["loops"] and not architecture.get("free_loops"):
+    if loops > architecture["loops"] and not architecture.get("no_grad_warmup_loops"):
         console.print(
             f"note: {loops} loops, {architecture['loops']} in training: this model was not trained"
-            " to be repeated (model.free_loops = 0), and more loops can cost all answers"
+            " to be repeated (model.no_grad_warmup_loops = 0), and more loops can cost all answers"
         )
 
 
@@ -814,9 +818,9 @@ def origin(trained: Trained) -> dict[str, Any]:
     return {
         "system": trained.config.system,
         "config": trained.config.model_dump(mode="json"),
-        "parameters": model.parameter_count(trained.weights),
+        "parameters": models.parameter_count(trained.weights),
         "step": trained.step,
-        "dtype": str(model.compute_dtype(trained.config.model.dtype)),
+        "dtype": str(models.compute_dtype(trained.config.model.dtype)),
         **where_and_when(),
     }
 

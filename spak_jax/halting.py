@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from pallas_kernels import timing
 from pallas_kernels.looped import RULES
-from spak_jax import addition, evaluate, figures, jax_settings, model
+from spak_jax import addition, evaluate, figures, jax_settings, models
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
     InputError,
@@ -94,21 +94,27 @@ class Thinker:
     def __init__(self, trained: evaluate.Trained, loops: int):
         config = trained.config
         self._weights, self._task = trained.weights, config.data.task
-        definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+        definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
 
         def run(weights, batch: Batch, rule: str, before, after):
             tokens = batch.tokens
             thresholds = evaluate.thresholds(tokens, Halting(rule, before, after))
             logits, steps = nnx.merge(definition, weights).halting_logits(
-                tokens, thresholds, rule=rule, loops=loops, ids=addition.coupled_ids(tokens)
+                tokens,
+                thresholds,
+                rule=rule,
+                loops=loops,
+                position_ids=addition.coupled_ids(tokens),
             )
             right = (logits.argmax(-1) == batch.targets) | ~batch.answer
             return right.all(-1), steps, ~addition.ended(tokens), batch.answer
 
         def each_loop(weights, batch: Batch):
             tokens = batch.tokens
-            network, ids = nnx.merge(definition, weights), addition.coupled_ids(tokens)
-            logits, _ = network.traced(tokens, loops=loops, ids=ids)
+            network, position_ids = nnx.merge(definition, weights), addition.coupled_ids(tokens)
+            logits, _ = network.forward_with_intermediates(
+                tokens, loops=loops, position_ids=position_ids
+            )
             return ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(-1).T
 
         self._run = jax.jit(run, static_argnames="rule")

@@ -39,16 +39,9 @@ from pallas_kernels.laws import Path as Name
 from pallas_kernels.shapes import Shape
 from pallas_kernels.specification_files import referred_file
 from pallas_kernels.stream_cases import OPERATIONS, StreamCase, StreamShape
-from spak_jax import addition, jax_settings, model, roofline
-from spak_jax.config import (
-    BIASED,
-    OPERANDS,
-    TURNED,
-    Config,
-    LoopedModel,
-    Specification,
-    read_specification,
-)
+from spak_jax import addition, jax_settings, models, roofline
+from spak_jax.config import OPERANDS, Config, LoopedModel, Specification, read_specification
+from spak_jax.registry import POSITIONS
 from spak_jax.results import Estimate, Evaluated
 
 SAMPLED = 1_000_000
@@ -226,6 +219,7 @@ def attention_case(config: Config) -> compile.Case:
     """Attention in a training step of a configuration on a GPU."""
     architecture, data = config.model, config.data
     dtype = "float32" if architecture.dtype == "float32" else "bfloat16"
+    scheme = POSITIONS.get(architecture.positions)
     return compile.Case(
         Shape(
             config.train.batch,
@@ -234,9 +228,9 @@ def attention_case(config: Config) -> compile.Case:
             architecture.width // architecture.heads,
         ),
         dtype,
-        rope=architecture.positions in TURNED,
+        rope=scheme.rotates,
         rate=architecture.dropout,
-        clip=architecture.clip if architecture.positions in BIASED else None,
+        clip=architecture.max_relative_distance if scheme.has_ids else None,
     )
 
 
@@ -251,8 +245,8 @@ def _compiled_step(config: Config, target: str) -> Mapping[str, Any]:
 
 @functools.cache
 def _parameters(config: Config) -> int:
-    _, weights = model.abstract(config, addition.VOCABULARY_SIZE)
-    return model.parameter_count(weights)
+    _, weights = models.abstract(config, addition.VOCABULARY_SIZE)
+    return models.parameter_count(weights)
 
 
 def _sampled_digits(config: Config) -> tuple[int, ...]:
@@ -299,14 +293,14 @@ def _halting_difference(config: Config) -> float:
 
     @jax.jit
     def difference(key):
-        network = model.build(config, addition.VOCABULARY_SIZE, key, "xla")
+        network = models.build(config, addition.VOCABULARY_SIZE, key, "xla")
         definition, weights = nnx.split(network)
         network = nnx.merge(definition, jax.tree.map(lambda x: ENLARGED * x, weights))
         tokens = addition.problem_rows(problems, length, data.task).tokens
-        ids = addition.coupled_ids(tokens)
-        plain = network(tokens, ids=ids)
+        position_ids = addition.coupled_ids(tokens)
+        plain = network(tokens, position_ids=position_ids)
         never = jnp.full(tokens.shape, 2.0)
-        halting, _ = network.halting_logits(tokens, never, ids=ids)
+        halting, _ = network.halting_logits(tokens, never, position_ids=position_ids)
         return jnp.abs(plain - halting).max() / jnp.abs(plain).max()
 
     return float(difference(jax_settings.key(0)))

@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
 from spak_jax.command_line import InputError
+from spak_jax.config import keys_of_today
 from spak_jax.config import leaves as nested_leaves
 
 # The seed's columns by the name it gives them, and the digits of the longer operand they hold.
@@ -84,8 +85,14 @@ class ConfiguredModel(Part):
     layers: Positive | None = None
     loops: Positive | None = None
     # Files from before there was a choice do not name it.
+    block: Name = "transformer"
     positions: Name = "rope"
     window: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_today(cls, values: Any) -> Any:
+        return keys_of_today(values) if isinstance(values, dict) else values
 
 
 class ConfiguredTraining(Part):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compile, targets
-from spak_jax import addition, evaluate, model
+from spak_jax import addition, evaluate, models
 from spak_jax.config import Config, Parallel, StaticModel
 from spak_jax.train import initial_state, make_supply, make_training
 
@@ -56,7 +56,7 @@ def weights_of_a_block(config: Config) -> int:
     """In the matrices of one block."""
     architecture = config.model
     matrices = 3 if architecture.mlp == "swiglu" else 2
-    hidden = matrices * model.hidden_width(architecture)
+    hidden = matrices * models.hidden_width(architecture)
     return architecture.width * (4 * architecture.width + hidden)
 
 

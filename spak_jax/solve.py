@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spak_jax import addition, evaluate, jax_settings, model
+from spak_jax import addition, evaluate, jax_settings, models
 from spak_jax.command_line import InputError, Table, console, progress, run_program
 from spak_jax.config import LoopedModel
 
@@ -38,12 +38,14 @@ def solve(trained: evaluate.Trained, asked: Sequence[tuple[int, ...]]) -> list[A
     texts = [answer.text for answer in evaluate.write_answers(trained, asked)]
     if not isinstance(config.model, LoopedModel):
         return [Answer(text, []) for text in texts]
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
 
     @jax.jit
     def choices(weights, tokens):
         network = nnx.merge(definition, weights)
-        logits, _ = network.traced(tokens, ids=addition.coupled_ids(tokens))
+        logits, _ = network.forward_with_intermediates(
+            tokens, position_ids=addition.coupled_ids(tokens)
+        )
         return logits.argmax(-1).astype(jnp.int8)
 
     prompts = [addition.prompt_text(numbers, task) for numbers in asked]

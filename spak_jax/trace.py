@@ -17,7 +17,7 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spak_jax import addition, evaluate, figures, jax_settings, model
+from spak_jax import addition, evaluate, figures, jax_settings, models
 from spak_jax.command_line import (
     InputError,
     console,
@@ -62,13 +62,17 @@ def trace(trained: evaluate.Trained, numbers: tuple[int, ...], loops: int | None
     if len(text) > LONGEST_TEXT:
         raise InputError(f"a text of {len(text)} symbols: at most {LONGEST_TEXT} can be drawn")
     batch = addition.problem_rows(problems, len(text) - 1, task)
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
 
     @jax.jit
     def run(weights, batch):
         network = nnx.merge(definition, weights)
-        ids = addition.coupled_ids(batch.tokens)
-        logits, looked = network.traced(batch.tokens, loops=loops, ids=ids)
+        position_ids = addition.coupled_ids(batch.tokens)
+        logits, looked = network.forward_with_intermediates(
+            batch.tokens, loops=loops, position_ids=position_ids
+        )
+        if looked is None:
+            raise InputError(f"model.block = {config.model.block!r} shows no weights of attention")
         chances = jax.nn.softmax(logits[:, 0])
         true = jnp.broadcast_to(batch.targets[0, :, None], (*chances.shape[:2], 1))
         right = jnp.take_along_axis(chances, true, axis=-1)[..., 0]

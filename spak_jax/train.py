@@ -30,9 +30,8 @@ from spak_jax import (
     interruption,
     jax_settings,
     metrics,
-    model,
+    models,
     parallel,
-    positions,
 )
 from spak_jax.command_line import (
     Failure,
@@ -52,6 +51,7 @@ from spak_jax.config import (
     first_difference,
     read_specification,
 )
+from spak_jax.registry import POSITIONS
 
 VALIDATION_BATCHES = 8
 # No part of any step: names, and when a training saves, tells, ends and is scored.
@@ -131,7 +131,7 @@ def optimizer(train: Train) -> optax.GradientTransformation:
 
 
 def loss(
-    network: model.GPT | model.LoopLM,
+    network: models.GPT | models.LoopLM,
     batch: addition.Batch,
     key: jax.Array | None,
     progress: jax.Array | float | None = None,
@@ -150,9 +150,9 @@ def loss(
       A float32 scalar.
     """
     weights = batch.answer / shards.total(batch.answer.sum())
-    ids = addition.coupled_ids(batch.tokens)
+    position_ids = addition.coupled_ids(batch.tokens)
     losses = network.supervised_losses(
-        batch.tokens, batch.targets, weights, ids=ids, key=key, progress=progress
+        batch.tokens, batch.targets, weights, position_ids=position_ids, key=key, progress=progress
     )
     return losses.mean()
 
@@ -161,7 +161,7 @@ def initial_state(config: Config) -> TrainState:
     """Weights drawn from the seed, or each of the seeds, and an optimizer that has seen nothing."""
 
     def of_seed(seed):
-        weights = nnx.state(model.build(config, addition.VOCABULARY_SIZE, _key(seed, "weights")))
+        weights = nnx.state(models.build(config, addition.VOCABULARY_SIZE, _key(seed, "weights")))
         return TrainState(weights, optimizer(config.train).init(weights), jnp.int32(0), seed)
 
     seed, seeds = jnp.int32(config.train.seed), config.train.seeds
@@ -210,7 +210,7 @@ def make_training(
       `train.steps_per_call`, and returns the new state and what the steps tell (`Told`). The count
       is no shape: one program serves every count.
     """
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE, attention)
+    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE, attention)
     update = optimizer(config.train).update
 
     def one_step(state: TrainState, supply: Supply):
@@ -258,7 +258,7 @@ def make_validation(config: Config) -> Callable[[TrainState, Supply], jax.Array]
 
     Always the same few batches, so that values of one run can be compared.
     """
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
 
     def objective(weights, batch):
         return loss(nnx.merge(definition, weights), batch, None)
@@ -388,7 +388,7 @@ def _train_in(
         run_steps, validation_loss = compiled(config)
     seeds = config.train.seeds
     console.print(
-        f"{config.system}: {model.parameter_count(state.weights) // seeds:,} parameters,"
+        f"{config.system}: {models.parameter_count(state.weights) // seeds:,} parameters,"
         f" {config.train.steps:,} steps of {config.train.batch} x {config.data.row_length} tokens"
         f"{f', {seeds} seeds' if seeds > 1 else ''}"
         f" on {parallel.devices_in_words(config.parallel)}; compiled in"
@@ -604,12 +604,13 @@ def _difference(stored: Config, asked: Config, step: int) -> str | None:
     difference = first_difference(stored, asked, but=BESIDE_THE_STEPS)
     steps = sorted((stored.train.steps, asked.train.steps))
     # The one part of a step that goes by how many there will be.
-    soft = asked.model.positions == "learned" and step < positions.SOFT_UNTIL * steps[0]
-    if difference or steps[0] == steps[1] or asked.model.positions != "learned" or soft:
+    anneals_until = POSITIONS.get(asked.model.positions).anneals_until
+    if difference or steps[0] == steps[1] or step < anneals_until * steps[0] or not anneals_until:
         return difference
     return (
         f"train.steps is {stored.train.steps:,} there and {asked.train.steps:,} here, and says when"
-        f' the gates of model.positions = "learned" become firm: not after step {step:,} as trained'
+        f" the ids of model.positions = {asked.model.positions!r} become firm: not after step"
+        f" {step:,} as trained"
     )
 
 

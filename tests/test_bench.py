@@ -15,7 +15,7 @@ from spak_jax import (
     checkpoint,
     generation_bench,
     inference_bench,
-    model,
+    models,
     profiling,
     roofline,
     train,
@@ -129,7 +129,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
     peer = torch_peer.Peer(config, addition.VOCABULARY_SIZE)
     peer.load(jax.tree.map(np.asarray, checkpoint.named_arrays(state.weights)))
     batch = addition.training_batch(jax.random.key(1), config.data, 8, None)
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
     ours = train.loss(nnx.merge(definition, state.weights), batch, None)
     weights = batch.answer / batch.answer.sum()
     tokens, targets, weights = (
@@ -137,7 +137,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
     )
     theirs = peer.loss(tokens.long(), targets.long(), weights)
     assert float(ours) == pytest.approx(theirs.item(), rel=1e-5)
-    assert sum(p.numel() for p in peer.parameters()) == model.parameter_count(state.weights)
+    assert sum(p.numel() for p in peer.parameters()) == models.parameter_count(state.weights)
 
 
 try:

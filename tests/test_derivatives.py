@@ -216,9 +216,9 @@ def test_what_only_goes_backward_is_differentiated_on_by_plain_code():
 
 
 def loss(network, how, tokens, thresholds):
-    told = {"ids": addition.coupled_ids(tokens)}
+    told = {"position_ids": addition.coupled_ids(tokens)}
     if how == "launched":
-        logits, _ = network.launched(tokens, thresholds, **told)
+        logits, _ = network.fused_forward(tokens, thresholds, **told)
     elif thresholds is None:
         logits = network(tokens, **told)
     else:
@@ -259,7 +259,7 @@ def a_training_loss(network, tokens):
 def test_models_lower_for_a_gpu(function, order):
     """To Triton's code, differentiated never, once and twice; a mere call to one launch."""
     network = network_of(width=64, heads=4, loops=2, dtype="bfloat16")
-    network.block.attention = None
+    network.block.attention_implementation = None
     definition, weights = nnx.split(network)
     tokens = jax.ShapeDtypeStruct((128, 64), jnp.int32)
 
@@ -268,7 +268,7 @@ def test_models_lower_for_a_gpu(function, order):
 
     def program(weights, tokens):
         with targets.compiling_for("h100"):
-            assert nnx.merge(definition, weights).fits_one_launch(tokens)
+            assert nnx.merge(definition, weights).supports_fused(tokens)
             if order == 0:
                 return objective(weights, tokens)
             if order == 1:

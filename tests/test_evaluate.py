@@ -15,9 +15,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spak_jax import addition, checkpoint, evaluate, generation, halting, model
+from spak_jax import addition, checkpoint, evaluate, halting, models
 from spak_jax import train as training
 from spak_jax.command_line import InputError
+from spak_jax.evaluation import generate
 from spak_jax.results import gather, read_results
 from spak_jax.solve import solve
 
@@ -47,7 +48,7 @@ def test_teacher_forcing_equals_generation(strength, salt):
     weights, run = (problems, salt), erring_model(strength)
     batch = addition.problem_rows(problems, LENGTH - 1)
     forced, forced_steps = evaluate._teacher_forced(run, weights, batch)
-    write = functools.partial(generation.generate, generation.recomputing(run))
+    write = functools.partial(generate.generate, generate.without_cache(run))
     decoded, decoded_steps = evaluate._decoded(write, weights, batch)
     assert (forced == decoded).all()
     # Where a generation went wrong it read other text from there on, and so did the counts.
@@ -89,7 +90,7 @@ def test_scores_count_whole_answers_by_hand(half_trained):
     trained = evaluate.load(half_trained)
     results = evaluate.score(trained, evaluate.Settings((1, 2), 150, 3))
     problems = addition.sample_exact(jax.random.fold_in(jax.random.key(3), 1), 1, 150)
-    definition, _ = model.abstract(trained.config, 13)
+    definition, _ = models.abstract(trained.config, 13)
     batch = addition.problem_rows(problems, 32)
     chosen = np.asarray(nnx.merge(definition, trained.weights)(batch.tokens).argmax(-1))
     right = [
@@ -122,7 +123,7 @@ def test_loops_at_test_time(half_trained):
     trained = evaluate.load(half_trained)
     tokens = jnp.array([addition.encode("1+2=3\n")])
     logits, taken = evaluate.forward(trained.config, loops=7)(trained.weights, tokens)
-    definition, _ = model.abstract(trained.config, 13)
+    definition, _ = models.abstract(trained.config, 13)
     expected = nnx.merge(definition, trained.weights)(tokens, loops=7)
     np.testing.assert_array_equal(logits, expected)
     assert (taken == 7).all()
@@ -136,7 +137,7 @@ def test_a_stack_has_no_loops_to_choose():
     from spak_jax.config import parse_config
 
     gpt = parse_config(values, "test")
-    trained = evaluate.Trained(gpt, nnx.state(model.build(gpt, 13, jax.random.key(0))), 0)
+    trained = evaluate.Trained(gpt, nnx.state(models.build(gpt, 13, jax.random.key(0))), 0)
     for options in ({"loops": 3}, {"halt": evaluate.PUBLISHED_HALTING}):
         with pytest.raises(InputError, match="stack of 2 blocks"):
             evaluate.forward(trained.config, **options)
@@ -256,7 +257,7 @@ def test_halting_is_calibrated_for_the_model(words, rule, half_trained, tmp_path
 
 @pytest.mark.parametrize(("loops", "free"), [(4, 0), (4, 6), (3, 0), (2, 0)])
 def test_more_loops_than_in_training_are_remarked_on(loops, free, capsys):
-    evaluate.warn_of_loops({"loops": 3, "free_loops": free}, loops)
+    evaluate.warn_of_loops({"loops": 3, "no_grad_warmup_loops": free}, loops)
     said = "4 loops, 3 in training: this model was not trained to be repeated"
     assert (said in capsys.readouterr().out) == (loops > 3 and not free)
 
@@ -376,7 +377,7 @@ def test_decoding_takes_no_more_rows_than_caches_hold(half_trained, monkeypatch)
     whole, few = (evaluate.Settings((1,), 50, 0, decode=True, loops=loops) for loops in (3, 4))
     assert evaluate.Scorer(trained, whole)._rows_per_call(16) == evaluate.ROWS_PER_CALL
     # Of 4 loops, keys and values of 20 rows of 17 tokens, 32 wide: a power of two of them.
-    monkeypatch.setattr(generation, "CACHED_NUMBERS", 2 * 4 * 20 * 17 * 32)
+    monkeypatch.setattr(generate, "CACHED_NUMBERS", 2 * 4 * 20 * 17 * 32)
     scorer = evaluate.Scorer(trained, few)
     assert scorer._rows_per_call(16) == 16
     forced = evaluate.Scorer(trained, evaluate.Settings((1,), 50, 0, loops=4))(problems)

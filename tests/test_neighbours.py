@@ -1,23 +1,22 @@
 """An answer depends on its problem alone: not on neighbours, their order, or what fills rows up."""
 
 import functools
-from typing import get_args
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generation import config_of, weights_of
+from random_models import config_of, weights_of
 
 from spak_jax import addition, evaluate
-from spak_jax.config import Architecture
+from spak_jax.registry import POSITIONS
 from spak_jax.solve import solve
 
 # What is compared must not be rounded to bfloat16.
 pytestmark = pytest.mark.usefixtures("exact_products")
 
-SCHEMES = get_args(Architecture.model_fields["positions"].annotation)
+SCHEMES = POSITIONS.names()
 WAYS = {
     "gpt": ("gpt", None),
     "loop": ("loop", None),
@@ -38,7 +37,7 @@ def programs(scheme, way):
         logits, steps = run(weights, tokens)
         return logits.argmax(-1), steps
 
-    return weights_of(config), jax.jit(choose), jax.jit(evaluate.writer(config, halt=halt))
+    return weights_of(config), jax.jit(choose), jax.jit(evaluate.generate_fn(config, halt=halt))
 
 
 def rows_of(prompts, length):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from spak_jax import addition, checkpoint, evaluate, halting, model
+from spak_jax import addition, checkpoint, evaluate, halting, models
 from spak_jax.solve import solve
 from spak_jax.train import train
 
@@ -26,7 +26,11 @@ AT_ONCE = {
     "keys of old": ("keys of old",),
 }
 # What draws, and has weights beside those of layers.
-SCHEMES = {"random-rope": {}, "learned": {"window": True, "clip": 2}, "coupled-embedding": {}}
+SCHEMES = {
+    "random-rope": {},
+    "learned": {"window": True, "max_relative_distance": 2},
+    "coupled-embedding": {},
+}
 
 
 def config_of(scheme):
@@ -87,5 +91,5 @@ def test_a_models_weights_are_float32_under_x64():
     """Of a model that a user's own program builds."""
     for scheme in SCHEMES:
         with jax.enable_x64(True):
-            _, weights = model.abstract(config_of(scheme), addition.VOCABULARY_SIZE)
+            _, weights = models.abstract(config_of(scheme), addition.VOCABULARY_SIZE)
         assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {np.dtype(np.float32)}

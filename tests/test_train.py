@@ -15,10 +15,11 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spak_jax import addition, checkpoint, evaluate, metrics, model, positions
+from spak_jax import addition, checkpoint, evaluate, metrics, models
 from spak_jax import train as training
 from spak_jax.command_line import Failure, InputError
 from spak_jax.config import Train, leaves
+from spak_jax.positions import learned
 from spak_jax.release import release
 
 
@@ -42,7 +43,7 @@ def test_schedule_warms_up_decays_and_stays():
 
 
 def test_loss_counts_answer_tokens_of_supervised_readouts_only(tiny):
-    network = model.build(tiny, addition.VOCABULARY_SIZE, jax.random.key(0))
+    network = models.build(tiny, addition.VOCABULARY_SIZE, jax.random.key(0))
     batch = addition.training_batch(jax.random.key(1), tiny.data, 4, None)
     value = training.loss(network, batch, None)
     # By hand: loops 2 and 3 of 3, every answer token alike.
@@ -92,7 +93,7 @@ def test_a_step_is_the_plain_recipe(tiny):
     state, supply = begun(config)
     # The first step's rate is 0; the second moves the weights.
     after, told = jax.jit(training.make_training(config))(state, supply, jnp.int32(2))
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
     key = jax.random.split(jax.random.key(config.train.seed), 4)[1]
     weights, optimizer = state.weights, state.optimizer
     update = training.optimizer(config.train)
@@ -362,14 +363,14 @@ def test_every_field_that_makes_steps_is_refused_and_no_other_is():
 def test_gates_that_became_firm_do_not_soften_again():
     """Gates are soft for the first part of the steps there will be, which a longer training has."""
     of = lambda steps: tiny_config(model={"positions": "learned"}, train={"steps": steps})  # noqa: E731
-    firm = 12 * positions.SOFT_UNTIL
+    firm = 12 * learned.SOFT_UNTIL
     for step in range(13):
         for one, other in ((12, 24), (24, 12)):
             difference = training._difference(of(one), of(other), step)
             assert (difference is None) == (step < firm), step
             if difference:
                 assert f"train.steps is {one} there and {other} here" in difference
-                assert "gates" in difference
+                assert "'learned' become firm" in difference
         assert training._difference(of(12), of(12), step) is None
 
 

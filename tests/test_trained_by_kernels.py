@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import targets
-from spak_jax import addition, model, train
+from spak_jax import addition, models, train
 from spak_jax.config import read_config
 
 pytestmark = [
@@ -43,7 +43,7 @@ def configured(name: str, dtype: str):
 
 def start(config):
     """A model's definition, its weights and a batch."""
-    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(1))
+    network = models.build(config, addition.VOCABULARY_SIZE, jax.random.key(1))
     supply = train.make_supply(config)
     batch = addition.training_batch(
         jax.random.key(2), config.data, config.train.batch, supply.training
@@ -64,7 +64,7 @@ def gradient_of_a_call(config):
 
     def loss(weights):
         network = nnx.merge(definition, weights)
-        logits = network(batch.tokens, ids=addition.coupled_ids(batch.tokens))
+        logits = network(batch.tokens, position_ids=addition.coupled_ids(batch.tokens))
         chances = jax.nn.log_softmax(logits.astype(jnp.float32))
         return -jnp.take_along_axis(chances, batch.targets[..., None], axis=-1).mean()
 

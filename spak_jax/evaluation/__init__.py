@@ -1,0 +1,1 @@
+"""Scoring trained models, and letting them write."""
