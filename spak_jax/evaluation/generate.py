@@ -170,8 +170,8 @@ def make_generate_fn(
 
 
 def pick_decoder(architecture: Architecture, shape: tuple[int, int], loops: int | None) -> str:
-    """The faster decoder (`spak_jax.bench --generation`) of sequences of a shape, their number and
-    length: with a cache, unless it is too large or serves no such block."""
+    """The faster decoder (`benchmarks.models --generation`) for sequences of a shape, their number
+    and length: with a cache, unless it is too large or serves no such block."""
     batch, length = shape
     if not kv_cache.supports_cache(BLOCKS.get(architecture.block)):
         return WITHOUT_CACHE

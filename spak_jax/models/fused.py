@@ -284,9 +284,9 @@ def _matrices(block: Block) -> tuple[nnx.Param, ...]:
 
 
 def supports_fused(model: nnx.Module, tokens: jax.Array) -> bool:
-    """Whether inference of a looped model takes one launch for such rows: where its block is known
-    and a program holds them, which is then the fastest (`spak_jax.bench --inference`). Asked for an
-    implementation of attention, the model runs its loops one by one."""
+    """Whether inference of a looped model takes one launch for such tokens: where its block is
+    known and a program holds them, which is then the fastest (`benchmarks.models --inference`).
+    Asked for an implementation of attention, the model runs its loops one by one."""
     block = model.block
     return (
         is_known(block)

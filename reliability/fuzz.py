@@ -1,4 +1,4 @@
-"""Readers under hostile input: `python -m spak_jax.fuzz [READER ...] [--count N] [--json FILE]`.
+"""Readers under hostile input: `python -m reliability.fuzz [READER ...] [--count N] [--json FILE]`.
 
 What a file says is data: a reader takes it, or refuses it with the one error that it documents, in
 one line. It runs nothing that stands there, and opens nothing but the file and what lies beside it.
@@ -25,6 +25,7 @@ import numpy as np
 
 from pallas_kernels import laws
 from pallas_kernels.specification_files import shipped_configs
+from reliability.campaigns import found_before, named
 from spak_jax import (
     addition,
     check,
@@ -40,8 +41,6 @@ from spak_jax.command_line import (
     Failure,
     InputError,
     console,
-    found_before,
-    named,
     progress,
     run_program,
     write_file,
@@ -390,7 +389,7 @@ READERS: dict[str, Callable[[Any, Path], Reader]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.fuzz", description="Give hostile input to what reads files."
+        prog="python -m reliability.fuzz", description="Give hostile input to what reads files."
     )
     parser.add_argument(
         "readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)} (all)"

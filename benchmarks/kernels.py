@@ -1,5 +1,5 @@
 """Our attention against what one would otherwise call, on the GPU at hand:
-`python -m pallas_kernels.bench [--shape BxTxHxD ...] [--rounds N] [--json FILE]`.
+`python -m benchmarks.kernels [--shape BxTxHxD ...] [--rounds N] [--json FILE]`.
 
 bfloat16, causal. Ours turns q and k by RoPE; the others do not, and are spared that work. Peers
 that are not installed, or cannot take a shape, are named with the reason. Measurements of other
@@ -272,7 +272,7 @@ def table(results: dict) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--shape", type=parse_shape, action="append", help="BxTxHxD; repeatable")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")
     parser.add_argument("--json", type=Path, help="file for the results")

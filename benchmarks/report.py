@@ -1,5 +1,5 @@
-"""Results of `bench` and `compile` in Markdown:
-`python -m pallas_kernels.report FILE ... [--shape BxTxHxD ...]`.
+"""Results of `benchmarks.kernels` and `pallas_kernels.compile` in Markdown:
+`python -m benchmarks.report FILE ... [--shape BxTxHxD ...]`.
 """
 
 import argparse
@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.bench import CONTENDERS, OURS, against_best_peer, shown_times
+from benchmarks.kernels import CONTENDERS, OURS, against_best_peer, shown_times
 from pallas_kernels.programs import run_program
 from pallas_kernels.shapes import Shape, parse_shape
 from pallas_kernels.stream_cases import StreamShape
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument(
         "--shape", type=_parse_any_shape, action="append", help="these rows only; repeatable"
@@ -28,7 +28,7 @@ def main() -> None:
         except OSError as error:
             parser.error(f"{path}: cannot be read ({error.strerror})")
         except (ValueError, KeyError, TypeError, AttributeError, argparse.ArgumentTypeError):
-            parser.error(f"{path}: no results of pallas_kernels.bench or pallas_kernels.compile")
+            parser.error(f"{path}: no results of benchmarks.kernels or pallas_kernels.compile")
 
 
 def _parse_any_shape(text: str) -> Shape | StreamShape:
