@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import timing
-from spak_jax import generation, model, provenance, tasks
+from spak_jax import models, provenance, tasks
 from spak_jax.command_line import Table, console
 from spak_jax.config import Config, LoopedModel
+from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import padded_length
 
 # Problems, their digits, and tokens of a row.
@@ -33,7 +34,7 @@ def measure(config: Config) -> dict[str, Any]:
         cases.append((1, LONG_DIGITS, padded_length(LONG_DIGITS, tasks.of(config.data))))
     return {
         **provenance.where_and_when(),
-        "dtype": model.compute_dtype(config.model.dtype).name,
+        "dtype": models.compute_dtype(config.model.dtype).name,
         "cases": [_timed(config, *case) for case in cases],
     }
 
@@ -66,23 +67,24 @@ def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any
     task = tasks.of(config.data)
     problems = task.sample_exact(jax.random.key(1), digits, rows)
     text, answer = task.render(problems, length)
-    network = model.build(config, jax.random.key(0))
+    network = models.build(config, jax.random.key(0))
     programs, missing = {}, {}
     for name, make in {CACHES: _caches, LAUNCHED: _launched, SCANNED: _scanned}.items():
-        way = make(config, network, text)
-        if isinstance(way, str):
-            missing[name] = way
+        decoder = make(config, network, text)
+        if isinstance(decoder, str):
+            missing[name] = decoder
         else:
-            programs[name] = _program(way, task.end, nnx.state(network), text, answer)
+            programs[name] = _program(decoder, task.end, nnx.state(network), text, answer)
     milliseconds = timing.quartiles(programs, ROUNDS, 1e3)
     written = int(answer.sum())
     recomputing = SCANNED if LAUNCHED in missing else LAUNCHED
+    picked = generate.pick_decoder(config.model, text.shape, None)
     return {
         "rows": rows,
         "digits": digits,
         "length": length,
         "tokens": written,
-        "taken": CACHES if generation.takes_caches(config.model, text.shape, None) else recomputing,
+        "taken": CACHES if picked == generate.WITH_CACHE else recomputing,
         "milliseconds": milliseconds,
         "tokens_a_second": {
             name: written / times["median"] * 1e3 for name, times in milliseconds.items()
@@ -91,57 +93,56 @@ def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any
     }
 
 
-def _program(way: generation.Way, end: int, weights, text, answer) -> timing.Program:
+def _program(decoder: generate.Decoder, end: int, weights, text, answer) -> timing.Program:
     """A program that writes the answers once, compiled."""
 
-    def following(given, tokens, at, memory):
+    def decode_step(given, tokens, cache_position, cache):
         weights, text = given
-        logits, taken, memory = way.following(weights, tokens, at, memory)
+        logits, loops, cache = decoder.decode_step(weights, tokens, cache_position, cache)
         # The logits still decide, for all that the compiler knows.
-        truth = jax.nn.one_hot(text[jnp.arange(len(text)), at + 1], logits.shape[-1])
-        return logits + 1e9 * truth, taken, memory
+        truth = jax.nn.one_hot(text[jnp.arange(len(text)), cache_position + 1], logits.shape[-1])
+        return logits + 1e9 * truth, loops, cache
 
-    true = generation.Way(lambda given, tokens: way.prepare(given[0], tokens), following)
+    true = generate.Decoder(lambda given, tokens: decoder.prefill(given[0], tokens), decode_step)
 
     @jax.jit
     def write(given, prompt, prompt_length):
-        return generation.generate(true, end, given, prompt, prompt_length)[0]
+        return generate.generate(true, end, given, prompt, prompt_length)[0]
 
     given = ((weights, text), text, answer.argmax(-1))
     executable = write.lower(*given).compile()
     return timing.Program(lambda: jax.block_until_ready(executable(*given)), 1)
 
 
-# Each is the way of that name, or why there is none.
+# Each is the decoder of that name, or why there is none.
 
 
-def _caches(config: Config, network, text) -> generation.Way:
-    return generation.with_caches(config)
+def _caches(config: Config, network, text) -> generate.Decoder:
+    return generate.with_cache(config)
 
 
-def _launched(config: Config, network, text) -> generation.Way | str:
+def _launched(config: Config, network, text) -> generate.Decoder | str:
     if not isinstance(config.model, LoopedModel):
         return "a stack of blocks has no loops"
     if jax.default_backend() != "gpu":
         return "no GPU that it is for"
-    if not network.fits_one_launch(text):
+    if not network.supports_fused(text):
         return "no program holds such rows"
-    return _recomputing(config, network, lambda network, **told: network.launched(**told)[0])
+    return _recomputing(config, network, lambda network, **told: network.fused_forward(**told)[0])
 
 
-def _scanned(config: Config, network, text) -> generation.Way:
+def _scanned(config: Config, network, text) -> generate.Decoder:
     # Asked for an implementation of attention, the model does not take one launch.
     attention = "pallas" if jax.default_backend() == "gpu" else None
-    network = model.build(config, jax.random.key(0), attention)
+    network = models.build(config, jax.random.key(0), attention)
     return _recomputing(config, network, lambda network, **told: network(**told))
 
 
-def _recomputing(config: Config, network, call: Callable) -> generation.Way:
-    definition = nnx.graphdef(network)
-    task = tasks.of(config.data)
+def _recomputing(config: Config, network, call: Callable) -> generate.Decoder:
+    definition, task = nnx.graphdef(network), tasks.of(config.data)
 
     def run(weights, tokens):
-        told = {"tokens": tokens, "ids": task.position_ids(tokens)}
+        told = {"tokens": tokens, "position_ids": task.position_ids(tokens)}
         return call(nnx.merge(definition, weights), **told), jnp.zeros(tokens.shape, jnp.int32)
 
-    return generation.recomputing(run)
+    return generate.without_cache(run)

@@ -17,9 +17,10 @@ from flax import nnx
 from pallas_kernels import compile, targets, timing
 from pallas_kernels.looped_cases import LoopedCase
 from pallas_kernels.shapes import Shape
-from spak_jax import model, provenance, roofline, tasks
+from spak_jax import models, provenance, roofline, tasks
 from spak_jax.command_line import InputError, Table, console
-from spak_jax.config import BIASED, Config, LoopedModel
+from spak_jax.config import Config, LoopedModel
+from spak_jax.registry import POSITIONS
 
 ROWS, LENGTH = 128, 64
 LOOPS = (12, 24, 30)
@@ -37,7 +38,7 @@ def measure(config: Config) -> dict[str, Any]:
       InputError: the model does not loop.
     """
     _check_loops(config)
-    dtype = model.compute_dtype(config.model.dtype)
+    dtype = models.compute_dtype(config.model.dtype)
     results = {
         **provenance.where_and_when(),
         "dtype": dtype.name,
@@ -93,12 +94,12 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
     _check_loops(config)
     architecture, chip = config.model, targets.TARGETS[target]
     with targets.compiling_for(target):
-        dtype = model.compute_dtype(architecture.dtype)
+        dtype = models.compute_dtype(architecture.dtype)
     case = LoopedCase(
         Shape(ROWS, LENGTH, architecture.heads, architecture.width // architecture.heads),
         dtype.name,
-        architecture.positions in BIASED,
-        model.hidden_width(architecture),
+        POSITIONS.get(architecture.positions).has_ids,
+        models.hidden_width(architecture),
     )
     [report] = compile.measure([target], [case])
     # A float32 product is three in tf32, each at half the speed of bfloat16.
@@ -170,10 +171,10 @@ def _program(config: Config, name: str, rows: int, loops: int, passes: int):
     if name == SCANNED and not on_gpu:
         return "needs a GPU: the CPU has no kernels to run"
     attention = "pallas" if name == SCANNED else None
-    network = model.build(config, jax.random.key(0), attention)
+    network = models.build(config, jax.random.key(0), attention)
     task = tasks.of(config.data)
     tokens = jax.random.randint(jax.random.key(1), (rows, LENGTH), 0, len(task.vocabulary))
-    if name == LAUNCHED and not network.fits_one_launch(tokens):
+    if name == LAUNCHED and not network.supports_fused(tokens):
         return "no GPU that it is for" if not on_gpu else "no program holds such rows"
     definition, weights = nnx.split(network)
 
@@ -183,9 +184,9 @@ def _program(config: Config, name: str, rows: int, loops: int, passes: int):
             ids = task.position_ids(tokens)
             merged = nnx.merge(definition, weights)
             if name == LAUNCHED:
-                logits = merged.launched(tokens, loops=loops, ids=ids)[0]
+                logits = merged.fused_forward(tokens, loops=loops, position_ids=ids)[0]
             else:
-                logits = merged(tokens, loops=loops, ids=ids)
+                logits = merged(tokens, loops=loops, position_ids=ids)
             # Never true, which the compiler does not know.
             return tokens + (logits.max(-1) > 1e30)
 

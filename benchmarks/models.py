@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import generation, inference, profiling
 from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
 from pallas_kernels.targets import TARGETS
-from spak_jax import model, provenance, roofline, tasks
+from spak_jax import models, provenance, roofline, tasks
 from spak_jax.command_line import (
     InputError,
     Table,
@@ -305,7 +305,7 @@ def _default_attention(config: Config) -> str:
     return choose(
         config.data.row_length,
         architecture.width // architecture.heads,
-        model.compute_dtype(architecture.dtype),
+        models.compute_dtype(architecture.dtype),
         plain=architecture.dropout == 0,
     ).implementation
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spak_jax import model, provenance
+from spak_jax import models, provenance
 from spak_jax.command_line import (
     InputError,
     Table,
@@ -83,7 +83,7 @@ def measure(config: Config, devices: int) -> dict[str, Any]:
     }
     return {
         "config": config.name,
-        "parameters": model.parameter_count(
+        "parameters": models.parameter_count(
             jax.eval_shape(lambda: step.initial_state(config)).weights
         ),
         "batch": [config.train.batch, config.data.row_length],

@@ -53,13 +53,15 @@ def read(path: Path) -> Declared:
     values = values_of(path)
     sizes = {key: _size(values, section, key) for section, keys in SIZES.items() for key in keys}
     model = values["model"]
+    # By the second name in files from before.
+    distance = model.get("max_relative_distance", model.get("clip", 1))
     case = compile.Case(
         Shape(
             sizes["batch"], sizes["row_length"], sizes["heads"], sizes["width"] // sizes["heads"]
         ),
         "float32" if model.get("dtype") == "float32" else "bfloat16",
         rate=compile.DROPOUT,
-        clip=model.get("clip", 1) if model.get("window") else None,
+        clip=distance if model.get("window") else None,
     )
     spaces = values.get("kernels", {})
     try:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pallas_kernels.specification_files import NAMED, specification_file, values_of
 from spak_jax.command_line import InputError, first_line
-from spak_jax.registry import TASKS
+from spak_jax.registry import BLOCKS, POSITIONS, TASKS
 
 # The longest input that a training law or a scoring set may ask for, in symbols.
 MAX_LENGTH = 10_000
@@ -33,11 +33,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # Of a mean over steps; with 1 nothing would ever enter it.
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-# Position schemes that have a learned bias for differences of ids: `spak_jax.positions`.
-BIASED = ("token-bias", "coupled-bias", "learned")
-# Those that turn queries and keys.
-TURNED = ("rope", "random-rope", "coupled-rope")
 
 
 class Section(BaseModel):
@@ -52,21 +47,14 @@ class Architecture(Section):
     mlp: Literal["gelu", "swiglu"] = "gelu"
     # MLP channels; None is 4 widths, or 8/3 of it with "swiglu", which has a third matrix.
     hidden: Positive | None = None
-    # How the model knows where tokens are (`spak_jax.positions`); the "coupled" schemes are told
-    # which digits belong together.
-    positions: Literal[
-        "rope",
-        "random-rope",
-        "none",
-        "token-bias",
-        "coupled-rope",
-        "coupled-embedding",
-        "coupled-bias",
-        "learned",
-    ] = "rope"
+    # The class of its blocks, by name (`spak_jax.models.block`).
+    block: str = "transformer"
+    # How the model knows where tokens are, by name (`spak_jax.positions`); the "coupled" schemes
+    # are given position ids: which digits belong together.
+    positions: str = "rope"
     # Of biases: the largest difference of ids that has a bias of its own.
-    clip: Annotated[int, Field(ge=1, le=64)] = 1
-    # Whether keys whose ids differ by more than `clip` are masked.
+    max_relative_distance: Annotated[int, Field(ge=1, le=64)] = 1
+    # Whether keys whose ids differ by more than `max_relative_distance` are masked.
     window: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # The type of activations and products; weights and the residual stream stay float32.
@@ -74,18 +62,29 @@ class Architecture(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
+    def _parts_are_registered(self) -> Self:
+        for key, registry in (("block", BLOCKS), ("positions", POSITIONS)):
+            try:
+                registry.get(getattr(self, key))
+            except ValueError as error:
+                raise ValueError(f"model.{key}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _heads_fit(self) -> Self:
+        scheme = POSITIONS.get(self.positions)
         if self.width % self.heads:
             raise ValueError(f"model.heads = {self.heads} must divide model.width = {self.width}")
-        if self.positions in TURNED and self.width // self.heads % 2:
+        if scheme.rotates and self.width // self.heads % 2:
             raise ValueError(
                 f"model.heads = {self.heads} gives heads of {self.width // self.heads}"
                 " channels; RoPE turns pairs of channels, so their number must be even"
             )
-        if self.window and self.positions not in BIASED:
+        if self.window and not scheme.has_ids:
+            others = [name for name in POSITIONS.names() if POSITIONS.get(name).has_ids]
             raise ValueError(
                 f"model.window = true needs ids to go by: model.positions = {self.positions!r} has"
-                f" none, {', '.join(BIASED)} do"
+                f" none, {', '.join(others)} do"
             )
         return self
 
@@ -110,14 +109,15 @@ class LoopedModel(Architecture):
     # Whether all loops share one step embedding.
     shared_step: bool = False
     # Training first runs a random number of loops, up to this, that no gradient passes.
-    free_loops: Annotated[int, Field(ge=0, le=1_000)] = 0
+    no_grad_warmup_loops: Annotated[int, Field(ge=0, le=1_000)] = 0
 
     @model_validator(mode="after")
-    def _free_loops_are_like_others(self) -> Self:
-        if self.free_loops and not self.shared_step:
+    def _warmup_loops_are_like_others(self) -> Self:
+        if self.no_grad_warmup_loops and not self.shared_step:
             raise ValueError(
-                f"model.free_loops = {self.free_loops} needs model.shared_step = true: before a"
-                " random number of loops no step has an embedding of its own"
+                f"model.no_grad_warmup_loops = {self.no_grad_warmup_loops} needs"
+                " model.shared_step = true: before a random number of loops no step has an"
+                " embedding of its own"
             )
         return self
 
@@ -363,6 +363,7 @@ Whole = TypeVar("Whole", bound=RunSections)
 # Keys that were called otherwise before, by section: what checkpoints, results files and
 # specifications of that time hold is read as what it is called now.
 FORMER_NAMES = {
+    "model": {"clip": "max_relative_distance", "free_loops": "no_grad_warmup_loops"},
     "data": {"max_digits": "max_length", "bridge_digits": "bridge_lengths"},
     "evaluation": {"digits": "lengths"},
 }

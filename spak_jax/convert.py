@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from spak_jax import model
+from spak_jax import models
 from spak_jax.command_line import InputError, console, progress, run_program
 from spak_jax.interop.torch_checkpoint import describe, read_original, translate
 from spak_jax.training import checkpoint
@@ -40,7 +40,7 @@ def main() -> None:
         run.save(original.step, config, weights)
         run.close()
     console.print(
-        f"{config.system}: {model.parameter_count(weights):,} parameters, step"
+        f"{config.system}: {models.parameter_count(weights):,} parameters, step"
         f" {original.step:,}, now in {arguments.run}"
     )
 

@@ -39,10 +39,8 @@ from pallas_kernels.laws import Path as Name
 from pallas_kernels.shapes import Shape
 from pallas_kernels.specification_files import referred_file
 from pallas_kernels.stream_cases import OPERATIONS, StreamCase, StreamShape
-from spak_jax import jax_settings, model, roofline, tasks
+from spak_jax import jax_settings, models, roofline, tasks
 from spak_jax.config import (
-    BIASED,
-    TURNED,
     Config,
     LoopedModel,
     Specification,
@@ -50,6 +48,7 @@ from spak_jax.config import (
 )
 from spak_jax.data import problem_rows, sample_training, training_batch
 from spak_jax.evaluation.statistics import Estimate
+from spak_jax.registry import POSITIONS
 from spak_jax.reports.grouping import Evaluated
 
 SAMPLED = 1_000_000
@@ -225,6 +224,7 @@ def kernel_cases(
 
 def attention_case(config: Config) -> compile.Case:
     """Attention in a training step of a configuration on a GPU."""
+    scheme = POSITIONS.get(config.model.positions)
     architecture, data = config.model, config.data
     dtype = "float32" if architecture.dtype == "float32" else "bfloat16"
     return compile.Case(
@@ -235,9 +235,9 @@ def attention_case(config: Config) -> compile.Case:
             architecture.width // architecture.heads,
         ),
         dtype,
-        rope=architecture.positions in TURNED,
+        rope=scheme.rotates,
         rate=architecture.dropout,
-        clip=architecture.clip if architecture.positions in BIASED else None,
+        clip=architecture.max_relative_distance if scheme.has_ids else None,
     )
 
 
@@ -252,8 +252,8 @@ def _compiled_step(config: Config, target: str) -> Mapping[str, Any]:
 
 @functools.cache
 def _parameters(config: Config) -> int:
-    _, weights = model.abstract(config)
-    return model.parameter_count(weights)
+    _, weights = models.abstract(config)
+    return models.parameter_count(weights)
 
 
 def _sampled_lengths(config: Config) -> tuple[int, ...]:
@@ -297,14 +297,14 @@ def _halting_difference(config: Config) -> float:
 
     @jax.jit
     def difference(key):
-        network = model.build(config, key, "xla")
+        network = models.build(config, key, "xla")
         definition, weights = nnx.split(network)
         network = nnx.merge(definition, jax.tree.map(lambda x: ENLARGED * x, weights))
         tokens = problem_rows(problems, length, task).tokens
         ids = task.position_ids(tokens)
-        plain = network(tokens, ids=ids)
+        plain = network(tokens, position_ids=ids)
         never = jnp.full(tokens.shape, 2.0)
-        halting, _ = network.halting_logits(tokens, never, ids=ids)
+        halting, _ = network.halting_logits(tokens, never, position_ids=ids)
         return jnp.abs(plain - halting).max() / jnp.abs(plain).max()
 
     return float(difference(jax_settings.key(0)))

@@ -84,6 +84,8 @@ class Registry(Generic[Registered]):
 
 TASKS: Registry = Registry("task", "spak_jax.tasks", ("spak_jax.tasks.arithmetic",))
 POSITIONS: Registry = Registry(
-    "position scheme", "spak_jax.positions", ("spak_jax.positions.schemes",)
+    "position scheme",
+    "spak_jax.positions",
+    tuple(f"spak_jax.positions.{module}" for module in ("rope", "order", "coupled", "learned")),
 )
 BLOCKS: Registry = Registry("block", "spak_jax.blocks", ("spak_jax.models.block",))

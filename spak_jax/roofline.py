@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compile, targets
-from spak_jax import model, provenance, tasks
+from spak_jax import models, provenance, tasks
 from spak_jax.config import Config, Parallel, StaticModel
 from spak_jax.data import make_dataset
 from spak_jax.training.step import initial_state, make_training
@@ -57,7 +57,7 @@ def weights_of_a_block(config: Config) -> int:
     """In the matrices of one block."""
     architecture = config.model
     matrices = 3 if architecture.mlp == "swiglu" else 2
-    hidden = matrices * model.hidden_width(architecture)
+    hidden = matrices * models.hidden_width(architecture)
     return architecture.width * (4 * architecture.width + hidden)
 
 

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from flax import nnx
 
-from spak_jax import model
+from spak_jax import models
 from spak_jax.config import MAX_LENGTH, Config
 from spak_jax.evaluation import loaded, score
 from spak_jax.evaluation.answers import write_answers
@@ -48,7 +48,7 @@ class Run:
         Keywords: `loops`, of a looped model, None for as many as in training; `ids`, for a position
         scheme that is given them (`task.position_ids(tokens)`).
         """
-        definition, _ = model.abstract(self.config)
+        definition, _ = models.abstract(self.config)
         return nnx.merge(definition, self.weights)
 
     @overload

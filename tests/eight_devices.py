@@ -16,10 +16,13 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import add_and_norm, add_and_score, attention, linear, shards
-from spak_jax import model, positions
+from spak_jax import models
 from spak_jax.command_line import InputError
 from spak_jax.config import Config, Parallel
 from spak_jax.data import training_batch
+from spak_jax.positions.base import SchemeSettings
+from spak_jax.positions.coupled import offset_ids
+from spak_jax.positions.rope import RandomRope
 from spak_jax.training import checkpoint, loggers, parallel
 from spak_jax.training.loop import train
 from spak_jax.training.step import compiled, init_sharded_state, loss
@@ -87,10 +90,12 @@ def on_4_devices(function, out_specs, rows, whole):
 def random_places() -> dict:
     """Whether what each row draws is the same on 4 devices as on 1."""
     tokens = jnp.arange(8 * 6).reshape(8, 6) % 13
-    scheme = config().model.model_copy(update={"positions": "random-rope"})
+    scheme = RandomRope(SchemeSettings(vocabulary=13, width=16), rngs=nnx.Rngs(0))
     draws = {
-        "gaps": lambda tokens, key: positions.places(scheme, tokens, None, None, key).turned_by,
-        "offsets": positions.offset_ids,
+        "gaps": lambda tokens, key: (
+            scheme.inputs(tokens, positions=jnp.arange(6), key=key).rope_positions
+        ),
+        "offsets": offset_ids,
     }
     key = jax.random.key(0)
     return {
@@ -140,7 +145,7 @@ def gradients_at_once() -> dict:
         data={"row_length": 64},
         train={"batch": 4},
     )
-    network = model.build(small, jax.random.key(0))
+    network = models.build(small, jax.random.key(0))
     definition, weights = nnx.split(network)
     batch = training_batch(jax.random.key(1), small.data, small.train.batch, None)
 

@@ -14,7 +14,7 @@ from results_files import results, score, written
 
 from pallas_kernels import compile, design_space, laws, tiles, tune
 from pallas_kernels.laws import LawError
-from spak_jax import brief, check, model, quantities, tasks
+from spak_jax import brief, check, models, quantities, tasks
 from spak_jax.command_line import InputError
 from spak_jax.config import read_specification
 from spak_jax.data import problem_rows
@@ -297,12 +297,12 @@ def test_halting_that_forgets_positions_breaks_its_law(tmp_path, monkeypatch):
     path = lawful(tmp_path, "halting.difference <= 1e-4")
     assert verdict(path).holds is True
     quantities._halting_difference.cache_clear()
-    right = model.LoopLM.halting_logits
+    right = models.LoopLM.halting_logits
 
     def forgetful(self, tokens, thresholds, **more):
         return right(self, tokens, thresholds, **more, positions=jnp.zeros(tokens.shape, int))
 
-    monkeypatch.setattr(model.LoopLM, "halting_logits", forgetful)
+    monkeypatch.setattr(models.LoopLM, "halting_logits", forgetful)
     found = verdict(path)
     quantities._halting_difference.cache_clear()
     assert found.holds is False

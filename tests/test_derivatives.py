@@ -45,7 +45,7 @@ def attending(implementation, rate, odd):
 
     def f(qkv, table):
         return attention(
-            qkv, positions=jnp.arange(length), ids=ids if masks else None,
+            qkv, positions=jnp.arange(length), position_ids=ids if masks else None,
             bias_table=table if masks else None, window=1 if masks else None,
             dropout_rate=rate, dropout_key=KEY, implementation=implementation,
         )  # fmt: skip
@@ -220,7 +220,7 @@ def test_what_only_goes_backward_is_differentiated_on_by_plain_code():
 def loss(network, how, tokens, thresholds):
     told = {"ids": ADDITION.position_ids(tokens)}
     if how == "launched":
-        logits, _ = network.launched(tokens, thresholds, **told)
+        logits, _ = network.fused_forward(tokens, thresholds, **told)
     elif thresholds is None:
         logits = network(tokens, **told)
     else:
@@ -270,7 +270,7 @@ def test_models_lower_for_a_gpu(function, order):
 
     def program(weights, tokens):
         with targets.compiling_for("h100"):
-            assert nnx.merge(definition, weights).fits_one_launch(tokens)
+            assert nnx.merge(definition, weights).supports_fused(tokens)
             if order == 0:
                 return objective(weights, tokens)
             if order == 1:

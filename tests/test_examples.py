@@ -70,7 +70,7 @@ def test_a_task_of_ones_own_from_python(copying):
     answer = run.solve("abcabc")
     assert isinstance(answer, str) and run.solve(["abcabc", "h"])[0] == answer
     tokens = np.array([run.task.encode("abc=abc")])
-    logits = run.model(tokens, loops=3, ids=run.task.position_ids(tokens))
+    logits = run.model(tokens, loops=3, position_ids=run.task.position_ids(tokens))
     assert logits.shape == (1, 7, len(run.task.vocabulary))
     assert run.trace("abc", loops=3).logits.shape == (3, 7, len(run.task.vocabulary))
     scores = run.evaluate(lengths=[2, 9], examples=6)

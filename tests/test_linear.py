@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_stream import with_gradients
 
 from pallas_kernels import linear, targets
-from spak_jax import model
+from spak_jax import models
 from spak_jax.config import read_config
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.training.step import loss
@@ -147,7 +147,7 @@ def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
     monkeypatch.setattr(linear, "MOST_OF_A_PRODUCT", most)
     config = small("loop12", "model.loops=2")
     draw = drawer(0)
-    weights = nnx.state(model.build(config, jax.random.key(0)))
+    weights = nnx.state(models.build(config, jax.random.key(0)))
     several = jax.tree.map(lambda x: jnp.stack([x, x + 0.01 * draw(*x.shape)]), weights)
     together = jax.vmap(lambda weights: value_and_gradient(config, weights)[1])(several)
     for i in range(2):
@@ -163,7 +163,7 @@ def small(name: str, *overrides: str):
 
 def value_and_gradient(config, weights=None):
     """Of the training loss, with dropout."""
-    network = model.build(config, jax.random.key(1))
+    network = models.build(config, jax.random.key(1))
     definition, drawn = nnx.split(network)
     dataset = make_dataset(config.data)
     key = jax.random.key(2)

@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import build, make_config, random_weights
+from random_models import build, make_config, random_weights
 
 from pallas_kernels import looped, targets, tiles
-from spak_jax import model
 from spak_jax.evaluation import score as score_module
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, forward
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.score import Scorer, Settings
+from spak_jax.models import LoopLM, fused
 from spak_jax.tasks.arithmetic import Addition
 
 ADDITION = Addition()
@@ -42,7 +42,7 @@ def network_of(**architecture):
     """A model with large random weights; attention is named, so that a call runs loop by loop."""
     config = make_config(**({"kind": "loop", "loops": 4} | architecture))
     network = build(config, random_weights(config))
-    network.block.attention = "xla"
+    network.block.attention_implementation = "xla"
     return network
 
 
@@ -53,9 +53,9 @@ def texts(rows: int, length: int) -> jax.Array:
 
 @nnx.jit(static_argnames=("how", "loops", "rule"))
 def run(network, how, tokens, thresholds=None, rule="sure", loops=None, positions=None):
-    told = {"loops": loops, "positions": positions, "ids": ADDITION.position_ids(tokens)}
+    told = {"loops": loops, "positions": positions, "position_ids": ADDITION.position_ids(tokens)}
     if how == "launched":
-        return network.launched(tokens, thresholds, rule=rule, **told)
+        return network.fused_forward(tokens, thresholds, rule=rule, **told)
     if thresholds is None:
         return network(tokens, **told), None
     return network.halting_logits(tokens, thresholds, rule=rule, **told)
@@ -136,8 +136,8 @@ def test_a_token_is_still_once_its_state_does_not_move():
     )
     moved = []
     for shift in shifts:
-        stream, _ = step((state, None), (shift, (None, None)))
-        state, before = network._whole(stream, None), state
+        stream, _ = step(fused.Stream(state), (shift, None))
+        state, before = fused.apply_pending(stream, None, 0.0), state
         change = np.linalg.norm(state - before, axis=-1) / np.linalg.norm(state, axis=-1)
         moved.append(change[:, 0])
     thresholds = np.linspace(0, 1, 13)
@@ -176,15 +176,15 @@ def test_what_is_broken_in_a_token_is_nothing_to_those_before_it(rule):
     thresholds = None if rule is None else jnp.full((3, 12), 0.6)
 
     def logits(broken):
-        embed = model.LoopLM._embedded
+        embed = LoopLM._embed
 
         def embedded(self, *given):
-            x = embed(self, *given)
-            return x.at[1, 7].set(jnp.nan) if broken else x
+            found = embed(self, *given)
+            return found._replace(x=found.x.at[1, 7].set(jnp.nan)) if broken else found
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model.LoopLM, "_embedded", embedded)
-            return network.launched(tokens, thresholds, rule=rule or "sure")
+            patch.setattr(LoopLM, "_embed", embedded)
+            return network.fused_forward(tokens, thresholds, rule=rule or "sure")
 
     whole, found = logits(False), logits(True)
     others = np.ones((3, 12), bool)
@@ -279,17 +279,17 @@ def test_models_take_it_on_a_gpu_where_it_applies(monkeypatch):
         taken.append(tokens.shape)
         return "logits", "steps"
 
-    monkeypatch.setattr(model.LoopLM, "launched", launched)
+    monkeypatch.setattr(LoopLM, "fused_forward", launched)
     network = network_of()
     chosen = {}
     for implementation in (None, "pallas"):
-        network.block.attention = implementation
+        network.block.attention_implementation = implementation
         for gpu in (False, True):
             monkeypatch.setattr(looped.targets, "kernels_run", lambda gpu=gpu: gpu)
             for length in (64, 129):
-                chosen[implementation, gpu, length] = network.fits_one_launch(texts(1, length))
+                chosen[implementation, gpu, length] = network.supports_fused(texts(1, length))
     assert [case for case, takes in chosen.items() if takes] == [(None, True, 64)]
-    network.block.attention = None
+    network.block.attention_implementation = None
     assert network(texts(2, 64)) == "logits"
     assert network.halting_logits(texts(3, 64), jnp.zeros(())) == ("logits", "steps")
     assert taken == [(2, 64), (3, 64)]
@@ -347,7 +347,7 @@ def test_the_evaluator_scores_the_same_in_one_launch(half_trained, halt, monkeyp
     settings = Settings((1,), 300, 0, halt=PUBLISHED_HALTING if halt else None)
     launched = Scorer(trained, settings)(problems)
     score_module._compiled_rows.cache_clear()
-    monkeypatch.setattr(model.LoopLM, "_fits_one_launch", lambda self, tokens: False)
+    monkeypatch.setattr(fused, "supports_fused", lambda model, tokens: False)
     scanned = Scorer(trained, settings)(problems)
     score_module._compiled_rows.cache_clear()
     # A probability at its threshold, or two of the same size, may come out the other way round.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from spak_jax import model
+from spak_jax import models
 from spak_jax.evaluation import calibration
 from spak_jax.evaluation.answers import solve
 from spak_jax.evaluation.loaded import load
@@ -91,5 +91,5 @@ def test_a_models_weights_are_float32_under_x64():
     """Of a model that a user's own program builds."""
     for scheme in SCHEMES:
         with jax.enable_x64(True):
-            _, weights = model.abstract(config_of(scheme))
+            _, weights = models.abstract(config_of(scheme))
         assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {np.dtype(np.float32)}

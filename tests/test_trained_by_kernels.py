@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import targets
-from spak_jax import model
+from spak_jax import models
 from spak_jax.config import read_config
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.tasks.arithmetic import Addition
@@ -47,7 +47,7 @@ def configured(name: str, dtype: str):
 
 def start(config):
     """A model's definition, its weights and a batch."""
-    network = model.build(config, jax.random.key(1))
+    network = models.build(config, jax.random.key(1))
     dataset = make_dataset(config.data)
     batch = training_batch(jax.random.key(2), config.data, config.train.batch, dataset.training)
     return *nnx.split(network), batch
@@ -66,7 +66,7 @@ def gradient_of_a_call(config):
 
     def loss(weights):
         network = nnx.merge(definition, weights)
-        logits = network(batch.tokens, ids=ADDITION.position_ids(batch.tokens))
+        logits = network(batch.tokens, position_ids=ADDITION.position_ids(batch.tokens))
         chances = jax.nn.log_softmax(logits.astype(jnp.float32))
         return -jnp.take_along_axis(chances, batch.targets[..., None], axis=-1).mean()
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spak_jax import generation, jax_settings, model
+from spak_jax import jax_settings, models
 from spak_jax.config import LoopedModel
+from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
-from spak_jax.evaluation.forward import Halting, make_generate
+from spak_jax.evaluation.forward import Halting, generate_fn
 from spak_jax.evaluation.loaded import LoadedModel
 
 
@@ -48,10 +49,10 @@ def write_answers(
     """
     config, task = loaded.config, loaded.task
     looped = isinstance(config.model, LoopedModel)
-    write = jax.jit(make_generate(config, loops, halt))
+    write = jax.jit(generate_fn(config, loops, halt))
     sizes = np.array([task.length(problem) for problem in asked])
     most = lambda length: min(  # noqa: E731
-        rows_per_call(length), power_of_two(generation.most_rows(config.model, length, loops))
+        rows_per_call(length), power_of_two(generate.max_cached_batch(config.model, length, loops))
     )
     answers: list[Answer] = [Answer("", [])] * len(asked)
     for chosen, filled, length in calls(sizes, task, most):
@@ -86,12 +87,14 @@ def solve(loaded: LoadedModel, asked: Sequence[tuple[str, ...]]) -> list[Answer]
     answers = write_answers(loaded, asked)
     if not isinstance(config.model, LoopedModel):
         return [answer._replace(settled=[]) for answer in answers]
-    definition, _ = model.abstract(config)
+    definition, _ = models.abstract(config)
 
     @jax.jit
     def choices(weights, tokens):
         network = nnx.merge(definition, weights)
-        logits, _ = network.traced(tokens, ids=task.position_ids(tokens))
+        logits, _ = network.forward_with_intermediates(
+            tokens, position_ids=task.position_ids(tokens)
+        )
         return logits.argmax(-1).astype(jnp.int16)
 
     order = task.in_written_order

@@ -17,7 +17,7 @@ from flax import nnx
 
 from pallas_kernels import timing
 from pallas_kernels.looped import RULES
-from spak_jax import jax_settings, model
+from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError, or_a_gpu, progress
 from spak_jax.config import Config, LoopedModel
 from spak_jax.data import Batch, problem_rows, sample_training
@@ -80,13 +80,13 @@ class HaltingScorer:
         config = loaded.config
         task = self._task = loaded.task
         self._weights = loaded.weights
-        definition, _ = model.abstract(config)
+        definition, _ = models.abstract(config)
 
         def run(weights, batch: Batch, rule: str, before, after):
             tokens = batch.tokens
             thresholds = halting_thresholds(tokens, Halting(rule, before, after), task)
             logits, steps = nnx.merge(definition, weights).halting_logits(
-                tokens, thresholds, rule=rule, loops=loops, ids=task.position_ids(tokens)
+                tokens, thresholds, rule=rule, loops=loops, position_ids=task.position_ids(tokens)
             )
             right = (logits.argmax(-1) == batch.targets) | ~batch.answer
             return right.all(-1), steps, ~task.after_end(tokens), batch.answer
@@ -94,7 +94,7 @@ class HaltingScorer:
         def each_loop(weights, batch: Batch):
             tokens = batch.tokens
             network, ids = nnx.merge(definition, weights), task.position_ids(tokens)
-            logits, _ = network.traced(tokens, loops=loops, ids=ids)
+            logits, _ = network.forward_with_intermediates(tokens, loops=loops, position_ids=ids)
             return ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(-1).T
 
         self._run = jax.jit(run, static_argnames="rule")

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.looped import AT_ONCE
-from spak_jax import generation, model, tasks
+from spak_jax import models, tasks
 from spak_jax.command_line import InputError
 from spak_jax.config import Config, LoopedModel
+from spak_jax.evaluation import generate
 from spak_jax.tasks import Task
 
 # Halting rules by the field's names, as `pallas_kernels.looped.RULES` calls them.
@@ -54,14 +55,14 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
             f"{asked}: {config.name} is a stack of {config.model.layers} blocks;"
             " only a looped model has loops to choose"
         )
-    definition, _ = model.abstract(config)
+    definition, _ = models.abstract(config)
     task = tasks.of(config.data)
     depth = (loops or config.model.loops) if looped else 0
 
     def plain(weights, tokens):
         network = nnx.merge(definition, weights)
         more = {"loops": loops} if looped else {}
-        logits = network(tokens, ids=task.position_ids(tokens), **more)
+        logits = network(tokens, position_ids=task.position_ids(tokens), **more)
         return logits, jnp.full(tokens.shape, depth, jnp.int32)
 
     def halting(weights, tokens):
@@ -70,24 +71,22 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
             halting_thresholds(tokens, halt, task),
             rule=halt.rule,
             loops=loops,
-            ids=task.position_ids(tokens),
+            position_ids=task.position_ids(tokens),
         )
 
     return halting if halt else plain
 
 
-def make_generate(
-    config: Config, loops: int | None = None, halt: Halting | None = None
-) -> Callable:
-    """`generation.fastest` for a model, with loops and halting as `forward` takes them."""
-    run = forward(config, loops, halt)
-    if halt and halt.rule == "still":
-        # Whether a token stops hangs on all before it, of which caches keep nothing.
-        end = tasks.of(config.data).end
-        return functools.partial(generation.generate, generation.recomputing(run), end)
-    task = tasks.of(config.data)
-    sure = functools.partial(halting_thresholds, halting=halt, task=task) if halt else None
-    return generation.fastest(config, run, loops=loops, thresholds=sure)
+def generate_fn(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
+    """`generate.make_generate_fn` for a model, with loops and halting as `forward` takes them."""
+    sure, task = None, tasks.of(config.data)
+    if halt:
+        sure = functools.partial(halting_thresholds, halting=halt, task=task)
+    # Whether a token has converged hangs on all before it, of which a cache keeps nothing.
+    decoder = generate.WITHOUT_CACHE if halt and halt.rule == "still" else None
+    return generate.make_generate_fn(
+        config, forward(config, loops, halt), loops=loops, thresholds=sure, decoder=decoder
+    )
 
 
 def halting_thresholds(tokens: jax.Array, halting: Halting, task: Task) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from spak_jax import jax_settings, model, provenance, tasks
+from spak_jax import jax_settings, models, provenance, tasks
 from spak_jax.command_line import InputError
 from spak_jax.config import Config
 from spak_jax.tasks import Task
@@ -28,9 +28,9 @@ class LoadedModel(NamedTuple):
         return {
             "system": self.config.system,
             "config": self.config.model_dump(mode="json"),
-            "parameters": model.parameter_count(self.weights),
+            "parameters": models.parameter_count(self.weights),
             "step": self.step,
-            "dtype": str(model.compute_dtype(self.config.model.dtype)),
+            "dtype": str(models.compute_dtype(self.config.model.dtype)),
             **provenance.where_and_when(),
         }
 
@@ -47,7 +47,7 @@ def load(run: Path) -> LoadedModel:
             f"{run} holds runs of several seeds: name one of {', '.join(map(str, seeds))}"
         )
     restored = checkpoint.restore(run)
-    _, like = model.abstract(restored.config)
+    _, like = models.abstract(restored.config)
     try:
         weights = checkpoint.from_named(like, restored.weights)
     except ValueError as error:

@@ -69,6 +69,7 @@ class ConfiguredModel(Part):
     layers: Positive | None = None
     loops: Positive | None = None
     # Files from before there was a choice do not name it.
+    block: Name = "transformer"
     positions: Name = "rope"
     window: bool = False
 

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spak_jax import data, generation, jax_settings
+from spak_jax import data, jax_settings
 from spak_jax.command_line import or_a_gpu, progress
 from spak_jax.config import Config, Evaluation, LoopedModel, Train
 from spak_jax.data import Batch
+from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
-from spak_jax.evaluation.forward import Halting, forward, make_generate
+from spak_jax.evaluation.forward import Halting, forward, generate_fn
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.results import Results
 from spak_jax.evaluation.statistics import Predictions, summary
@@ -110,7 +111,7 @@ class Scorer:
         rows = rows_per_call(length)
         if self._settings.decode:
             # So that caches hold them; the row that is scored is one token longer.
-            held = generation.most_rows(self._config.model, length + 1, self._settings.loops)
+            held = generate.max_cached_batch(self._config.model, length + 1, self._settings.loops)
             rows = min(rows, power_of_two(held))
         return rows
 
@@ -120,7 +121,7 @@ def _compiled_rows(
     config: Config, loops: int | None, halt: Halting | None, decode: bool
 ) -> Callable:
     if decode:
-        write = make_generate(config, loops, halt)
+        write = generate_fn(config, loops, halt)
         return jax.jit(lambda weights, batch: _decoded(write, weights, batch))
     run = forward(config, loops, halt)
     return jax.jit(lambda weights, batch: _teacher_forced(run, weights, batch))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spak_jax import jax_settings, model
+from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError
 from spak_jax.config import LoopedModel
 from spak_jax.data import problem_rows
@@ -57,13 +57,17 @@ def trace(loaded: LoadedModel, problem: tuple[str, ...], loops: int | None = Non
     if len(text) > LONGEST_TEXT:
         raise InputError(f"a text of {len(text)} symbols: at most {LONGEST_TEXT} can be traced")
     batch = problem_rows(task.arrays([problem]), len(text) - 1, task)
-    definition, _ = model.abstract(config)
+    definition, _ = models.abstract(config)
 
     @jax.jit
     def run(weights, batch):
         network = nnx.merge(definition, weights)
         ids = task.position_ids(batch.tokens)
-        logits, attention = network.traced(batch.tokens, loops=loops, ids=ids)
+        logits, attention = network.forward_with_intermediates(
+            batch.tokens, loops=loops, position_ids=ids
+        )
+        if attention is None:
+            raise InputError(f"model.block = {config.model.block!r} shows no weights of attention")
         probs = jax.nn.softmax(logits[:, 0])
         true = jnp.broadcast_to(batch.targets[0, :, None], (*probs.shape[:2], 1))
         right = jnp.take_along_axis(probs, true, axis=-1)[..., 0]

@@ -72,7 +72,7 @@ def frontier(overrides: Sequence[str]) -> list[Experiment]:
     experiments = []
     for name in ("frontier", "frontier-tiny"):
         config = _config(name, overrides, sizes=scored)
-        deeper = _at_other_loops(config, (2, 4) if config.model.free_loops else ())
+        deeper = _at_other_loops(config, (2, 4) if config.model.no_grad_warmup_loops else ())
         deeper = (scoring._replace(examples=1_000) for scoring in deeper)
         experiments.append(Experiment(config, (Scoring(kinds=True), *deeper)))
     return experiments
@@ -128,7 +128,7 @@ def ablation(overrides: Sequence[str]) -> list[Experiment]:
         placed = [
             'model.kind="loop"',
             f'model.positions="{scheme}"',
-            f"model.clip={clip}",
+            f"model.max_relative_distance={clip}",
             f"model.window={json.dumps(window)}",
         ]
         for kind, depth in MODELS:
@@ -160,11 +160,11 @@ def ideas(overrides: Sequence[str]) -> list[Experiment]:
         "model.inject_input=true",
         "model.normalize_state=true",
         "model.shared_step=true",
-        "model.free_loops=12",
+        "model.no_grad_warmup_loops=12",
     ]
     turned = ['model.positions="rope"']
     randomly = ['model.positions="random-rope"']
-    local = ['model.positions="token-bias"', "model.clip=2", "model.window=true"]
+    local = ['model.positions="token-bias"', "model.max_relative_distance=2", "model.window=true"]
     single, packed = ['data.layout="single"'], ['data.layout="packed"']
     # What makes a system what it is called; sizes; more loops at test time, as factors.
     systems = {

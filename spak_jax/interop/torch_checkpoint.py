@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from spak_jax import model
+from spak_jax import models
 from spak_jax.command_line import InputError
 from spak_jax.config import Architecture, Config, StaticModel, parse_config
 from spak_jax.tasks.arithmetic import Addition
@@ -135,7 +135,7 @@ def translate(original: Original, config: Config) -> nnx.State:
     Raises:
       InputError: naming weights that are missing, unknown or of another shape.
     """
-    _, state = model.abstract(config)
+    _, state = models.abstract(config)
     like = nnx.to_pure_dict(state)
     wanted = checkpoint.named_arrays(like)
     sources = {name: _sources(name, config.model) for name in wanted}

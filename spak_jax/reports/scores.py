@@ -62,10 +62,10 @@ def warn_of_loops(architecture: Mapping[str, Any], loops: int) -> None:
 
     architecture: the configuration's section `model`.
     """
-    if loops > architecture["loops"] and not architecture.get("free_loops"):
+    if loops > architecture["loops"] and not architecture.get("no_grad_warmup_loops"):
         console.print(
             f"note: {loops} loops, {architecture['loops']} in training: this model was not trained"
-            " to be repeated (model.free_loops = 0), and more loops can cost all answers"
+            " to be repeated (model.no_grad_warmup_loops = 0), and more loops can cost all answers"
         )
 
 

@@ -50,6 +50,12 @@ FILES = "files.json"
 # What a description holds; those from before the configuration had a digest lack the last.
 DESCRIBED = ("config", "digests", "digest")
 
+# Weights that have kept the name by which files of all times store them.
+STORED_NAMES = {
+    "position_scheme.counter.gate_logits": "pointer.gate_logits",
+    "position_scheme.id_embedding.embedding": "id_embedding.embedding",
+}
+
 KEPT = 2
 # Bytes of weights, or of the optimizer's arrays, that a save reads back.
 READ_BACK = 2**26
@@ -286,13 +292,19 @@ def restore(run: Path, *, optimizer: bool = False, at_most: int | None = None) -
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by their dotted paths."""
+    """The leaves of a pytree by their dotted paths, as they are stored."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_stored_name(path): leaf for path, leaf in leaves}
+
+
+def _stored_name(path: tuple) -> str:
     # Some versions of Flax show a variable's value as a level of its own.
-    name = lambda path: (  # noqa: E731
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-    )
-    return {name(path): leaf for path, leaf in leaves}
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    for ours, stored in STORED_NAMES.items():
+        # An optimizer's arrays have the names of weights behind their own.
+        if name == ours or name.endswith(f".{ours}"):
+            return name.removesuffix(ours) + stored
+    return name
 
 
 def from_named(like: Any, arrays: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from spak_jax import jax_settings, model
+from spak_jax import jax_settings, models
 from spak_jax.command_line import console, or_a_gpu, progress, require_devices
 from spak_jax.config import Config, Train
 from spak_jax.training import checkpoint, loggers, parallel, signals
@@ -107,7 +107,7 @@ def _train_in(
         run_steps, validation_loss = compiled(config)
     seeds = config.train.seeds
     console.print(
-        f"{config.system}: {model.parameter_count(state.weights) // seeds:,} parameters,"
+        f"{config.system}: {models.parameter_count(state.weights) // seeds:,} parameters,"
         f" {config.train.steps:,} steps of {config.train.batch} x {config.data.row_length} tokens"
         f"{f', {seeds} seeds' if seeds > 1 else ''}"
         f" on {parallel.devices_in_words(config.parallel)}; compiled in"

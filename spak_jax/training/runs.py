@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from spak_jax import positions, provenance
+from spak_jax import provenance
 from spak_jax.command_line import Failure, InputError, console, first_line
 from spak_jax.config import Config, Parallel, first_difference
+from spak_jax.registry import POSITIONS
 from spak_jax.training import checkpoint, loggers, parallel
 from spak_jax.training.step import (
     TrainState,
@@ -116,12 +117,13 @@ def _difference(stored: Config, asked: Config, step: int) -> str | None:
     difference = first_difference(stored, asked, but=BESIDE_THE_STEPS)
     steps = sorted((stored.train.steps, asked.train.steps))
     # The one part of a step that goes by how many there will be.
-    soft = asked.model.positions == "learned" and step < positions.SOFT_UNTIL * steps[0]
-    if difference or steps[0] == steps[1] or asked.model.positions != "learned" or soft:
+    anneals_until = POSITIONS.get(asked.model.positions).anneals_until
+    if difference or steps[0] == steps[1] or step < anneals_until * steps[0] or not anneals_until:
         return difference
     return (
         f"train.steps is {stored.train.steps:,} there and {asked.train.steps:,} here, and says when"
-        f' the gates of model.positions = "learned" become firm: not after step {step:,} as trained'
+        f" the ids of model.positions = {asked.model.positions!r} become firm: not after step"
+        f" {step:,} as trained"
     )
 
 

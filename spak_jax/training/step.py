@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from pallas_kernels import shards
-from spak_jax import jax_settings, model, tasks
+from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config, Train
 from spak_jax.data import Batch, FixedDataset, make_dataset, training_batch
 from spak_jax.tasks import Task
@@ -75,7 +75,7 @@ def optimizer(train: Train) -> optax.GradientTransformation:
 
 
 def loss(
-    network: model.GPT | model.LoopLM,
+    network: models.GPT | models.LoopLM,
     batch: Batch,
     task: Task,
     key: jax.Array | None,
@@ -98,7 +98,7 @@ def loss(
     weights = batch.answer / shards.total(batch.answer.sum())
     ids = task.position_ids(batch.tokens)
     losses = network.supervised_losses(
-        batch.tokens, batch.targets, weights, ids=ids, key=key, progress=progress
+        batch.tokens, batch.targets, weights, position_ids=ids, key=key, progress=progress
     )
     return losses.mean()
 
@@ -107,7 +107,7 @@ def initial_state(config: Config) -> TrainState:
     """Weights drawn from the seed, or each of the seeds, and an optimizer that has seen nothing."""
 
     def of_seed(seed):
-        weights = nnx.state(model.build(config, _key(seed, "weights")))
+        weights = nnx.state(models.build(config, _key(seed, "weights")))
         return TrainState(weights, optimizer(config.train).init(weights), jnp.int32(0), seed)
 
     seed, seeds = jnp.int32(config.train.seed), config.train.seeds
@@ -130,7 +130,7 @@ def make_training(
       `train.steps_per_call`, and returns the new state and the `StepMetrics`. The count
       is no shape: one program serves every count.
     """
-    definition, _ = model.abstract(config, attention)
+    definition, _ = models.abstract(config, attention)
     task = tasks.of(config.data)
     update = optimizer(config.train).update
 
@@ -179,7 +179,7 @@ def make_validation(config: Config) -> Callable[[TrainState, FixedDataset], jax.
 
     Always the same few batches, so that values of one run can be compared.
     """
-    definition, _ = model.abstract(config)
+    definition, _ = models.abstract(config)
     task = tasks.of(config.data)
 
     def objective(weights, batch):

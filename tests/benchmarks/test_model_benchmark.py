@@ -11,7 +11,7 @@ from flax import nnx
 
 from benchmarks import generation, inference, profiling
 from pallas_kernels import compile
-from spak_jax import model, roofline
+from spak_jax import models, roofline
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config, read_config
 from spak_jax.data import training_batch
@@ -127,7 +127,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
     peer = torch_peer.Peer(config, len(ADDITION.vocabulary))
     peer.load(jax.tree.map(np.asarray, checkpoint.named_arrays(state.weights)))
     batch = training_batch(jax.random.key(1), config.data, 8, None)
-    definition, _ = model.abstract(config)
+    definition, _ = models.abstract(config)
     ours = loss(nnx.merge(definition, state.weights), batch, None)
     weights = batch.answer / batch.answer.sum()
     tokens, targets, weights = (
@@ -135,7 +135,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
     )
     theirs = peer.loss(tokens.long(), targets.long(), weights)
     assert float(ours) == pytest.approx(theirs.item(), rel=1e-5)
-    assert sum(p.numel() for p in peer.parameters()) == model.parameter_count(state.weights)
+    assert sum(p.numel() for p in peer.parameters()) == models.parameter_count(state.weights)
 
 
 try:

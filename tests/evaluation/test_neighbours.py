@@ -1,22 +1,21 @@
 """An answer depends on its problem alone: not on neighbours, their order, or what fills rows up."""
 
 import functools
-from typing import get_args
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generation import config_of, weights_of
+from random_models import config_of, weights_of
 
-from spak_jax.config import Architecture
 from spak_jax.evaluation import score as score_module
 from spak_jax.evaluation.answers import solve
 from spak_jax.evaluation.batching import calls, padded_length, rows_per_call
-from spak_jax.evaluation.forward import Halting, forward, make_generate
+from spak_jax.evaluation.forward import Halting, forward, generate_fn
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.score import Scorer, Settings, score_own_problems
+from spak_jax.registry import POSITIONS
 from spak_jax.tasks.arithmetic import Addition
 
 ADDITION = Addition()
@@ -24,7 +23,7 @@ ADDITION = Addition()
 # What is compared must not be rounded to bfloat16.
 pytestmark = pytest.mark.usefixtures("exact_products")
 
-SCHEMES = get_args(Architecture.model_fields["positions"].annotation)
+SCHEMES = POSITIONS.names()
 WAYS = {
     "gpt": ("gpt", None),
     "loop": ("loop", None),
@@ -45,7 +44,7 @@ def programs(scheme, way):
         logits, steps = run(weights, tokens)
         return logits.argmax(-1), steps
 
-    return weights_of(config), jax.jit(choose), jax.jit(make_generate(config, halt=halt))
+    return weights_of(config), jax.jit(choose), jax.jit(generate_fn(config, halt=halt))
 
 
 def rows_of(prompts, length):

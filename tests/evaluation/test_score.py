@@ -15,11 +15,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spak_jax import generation, model
+from spak_jax import models
 from spak_jax.command_line import InputError, console, parse_lengths
 from spak_jax.config import MAX_LENGTH
 from spak_jax.data import problem_rows, sample_published_columns
-from spak_jax.evaluation import batching, calibration
+from spak_jax.evaluation import batching, calibration, generate
 from spak_jax.evaluation import score as score_module
 from spak_jax.evaluation.answers import solve
 from spak_jax.evaluation.batching import padded_length, rows_per_call
@@ -64,7 +64,7 @@ def test_teacher_forcing_equals_generation(strength, salt):
     weights, run = (problems, salt), erring_model(strength)
     batch = problem_rows(problems, LENGTH - 1, ADDITION)
     forced, forced_steps = score_module._teacher_forced(run, weights, batch)
-    write = functools.partial(generation.generate, generation.recomputing(run), ADDITION.end)
+    write = functools.partial(generate.generate, generate.without_cache(run), ADDITION.end)
     decoded, decoded_steps = score_module._decoded(write, weights, batch)
     assert (forced == decoded).all()
     # Where a generation went wrong it read other text from there on, and so did the counts.
@@ -104,7 +104,7 @@ def test_scores_count_whole_answers_by_hand(half_trained, tmp_path):
     trained = load(half_trained)
     results = score(trained, Settings((1, 2), 150, 3))
     problems = ADDITION.sample_exact(jax.random.fold_in(jax.random.key(3), 1), 1, 150)
-    definition, _ = model.abstract(trained.config)
+    definition, _ = models.abstract(trained.config)
     batch = problem_rows(problems, 32, ADDITION)
     chosen = np.asarray(nnx.merge(definition, trained.weights)(batch.tokens).argmax(-1))
     right = [
@@ -139,7 +139,7 @@ def test_loops_at_test_time(half_trained):
     trained = load(half_trained)
     tokens = jnp.array([ADDITION.encode("1+2=3\n")])
     logits, taken = forward(trained.config, loops=7)(trained.weights, tokens)
-    definition, _ = model.abstract(trained.config)
+    definition, _ = models.abstract(trained.config)
     expected = nnx.merge(definition, trained.weights)(tokens, loops=7)
     np.testing.assert_array_equal(logits, expected)
     assert (taken == 7).all()
@@ -153,7 +153,7 @@ def test_a_stack_has_no_loops_to_choose():
     from spak_jax.config import parse_config
 
     gpt = parse_config(values, "test")
-    trained = LoadedModel(gpt, nnx.state(model.build(gpt, jax.random.key(0))), 0)
+    trained = LoadedModel(gpt, nnx.state(models.build(gpt, jax.random.key(0))), 0)
     for options in ({"loops": 3}, {"halt": PUBLISHED_HALTING}):
         with pytest.raises(InputError, match="stack of 2 blocks"):
             forward(trained.config, **options)
@@ -273,7 +273,7 @@ def test_halting_is_calibrated_for_the_model(words, rule, half_trained, tmp_path
 
 @pytest.mark.parametrize(("loops", "free"), [(4, 0), (4, 6), (3, 0), (2, 0)])
 def test_more_loops_than_in_training_are_remarked_on(loops, free, capsys):
-    warn_of_loops({"loops": 3, "free_loops": free}, loops)
+    warn_of_loops({"loops": 3, "no_grad_warmup_loops": free}, loops)
     said = "4 loops, 3 in training: this model was not trained to be repeated"
     assert (said in capsys.readouterr().out) == (loops > 3 and not free)
 
@@ -401,7 +401,7 @@ def test_decoding_takes_no_more_rows_than_caches_hold(half_trained, monkeypatch)
     whole, few = (Settings((1,), 50, 0, decode=True, loops=loops) for loops in (3, 4))
     assert Scorer(trained, whole)._rows_per_call(16) == batching.ROWS_PER_CALL
     # Of 4 loops, keys and values of 20 rows of 17 tokens, 32 wide: a power of two of them.
-    monkeypatch.setattr(generation, "CACHED_NUMBERS", 2 * 4 * 20 * 17 * 32)
+    monkeypatch.setattr(generate, "CACHED_NUMBERS", 2 * 4 * 20 * 17 * 32)
     scorer = Scorer(trained, few)
     assert scorer._rows_per_call(16) == 16
     forced = Scorer(trained, Settings((1,), 50, 0, loops=4))(problems)

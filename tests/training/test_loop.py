@@ -15,7 +15,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spak_jax import model, positions
+from spak_jax import models, positions
 from spak_jax.command_line import Failure, InputError
 from spak_jax.config import Train, leaves
 from spak_jax.data import make_dataset, training_batch
@@ -47,7 +47,7 @@ def test_schedule_warms_up_decays_and_stays():
 
 
 def test_loss_counts_answer_tokens_of_supervised_readouts_only(tiny):
-    network = model.build(tiny, jax.random.key(0))
+    network = models.build(tiny, jax.random.key(0))
     batch = training_batch(jax.random.key(1), tiny.data, 4, None)
     value = loss(network, batch, None)
     # By hand: loops 2 and 3 of 3, every answer token alike.
@@ -97,7 +97,7 @@ def test_a_step_is_the_plain_recipe(tiny):
     state, dataset = begun(config)
     # The first step's rate is 0; the second moves the weights.
     after, told = jax.jit(make_training(config))(state, dataset, jnp.int32(2))
-    definition, _ = model.abstract(config)
+    definition, _ = models.abstract(config)
     key = jax.random.split(jax.random.key(config.train.seed), 4)[1]
     weights, optimizer = state.weights, state.optimizer
     update = optimizer(config.train)

@@ -11,32 +11,36 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import (
+    ARCHITECTURES,
+    GPT,
+    HEADS,
+    LENGTH,
+    LOOP,
+    ROUNDING,
+    WIDTH,
+    build,
+    error,
+    logits_of,
+    make_config,
+    random_batch,
+    random_model,
+    random_weights,
+)
 
-from spak_jax import model
-from spak_jax.config import Config, parse_config, read_config
-from spak_jax.data import Batch
-from spak_jax.positions import EMBEDDED_IDS, WIDEST_GAP, Places, learned_places, offset_ids, places
+from spak_jax import models
+from spak_jax.config import Config, read_config
+from spak_jax.models import fused
+from spak_jax.models.block import Block, dropout
+from spak_jax.models.fused import Stream
+from spak_jax.positions.base import PositionInputs
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint
 
 ADDITION = Addition()
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-WIDTH, HEADS, LENGTH = 32, 2, 14
-
-# What float32 leaves of a comparison with float64, relative to the norm of all that is compared.
-ROUNDING = 1e-5
-
-GPT = {"kind": "gpt", "layers": 3}
-LOOP = {"kind": "loop", "loops": 4}
-ARCHITECTURES = {
-    "gpt": GPT,
-    "gpt-swiglu": GPT | {"mlp": "swiglu"},
-    "loop": LOOP,
-    "loop-odd-swiglu": LOOP | {"loops": 5, "mlp": "swiglu"},
-    "loop-odd-injected": LOOP | {"loops": 3, "inject_input": True},
-    "loop-injected-swiglu": LOOP | {"inject_input": True, "mlp": "swiglu"},
-}
+CONFIGS = Path(__file__).parents[2] / "configs"
+IN_ORDER = PositionInputs(rope_positions=jnp.arange(LENGTH))
 
 
 @pytest.fixture
@@ -46,50 +50,6 @@ def reference():
     import torch_reference
 
     return torch_reference
-
-
-def make_config(**architecture) -> Config:
-    sizes = {"width": WIDTH, "heads": HEADS, "dtype": "float32", "dropout": 0.0}
-    return parse_config({"name": "t", "system": "t", "model": sizes | architecture}, "test")
-
-
-def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights by name, far larger than initial ones, so that nothing hides in rounding."""
-    _, state = model.abstract(config)
-    random = np.random.default_rng(seed)
-    return {
-        name: (
-            random.normal(1, 0.3, leaf.shape)
-            if name.endswith("scale")
-            else random.normal(0, 0.6 if name.startswith("embedding") else 0.2, leaf.shape)
-        ).astype(np.float32)
-        for name, leaf in checkpoint.named_arrays(nnx.to_pure_dict(state)).items()
-    }
-
-
-def build(config: Config, weights: dict[str, np.ndarray]):
-    """The Flax model with these weights."""
-    definition, state = model.abstract(config)
-    named = checkpoint.from_named(nnx.to_pure_dict(state), jax.tree.map(jnp.asarray, weights))
-    nnx.replace_by_pure_dict(state, named)
-    return nnx.merge(definition, state)
-
-
-def random_model(**architecture):
-    config = make_config(**architecture)
-    return build(config, random_weights(config))
-
-
-def random_batch(seed: int = 0, rows: int = 3, length: int = LENGTH) -> Batch:
-    random = np.random.default_rng(seed)
-    text = random.integers(0, len(ADDITION.vocabulary), (rows, length + 1))
-    return Batch(text[:, :-1], text[:, 1:], random.random((rows, length)) < 0.5)
-
-
-@nnx.jit(static_argnames="loops")
-def logits_of(network, tokens, positions=None, key=None, loops=None, ids=None):
-    more = {} if loops is None else {"loops": loops}
-    return network(jnp.asarray(tokens), positions=positions, ids=ids, key=key, **more)
 
 
 @nnx.jit(static_argnames="loops")
@@ -111,17 +71,10 @@ def loss_of_logits(logits, batch):
 
 @nnx.jit
 def block_of(block, x, key=None):
-    """The stream after a block and what it leaves to be added."""
-    keys = (None, None) if key is None else (jax.random.split(key, 3), jax.random.fold_in(key, 3))
-    x, update = block(x, None, Places(turned_by=jnp.arange(LENGTH)), keys[0])
-    return x + model.dropout(update, block.dropout, keys[1])
-
-
-def error(found, expected) -> float:
-    """The norm of the difference relative to that of what is expected."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    """The stream after a block."""
+    return block(
+        x, position_inputs=IN_ORDER, keys=None if key is None else jax.random.split(key, 3)
+    )
 
 
 def to_torch(weights: dict[str, np.ndarray]):
@@ -263,12 +216,12 @@ def test_halting_knows_positions():
 )
 def test_parameter_counts(file, parameters):
     config = read_config(CONFIGS / f"{file}.toml")
-    _, weights = model.abstract(config)
-    assert model.parameter_count(weights) == parameters
+    _, weights = models.abstract(config)
+    assert models.parameter_count(weights) == parameters
 
 
 def fresh_model(config: Config):
-    return nnx.jit(lambda: model.build(config, jax.random.key(0)))()
+    return nnx.jit(lambda: models.build(config, jax.random.key(0)))()
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt-swiglu", "loop", "loop-odd-swiglu"])
@@ -329,166 +282,7 @@ def test_only_relative_positions_count(kind):
     assert error(logits_of(network, tokens, rows)[2], counted[2]) > 0.01
 
 
-# Position schemes.
-
-ONE_LOOP = LOOP | {"loops": 1}
-
-
-def seen_by_the_last(network, tokens, **more) -> list[bool]:
-    """Which tokens change the logits of the last one."""
-    before, seen = logits_of(network, tokens, **more)[:, -1], []
-    for place in range(LENGTH):
-        changed = tokens.copy()
-        changed[:, place] = (changed[:, place] + 1) % len(ADDITION.vocabulary)
-        after = logits_of(network, changed, **more)[:, -1]
-        seen.append(bool((np.abs(after - before) > 1e-6).any()))
-    return seen
-
-
-def test_no_scheme_knows_only_which_tokens_came_before():
-    network, tokens = random_model(**ONE_LOOP | {"positions": "none"}), random_batch().tokens
-    moved = np.concatenate([tokens[:, -2::-1], tokens[:, -1:]], axis=1)
-    assert error(logits_of(network, moved)[:, -1], logits_of(network, tokens)[:, -1]) < 1e-6
-
-
-@pytest.mark.parametrize("kind", [GPT | {"layers": 1}, ONE_LOOP], ids=["gpt", "loop"])
-def test_a_window_over_tokens_ends_there(kind):
-    more = {"positions": "token-bias", "clip": 3, "window": True}
-    tokens = random_batch().tokens
-    assert seen_by_the_last(random_model(**kind | more), tokens) == [False] * 10 + [True] * 4
-    assert all(seen_by_the_last(random_model(**kind | more | {"window": False}), tokens))
-    further = random_model(**kind | more | ({"layers": 2} if kind["kind"] == "gpt" else {}))
-    if kind["kind"] == "gpt":
-        assert seen_by_the_last(further, tokens) == [False] * 7 + [True] * 7
-
-
-def test_a_window_over_coupled_ids_leaves_what_has_none():
-    network = random_model(**ONE_LOOP | {"positions": "coupled-bias", "window": True})
-    tokens = random_batch(rows=1).tokens
-    ids = jnp.array([[2, 3, 4, 0, 2, 3, 4, 1, 2, 3, 4, 5, 0, 3]])
-    expected = [bool(i == 0 or abs(int(i) - 3) <= 1) for i in ids[0]]
-    assert seen_by_the_last(network, tokens, ids=ids) == expected
-    # For tokens with a place only differences count; what has none is seen all the same.
-    placed = lambda ids: logits_of(network, tokens, ids=ids)[:, np.asarray(ids[0]) > 0]  # noqa: E731
-    moved = jnp.where(ids > 0, ids + 40, 0)
-    assert error(placed(moved), placed(ids)) < 1e-6
-    everywhere = lambda ids: logits_of(network, tokens, ids=ids)  # noqa: E731
-    assert error(everywhere(ids + 1), everywhere(ids)) > 0.001
-
-
-def test_coupled_rope_turns_by_ids():
-    tokens, ids = random_batch().tokens, jnp.asarray(random_batch(1).tokens)
-    coupled = random_model(**LOOP | {"positions": "coupled-rope"})
-    by_place = random_model(**LOOP)
-    found = logits_of(coupled, tokens, ids=ids)
-    assert error(found, logits_of(by_place, tokens, positions=ids)) < 1e-6
-    with pytest.raises(ValueError, match="'coupled-rope' needs ids"):
-        coupled(tokens)
-
-
-def test_random_gaps_are_turned_by_in_training_too():
-    network, tokens = random_model(**LOOP | {"positions": "random-rope"}), random_batch().tokens
-    plain = logits_of(network, tokens)
-    assert error(logits_of(network, tokens), plain) == 0
-    assert error(logits_of(random_model(**LOOP), tokens), plain) > 0.01
-    for seed in (1, 2):
-        turned_by = places(network.config, tokens, None, None, jax.random.key(seed)).turned_by
-        gaps = np.diff(turned_by)
-        assert gaps.min() >= 1 and gaps.max() <= WIDEST_GAP and len(set(gaps.ravel())) > 8
-    expected = logits_of(random_model(**LOOP), tokens, positions=turned_by)
-    assert error(plain, expected) > 0.01
-
-
-def test_embedded_ids_are_moved_in_training_only():
-    ids = jnp.array([[0, 2, 3, 4], [1, 5, 6, 0]])
-    assert (offset_ids(ids, None) == ids).all()
-    assert (offset_ids(ids * 100, None).max(-1) == EMBEDDED_IDS - 1).all()
-    offsets = []
-    for key in jax.random.split(jax.random.key(0), 200):
-        moved = offset_ids(ids, key)
-        assert ((moved == 0) == (ids == 0)).all() and (moved < EMBEDDED_IDS).all()
-        # One offset a row.
-        offset = jnp.where(ids > 0, moved - ids, -1)
-        assert ((offset == offset.max(-1, keepdims=True)) | (offset == -1)).all()
-        offsets.append(offset.max(-1))
-    assert (np.min(offsets, 0) < 5).all() and (np.max(offsets, 0) > EMBEDDED_IDS - 15).all()
-    network = random_model(**LOOP | {"positions": "coupled-embedding"})
-    tokens = random_batch(rows=2, length=4).tokens
-    plain = logits_of(network, tokens, ids=ids)
-    assert error(logits_of(network, tokens, ids=ids, key=jax.random.key(1)), plain) > 0.01
-
-
-def learned_model(**architecture):
-    """Whose gates say what coupled ids say: digits advance, all else starts anew."""
-    config = make_config(
-        **LOOP | {"positions": "learned", "clip": 2, "window": True}, **architecture
-    )
-    weights = random_weights(config)
-    logits = np.full(len(ADDITION.vocabulary), -1, np.float32)
-    logits[ADDITION.first_symbol : ADDITION.equals] = 1
-    weights["pointer.gate_logits"] = logits
-    return build(config, weights)
-
-
-def test_a_pointer_counts_and_starts_anew():
-    pointer = learned_model().pointer
-    tokens = jnp.array([ADDITION.encode("12+345=6789\n1+")])
-    ids = pointer(tokens)
-    assert ids.dtype == jnp.int32
-    assert ids[0].tolist() == [1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 0]
-    # In the first part of training gates are soft, after it they are decided.
-    early, late = (pointer(tokens, progress) for progress in (0.1, 0.9))
-    assert 0 < float(jnp.abs(early - 1 - ids).max()) < 0.2
-    assert late.dtype == jnp.float32 and (late == ids).all()
-    # However near to a half they are.
-    pointer.gate_logits[...] *= 0.05
-    early, late = (pointer(tokens, progress) for progress in (0.1, 0.9))
-    assert float(jnp.abs(early - 1 - ids).max()) > 0.5 and (late == ids).all()
-    assert (pointer(tokens) == ids).all()
-
-
-def test_learned_ids_reach_attention_and_gradients_reach_them():
-    network, tokens = learned_model(), random_batch().tokens
-    as_bias = random_model(**LOOP | {"positions": "coupled-bias", "clip": 2, "window": True})
-    ids = network.pointer(jnp.asarray(tokens))
-    definition, state = nnx.split(network)
-    shared = {k: v for k, v in nnx.to_pure_dict(state).items() if k != "pointer"}
-    target, other = nnx.split(as_bias)
-    nnx.replace_by_pure_dict(other, shared)
-    same = nnx.merge(target, other)
-    assert error(logits_of(network, tokens), logits_of(same, tokens, ids=ids)) < 1e-6
-
-    batch = random_batch()
-    weights = batch.answer.astype(jnp.float32)
-
-    @jax.jit
-    @jax.grad
-    def gradient(state, progress):
-        network = nnx.merge(definition, state)
-        tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
-        losses = network.supervised_losses(tokens, targets, weights, progress=progress)
-        return losses.mean()
-
-    # While gates are soft the window reaches one difference further, and not after.
-    seen = {}
-    for progress in (0.1, 0.9):
-        where = learned_places(network.pointer, jnp.asarray(tokens), progress)
-        x = network.embedding(jnp.asarray(tokens))
-        looked = network.block.attention_weights(x, None, where).max(1)
-        difference = jnp.abs(where.ids[:, :, None] - where.ids[:, None, :])
-        placed = where.ids[:, None, :] >= 0.5
-        seen[progress] = float(jnp.where((looked > 0) & placed, difference, 0).max())
-        past = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
-        within = (difference <= 2.5 + where.further) | ~placed
-        assert ((looked > 0) == (within & past)).all()
-    assert seen[0.1] > 2.5 and seen[0.9] == 2
-
-    of_gates = lambda progress: gradient(state, progress)["pointer"]["gate_logits"][...]  # noqa: E731
-    assert jnp.abs(of_gates(0.1)).max() > 1e-5
-    assert (of_gates(0.9) == 0).all()
-
-
-# Loops that start alike: normalised states, one step embedding, free loops; and a look inside.
+# Loops that start alike: normalised states, one step embedding, warm-up loops; and a look inside.
 
 STABLE = LOOP | {"inject_input": True, "normalize_state": True, "shared_step": True}
 
@@ -502,9 +296,12 @@ def test_states_keep_their_size_however_many_loops():
     assert random_weights(config)["step_embedding.embedding"].shape == (1, WIDTH)
 
 
-def test_free_loops_come_before_those_that_count(monkeypatch):
+def test_warmup_loops_come_before_those_that_count():
     """As many as the key draws, then the supervised ones: by the losses of longer models."""
-    batch, network = random_batch(), random_model(**STABLE | {"loops": 2, "free_loops": 3})
+    batch, network = (
+        random_batch(),
+        random_model(**STABLE | {"loops": 2, "no_grad_warmup_loops": 3}),
+    )
     weights = jnp.asarray(batch.answer, jnp.float32)
 
     @jax.jit
@@ -523,32 +320,35 @@ def test_free_loops_come_before_those_that_count(monkeypatch):
     np.testing.assert_allclose(supervised_of(network, batch), [after[0]], rtol=1e-5)
 
 
-def test_each_free_loop_drops_other_numbers():
-    network = random_model(**STABLE | {"loops": 1, "free_loops": 2, "dropout": 0.5})
+def test_each_warmup_loop_drops_other_numbers():
+    network = random_model(**STABLE | {"loops": 1, "no_grad_warmup_loops": 2, "dropout": 0.5})
     tokens = jnp.asarray(random_batch().tokens)
     keys = jax.random.split(jax.random.key(0), 20)
     draws = [int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 3)) for key in keys]
     key = keys[draws.index(2)]
     step, first, inputs = network._loop(tokens, 1, None, None, key, None)
-    shift, (own, after) = jax.tree.map(lambda x: x[0], inputs)
+    shift, own = jax.tree.map(lambda x: x[0], inputs)
 
     def twice(*loops):
         stream = first
         for i in loops:
             dropped = jax.vmap(lambda key: jax.random.fold_in(key, i))(own)  # noqa: B023
-            stream, _ = step(stream, (shift, (dropped, after)))
-        return network._whole(stream, after)
+            stream, _ = step(stream, (shift, dropped))
+        return fused.apply_pending(stream, own[-1], 0.5)
 
-    found = network._whole(network._after_free_loops(first, tokens, None, key, None), after)
+    found = network._after_warmup_loops(first, tokens, None, key, None)
+    found = fused.apply_pending(found, own[-1], 0.5)
     assert error(found, twice(0, 1)) < 1e-5
     assert min(error(found, twice(i, i)) for i in (0, 1)) > 0.1
 
 
-def test_no_gradient_goes_back_through_free_loops():
-    """The gradient is that of the loops that count, from the state that the free ones left."""
+def test_no_gradient_goes_back_through_warmup_loops():
+    """The gradient is that of the loops that count, from the state that the others left."""
     batch = random_batch()
     weights = jnp.asarray(batch.answer, jnp.float32)
-    network = random_model(**STABLE | {"loops": 1, "free_loops": 1, "inject_input": False})
+    network = random_model(
+        **STABLE | {"loops": 1, "no_grad_warmup_loops": 1, "inject_input": False}
+    )
     definition, state = nnx.split(network)
 
     @jax.jit
@@ -564,12 +364,11 @@ def test_no_gradient_goes_back_through_free_loops():
         def loss(shift):
             tokens = jnp.asarray(batch.tokens)
             x = network.embedding(tokens)
-            where = Places(turned_by=jnp.arange(LENGTH))
             for fixed in [True] * free + [False]:
-                entered = network._enter((x, None), x, None)
+                entered = network._enter(Stream(x), x, None)
                 own = jax.lax.stop_gradient(shift) if fixed else shift
-                x = network._whole(network.block(*entered, where, None, own), None)
-            return loss_of_logits(network.readout(x), batch)
+                x = network.block(entered.x + own, position_inputs=IN_ORDER)
+            return loss_of_logits(network.unembed(x), batch)
 
         return jax.grad(loss)(network.step_embedding.embedding[0])
 
@@ -583,7 +382,9 @@ def test_no_gradient_goes_back_through_free_loops():
 @pytest.mark.parametrize("architecture", [LOOP, STABLE], ids=["plain", "stable"])
 def test_a_trace_shows_what_each_loop_does(architecture):
     network, tokens = random_model(**architecture), random_batch().tokens
-    logits, looked = nnx.jit(lambda network: network.traced(jnp.asarray(tokens), loops=3))(network)
+    logits, looked = nnx.jit(
+        lambda network: network.forward_with_intermediates(jnp.asarray(tokens), loops=3)
+    )(network)
     for loop in range(3):
         assert error(logits[loop], logits_of(network, tokens, loops=loop + 1)) < 1e-6
     assert looked.shape == (3, *tokens.shape[:1], HEADS, LENGTH, LENGTH)
@@ -609,13 +410,13 @@ def test_dropout_depends_on_the_key_alone(architecture):
 def test_dropout_keeps_the_mean():
     x = jax.random.normal(jax.random.key(0), (50,)) + 3
     keys = jax.random.split(jax.random.key(1), 20_000)
-    dropped = jax.vmap(lambda key: model.dropout(x, 0.3, key))(keys)
+    dropped = jax.vmap(lambda key: dropout(x, 0.3, key))(keys)
     kept = dropped != 0
     np.testing.assert_allclose(dropped[kept], jnp.broadcast_to(x, kept.shape)[kept] / 0.7, 1e-6)
     assert float(kept.mean()) == pytest.approx(0.7, abs=5 * math.sqrt(0.21 / kept.size))
     standard_error = float(jnp.abs(x).max()) * math.sqrt(0.3 / 0.7 / len(keys))
     np.testing.assert_allclose(dropped.mean(0), x, atol=5 * standard_error)
-    assert model.dropout(x, 0.3, None) is x
+    assert dropout(x, 0.3, None) is x
 
 
 @pytest.mark.parametrize("silent", ["attention_out.kernel", "mlp_out.kernel"])
@@ -654,7 +455,7 @@ def test_the_scan_equals_an_unrolled_loop():
     for layer in range(network.layers):
         own = jax.tree.map(lambda array, layer=layer: array[layer], weights)
         state = block_of(nnx.merge(definition, own), state)
-    assert error(logits_of(network, tokens), network.readout(state)) < 1e-6
+    assert error(logits_of(network, tokens), network.unembed(state)) < 1e-6
 
 
 @pytest.mark.parametrize("architecture", [GPT, LOOP], ids=["gpt", "loop"])
@@ -688,7 +489,8 @@ TABULATED = {
     "gpt": GPT | {"mlp": "swiglu"},
     "ids alone": GPT | {"positions": "coupled-embedding"},
     "biases": LOOP | {"positions": "coupled-bias", "window": True, "inject_input": True},
-    "pointer": LOOP | {"positions": "learned", "window": True},
+    "counter": LOOP | {"positions": "learned", "window": True},
+    "no positions": LOOP | {"positions": "none"},
 }
 
 
@@ -696,12 +498,12 @@ TABULATED = {
 def test_flax_tabulates_every_kind_of_model(name):
     """A table with a line for each part; and methods are left as they were."""
     config = make_config(**TABULATED[name])
-    network = model.build(config, jax.random.key(0))
+    network = models.build(config, jax.random.key(0))
     tokens = jnp.zeros((2, 6), jnp.int32)
-    before = model.Block.__call__
-    table = nnx.tabulate(network, tokens, ids=ADDITION.position_ids(tokens))
-    assert model.Block.__call__ is before
-    count = model.parameter_count(nnx.state(network))
+    before = Block.__call__
+    table = nnx.tabulate(network, tokens, position_ids=ADDITION.position_ids(tokens))
+    assert Block.__call__ is before
+    count = models.parameter_count(nnx.state(network))
     assert f"{count:,}" in table
     for part in ("embedding", "final_norm", "Block", "LayerNorm"):
         assert part in table

@@ -1,7 +1,6 @@
-"""Generation: caches say what recomputing says, in every scheme, and what is done is done."""
+"""Generation: a cache says what recomputing says, in every scheme, and what is done is done."""
 
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,12 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import build, make_config, random_weights
+from random_models import config_of, weights_of
 
-from spak_jax import generation, model
-from spak_jax.config import BIASED, Architecture
+from spak_jax import models
+from spak_jax.evaluation import generate
 from spak_jax.evaluation.forward import forward
+from spak_jax.registry import POSITIONS
 from spak_jax.tasks.arithmetic import Addition
 
 ADDITION = Addition()
@@ -22,29 +22,16 @@ ADDITION = Addition()
 # What is compared must not be rounded to bfloat16.
 pytestmark = pytest.mark.usefixtures("exact_products")
 
-SCHEMES = get_args(Architecture.model_fields["positions"].annotation)
+SCHEMES = POSITIONS.names()
 ROWS, LENGTH = 4, 20
 
 
-def config_of(scheme, kind):
-    """Every switch of the architecture is on in one of the two kinds, where there is one."""
-    depth = {"layers": 3, "mlp": "swiglu"}
-    if kind == "loop":
-        depth = {"loops": 4, "inject_input": True, "normalize_state": scheme != "rope"}
-    windowed = {"window": True, "clip": 2} if scheme in BIASED and kind == "loop" else {}
-    return make_config(kind=kind, positions=scheme, **depth, **windowed)
-
-
-def weights_of(config):
-    return nnx.state(build(config, random_weights(config)))
-
-
-def ways_of(config, halt=False):
-    """Caches, and recomputing."""
+def decoders_of(config, halt=False):
+    """With a cache, and without."""
     thresholds = thresholds_of if halt else None
     return [
-        generation.with_caches(config, thresholds=thresholds),
-        generation.recomputing(run_of(config) if halt else forward(config)),
+        generate.with_cache(config, thresholds=thresholds),
+        generate.without_cache(run_of(config) if halt else forward(config)),
     ]
 
 
@@ -54,13 +41,13 @@ def thresholds_of(tokens):
 
 
 def run_of(config):
-    definition, _ = model.abstract(config)
+    definition, _ = models.abstract(config)
     return lambda weights, tokens: nnx.merge(definition, weights).halting_logits(
-        tokens, thresholds_of(tokens), ids=ADDITION.position_ids(tokens)
+        tokens, thresholds_of(tokens), position_ids=ADDITION.position_ids(tokens)
     )
 
 
-def reading(way):
+def reading(decoder):
     """A program that reads a text on from each row's prompt, token by token: what is said there."""
 
     @jax.jit
@@ -69,13 +56,13 @@ def reading(way):
             return jnp.where(jnp.arange(LENGTH) <= at[:, None], text, ADDITION.end)
 
         def step(carry, _):
-            at, memory = carry
-            logits, taken, memory = way.following(weights, upto(at), at, memory)
-            return (jnp.minimum(at + 1, LENGTH - 1), memory), (logits, taken)
+            at, cache = carry
+            logits, taken, cache = decoder.decode_step(weights, upto(at), at, cache)
+            return (jnp.minimum(at + 1, LENGTH - 1), cache), (logits, taken)
 
         at = prompt_length - 1
-        memory = way.prepare(weights, upto(at))
-        return jax.lax.scan(step, (at, memory), length=LENGTH)[1]
+        cache = decoder.prefill(weights, upto(at))
+        return jax.lax.scan(step, (at, cache), length=LENGTH)[1]
 
     return read
 
@@ -92,11 +79,11 @@ def drawn(seed):
 @functools.cache
 def programs(scheme, kind, halt=False):
     config = config_of(scheme, kind)
-    ways = ways_of(config, halt)
+    decoders = decoders_of(config, halt)
     return (
         weights_of(config),
-        [reading(way) for way in ways],
-        [jax.jit(functools.partial(generation.generate, way)) for way in ways],
+        [reading(decoder) for decoder in decoders],
+        [jax.jit(functools.partial(generate.generate, decoder)) for decoder in decoders],
     )
 
 
@@ -138,10 +125,10 @@ def test_a_bfloat16_cache_is_as_near_as_recomputing():
     )
     text, prompt_length = drawn(0)
     weights = weights_of(exact)
-    truth, _ = reading(ways_of(exact)[1])(weights, text, prompt_length)
+    truth, _ = reading(decoders_of(exact)[1])(weights, text, prompt_length)
     ours, theirs = (
-        np.linalg.norm(reading(way)(weights, text, prompt_length)[0] - truth)
-        for way in ways_of(rounded)
+        np.linalg.norm(reading(decoder)(weights, text, prompt_length)[0] - truth)
+        for decoder in decoders_of(rounded)
     )
     assert 0 < ours < 1.5 * theirs < 0.2 * np.linalg.norm(truth)
 
@@ -155,9 +142,7 @@ def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
         chosen = jnp.where(sevens < 2, ADDITION.first_symbol + 7, ADDITION.end)
         return jax.nn.one_hot(chosen, 13), sevens
 
-    written, loops = generation.generate(
-        generation.recomputing(run), None, tokens, jnp.array([4, 5])
-    )
+    written, loops = generate.generate(generate.without_cache(run), None, tokens, jnp.array([4, 5]))
     assert [ADDITION.decode(row) for row in np.asarray(written)] == [
         "1+2=77\n\n\n\n",
         "11+2=77\n\n\n",
@@ -166,22 +151,22 @@ def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
 
 
 def saying(texts):
-    """A way that writes what it is told, and keeps count of the tokens."""
+    """A decoder that writes what it is told, and keeps count of the tokens."""
     calls = []
 
-    def following(weights, tokens, at, memory):
+    def decode_step(weights, tokens, at, cache):
         jax.debug.callback(lambda: calls.append(1))
         chosen = jnp.asarray(texts)[jnp.arange(len(tokens)), at + 1]
-        return jax.nn.one_hot(chosen, len(ADDITION.vocabulary)), at, memory
+        return jax.nn.one_hot(chosen, len(ADDITION.vocabulary)), at, cache
 
-    return generation.Way(lambda weights, tokens: (), following), calls
+    return generate.Decoder(lambda weights, tokens: (), decode_step), calls
 
 
 def test_generation_ends_with_the_last_row():
     texts = [ADDITION.encode(text.ljust(30, "\n")) for text in ("1+2=3\n777", "99+1=001\n", "1+1=")]
-    way, calls = saying(texts)
+    decoder, calls = saying(texts)
     prompt_length = jnp.array([4, 5, 30])
-    written, at = generation.generate(way, None, jnp.array(texts), prompt_length)
+    written, at = generate.generate(decoder, None, jnp.array(texts), prompt_length)
     jax.effects_barrier()
     # `001` and its newline; the row that is full asks for nothing.
     assert len(calls) == 4
@@ -195,8 +180,8 @@ def test_generation_ends_with_the_last_row():
 
 def test_generation_ends_with_the_buffer():
     texts = jnp.full((2, 9), ADDITION.first_symbol + 7)
-    way, calls = saying(texts)
-    written, _ = generation.generate(way, None, texts, jnp.array([3, 8]))
+    decoder, calls = saying(texts)
+    written, _ = generate.generate(decoder, None, texts, jnp.array([3, 8]))
     jax.effects_barrier()
     assert (written == texts).all() and len(calls) == 6
 
@@ -205,9 +190,10 @@ def test_generation_ends_with_the_buffer():
 def test_caches_are_taken_unless_they_are_too_large(fits, monkeypatch):
     config, gpt = config_of("rope", "loop").model, config_of("rope", "gpt").model
     numbers = 2 * 4 * ROWS * LENGTH * 32
-    monkeypatch.setattr(generation, "CACHED_NUMBERS", numbers if fits else numbers - 1)
-    assert generation.takes_caches(config, (ROWS, LENGTH), None) == fits
-    assert not generation.takes_caches(config, (ROWS, LENGTH), 5)
-    assert generation.most_rows(config, LENGTH, 1) >= ROWS
+    monkeypatch.setattr(generate, "CACHED_NUMBERS", numbers if fits else numbers - 1)
+    picked = generate.pick_decoder(config, (ROWS, LENGTH), None)
+    assert picked == (generate.WITH_CACHE if fits else generate.WITHOUT_CACHE)
+    assert generate.pick_decoder(config, (ROWS, LENGTH), 5) == generate.WITHOUT_CACHE
+    assert generate.max_cached_batch(config, LENGTH, 1) >= ROWS
     of_a_row = 2 * 3 * LENGTH * 32
-    assert generation.most_rows(gpt, LENGTH, None) == (numbers - (not fits)) // of_a_row
+    assert generate.max_cached_batch(gpt, LENGTH, None) == (numbers - (not fits)) // of_a_row
