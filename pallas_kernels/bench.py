@@ -24,9 +24,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import attention, timing
+from pallas_kernels import attention
 from pallas_kernels.programs import Table, console, run_program
-from pallas_kernels.shapes import LONG, TRAINING, Shape, parse_shape
+from pallas_kernels.tuning import timing
+from pallas_kernels.tuning.report import (
+    CONTENDERS,
+    EXAMPLE,
+    OURS,
+    TORCH,
+    against_best_peer,
+    shown_times,
+)
+from pallas_kernels.tuning.shapes import LONG, TRAINING, Shape, parse_shape
 
 # The quickstart's shape is no work for a GPU.
 SHAPES = tuple(shape for shape in TRAINING + LONG if shape.head_dim >= 32)
@@ -36,11 +45,6 @@ EXAMPLE_BLOCKS = ((32, 32), (64, 64), (128, 64))
 # On an H100 it compiled for a minute at 64 tokens, and was the slowest of all.
 SHORTEST_FOR_MOSAIC = 512
 WORKERS = 8
-OURS = "ours, with RoPE"
-EXAMPLE = "jax example"
-TORCH = "torch sdpa"
-# In the order of the tables; JAX's example stands once, with its best blocks.
-CONTENDERS = (OURS, "xla", "cudnn", EXAMPLE, "tokamax triton", "tokamax mosaic", TORCH)
 
 
 class Missing(Exception):
@@ -242,21 +246,6 @@ def _run_once(program: timing.Program) -> timing.Program | str:
 def _limit(error: Exception) -> str:
     """A peer's own limits, of many kinds: reported, not hidden."""
     return f"{type(error).__name__}: {str(error).strip()[:200]}"
-
-
-def shown_times(entry: dict) -> dict[str, float]:
-    """Median microseconds by contender, of one measurement of a results file."""
-    # The example kernel's name carries its blocks.
-    return {
-        (EXAMPLE if name.startswith(EXAMPLE) else name): times["median"]
-        for name, times in entry["microseconds"].items()
-    }
-
-
-def against_best_peer(times: dict[str, float]) -> str:
-    """How many times as long as ours the fastest of the others takes; "-" where one is missing."""
-    peers = [time for name, time in times.items() if name != OURS]
-    return f"{min(peers) / times[OURS]:.2f}" if OURS in times and peers else "-"
 
 
 def table(results: dict) -> Table:

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
+from pallas_kernels import IMPLEMENTATIONS, choose
 from pallas_kernels.targets import TARGETS
+from pallas_kernels.tuning import aot, timing
 from spak_jax import (
     addition,
     evaluate,
@@ -31,7 +32,6 @@ from spak_jax import (
     inference_bench,
     model,
     profiling,
-    roofline,
 )
 from spak_jax.command_line import (
     InputError,
@@ -43,6 +43,7 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config import Config, Parallel, add_words, file_and_overrides, read_config
+from spak_jax.specs import roofline
 from spak_jax.train import initial_state, make_supply, make_training, one_by_one
 
 ROUNDS = 7
@@ -92,12 +93,12 @@ def main() -> None:
         raise InputError("--target: --generation is measured, not estimated")
     results = {"config": config.name, "overrides": overrides}
     if arguments.target:
-        compile.touch_no_gpu()
+        aot.touch_no_gpu()
         estimating = inference_bench if arguments.inference else roofline
         try:
             with progress("compiling"):
                 results |= estimating.estimate(config, arguments.target)
-        except compile.Unavailable as error:
+        except aot.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
         (inference_bench.show_estimate if arguments.inference else show_estimate)(results)
     elif arguments.inference or arguments.generation:

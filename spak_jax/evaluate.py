@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.looped import AT_ONCE
+from pallas_kernels.ops.looped import AT_ONCE
 from spak_jax import addition, checkpoint, generation, jax_settings, metrics, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
@@ -36,8 +36,8 @@ from spak_jax.command_line import (
 )
 from spak_jax.config import MAX_DIGITS, OPERANDS, Config, Evaluation, LoopedModel, Train
 
-# Halting rules by the field's names, as `pallas_kernels.looped.RULES` calls them.
-HALTING_RULES = {"convergence": "still", "confidence": "sure"}
+# Halting rules, in the order of helps.
+HALTING_RULES = ("convergence", "confidence")
 
 # Rows are filled up to a multiple of the step, so that many lengths share one compiled program; a
 # GPU computes so fast that compiling is what counts.
@@ -72,8 +72,8 @@ class Trained(NamedTuple):
 
 
 class Halting(NamedTuple):
-    """A rule that stops tokens, of `pallas_kernels.looped.RULES`, and its thresholds before the `=`
-    of a problem and from it on."""
+    """A rule that stops tokens, of `HALTING_RULES`, and its thresholds before the `=` of a problem
+    and from it on."""
 
     rule: str
     before: float
@@ -81,17 +81,12 @@ class Halting(NamedTuple):
 
     @classmethod
     def with_doubt(cls, rule: str, doubt: float) -> "Halting":
-        threshold = 1 - doubt if rule == "sure" else doubt
+        threshold = 1 - doubt if rule == "confidence" else doubt
         return cls(rule, threshold, threshold)
-
-    @property
-    def rule_name(self) -> str:
-        """The rule by the field's name."""
-        return next(name for name, rule in HALTING_RULES.items() if rule == self.rule)
 
 
 # "Wait to think": the original's thresholds.
-PUBLISHED_HALTING = Halting("sure", 0.90, 0.999)
+PUBLISHED_HALTING = Halting("confidence", 0.90, 0.999)
 
 
 @dataclass(frozen=True)
@@ -208,7 +203,7 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
 def writer(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
     """`generation.fastest` for a model, with loops and halting as `forward` takes them."""
     run = forward(config, loops, halt)
-    if halt and halt.rule == "still":
+    if halt and halt.rule == "convergence":
         # Whether a token stops hangs on all before it, of which caches keep nothing.
         return functools.partial(generation.generate, generation.recomputing(run))
     sure = functools.partial(thresholds, halting=halt) if halt else None
@@ -771,7 +766,7 @@ def _halting(trained: Trained, name: str, loops: int | None) -> Halting:
     # Here, as it scores by this module.
     from spak_jax.halting import calibrated
 
-    halting = calibrated(trained, HALTING_RULES[name], loops)
+    halting = calibrated(trained, name, loops)
     console.print(
         f"halting by {name}, calibrated on problems of trained lengths: threshold"
         f" {halting.after:.8g}"
@@ -802,7 +797,7 @@ def _description(trained: Trained, settings: Settings) -> dict[str, Any]:
     return origin(trained) | {
         "loops": (settings.loops or trained.config.model.loops) if looped else None,
         "halting": list(settings.halt[1:]) if settings.halt else None,
-        "halting_rule": settings.halt.rule_name if settings.halt else None,
+        "halting_rule": settings.halt.rule if settings.halt else None,
         "method": "decoding" if settings.decode else "teacher forcing",
         "examples": settings.examples,
         "seed": settings.seed,

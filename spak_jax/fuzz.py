@@ -23,11 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels import laws
-from pallas_kernels.specification_files import shipped_configs
 from spak_jax import (
     addition,
-    check,
     checkpoint,
     config,
     convert,
@@ -46,6 +43,8 @@ from spak_jax.command_line import (
     run_program,
     write_file,
 )
+from spak_jax.config_files import shipped_configs
+from spak_jax.specs import claims, language
 
 CONFIGS = shipped_configs()
 RESULTS = Path("figures/reproduced-256/results/loop12-seed0.json")
@@ -260,9 +259,13 @@ def expressions(st, folder: Path) -> Reader:
     cut = broken.map(lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + 1 :])
 
     def read(text: str) -> None:
-        laws.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
+        language.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
 
-    return Reader(law | whole | cut | st.text(max_size=40), read, (laws.LawError, laws.Impossible))
+    return Reader(
+        law | whole | cut | st.text(max_size=40),
+        read,
+        (language.ExpressionError, language.Impossible),
+    )
 
 
 def evidence(st, folder: Path) -> Reader:
@@ -278,7 +281,7 @@ def evidence(st, folder: Path) -> Reader:
     absolute = st.sampled_from([str(folder / "secret.json"), "/etc/passwd", "~/x", "//", "C:\\x"])
 
     def read(pattern: str) -> None:
-        check.evidence("fuzz", pattern, project / "configs")
+        claims.evidence("fuzz", pattern, project / "configs")
 
     return Reader(patterns | absolute, read)
 

@@ -1,13 +1,13 @@
 """Whether thinking only as long as needed pays: `python -m spak_jax.halting RUN [options]`.
 
-Two rules stop a token (`LoopLM.halting_logits`): it is "sure", or it is "still". Each has one
-number here, the doubt that is left: a sure token's largest probability is at least one minus the
-doubt, a still one's state and those of all before it have moved by no more than that share of
-themselves in a loop. The number is calibrated on problems of the training law alone, as the one
+Two rules stop a token (`LoopLM.halting_logits`): "confidence" and "convergence". Each has one
+number here, the doubt that is left: a confident token's largest probability is at least one minus
+the doubt, a converged one's state and those of all before it have moved by no more than that share
+of themselves in a loop. The number is calibrated on problems of the training law alone, as the one
 that saves most loops and loses at most a tenth of a point there, or the least that is tried where
 none loses so little; then both rules, and the original's thresholds, are scored at lengths that
 were not looked at for it: answers right, and loops by token, by number of carries and by row. A
-row's loops are those of its slowest token: so many a program of `pallas_kernels.looped` runs.
+row's loops are those of its slowest token: so many a program of `pallas_kernels.ops.looped` runs.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pallas_kernels import timing
-from pallas_kernels.looped import RULES
+from pallas_kernels.ops.looped import RULES
+from pallas_kernels.tuning import timing
 from spak_jax import addition, evaluate, figures, jax_settings, model
 from spak_jax.addition import Batch, Problems
 from spak_jax.command_line import (
@@ -41,8 +41,10 @@ from spak_jax.evaluate import Halting
 
 # Tried in the calibration, and drawn.
 DOUBTS = {
-    "sure": tuple(float(f"{digit}e{power}") for power in range(-1, -8, -1) for digit in (3, 1)),
-    "still": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
+    "confidence": tuple(
+        float(f"{digit}e{power}") for power in range(-1, -8, -1) for digit in (3, 1)
+    ),
+    "convergence": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
 }
 # A share of the answers, against no halting, on problems of the training law.
 MOST_LOST = 0.001
@@ -53,7 +55,7 @@ TIMED_PASSES = 5
 NONE, SEED, FIXED = "none", "seed", "fixed"
 
 
-NEVER = Halting("sure", 2.0, 2.0)
+NEVER = Halting("confidence", 2.0, 2.0)
 ORIGINAL = evaluate.PUBLISHED_HALTING
 
 
@@ -375,7 +377,7 @@ def draw(found: dict[str, Any]) -> Figure:
         image = axes.imshow(
             steps, cmap="viridis_r", vmin=1, vmax=loops, aspect="auto", interpolation="nearest"
         )
-        axes.set_title(f'loops of each token until it is "{rule}"', loc="left", pad=3)
+        axes.set_title(f"loops of each token until its {rule} halts it", loc="left", pad=3)
         axes.set_yticks(range(len(problems)), [str(p["carries"]) for p in problems], fontsize=6)
         axes.set_ylabel("carries")
         axes.set_xticks([])
@@ -387,7 +389,7 @@ def draw(found: dict[str, Any]) -> Figure:
     for i, rule in enumerate(RULES):
         points = sorted((p["row_loops"], 100 * p["accuracy"]) for p in found["swept"][rule])
         style = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i], "markersize": 3}
-        axes.plot(*zip(*points, strict=True), label=f'"{rule}", threshold moved', **style)
+        axes.plot(*zip(*points, strict=True), label=f"{rule}, threshold moved", **style)
         line = found["lengths"][str(found["swept"]["digits"])][rule]
         axes.plot(
             line["row_loops"], 100 * line["accuracy"], "o", markersize=8, fillstyle="none",

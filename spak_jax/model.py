@@ -15,8 +15,8 @@ What is unusual here:
 - Halting runs the loops of the model that was trained, position information included, and only
   freezes what has been decided.
 - On a GPU, short rows of narrow models go through all loops of inference in one launch
-  (`pallas_kernels.looped`), and training makes the gradients of all blocks' matrices in one launch
-  each (`pallas_kernels.linear`).
+  (`pallas_kernels.ops.looped`), and training makes the gradients of all blocks' matrices in one
+  launch each (`pallas_kernels.ops.linear`).
 """
 
 from typing import NamedTuple
@@ -26,17 +26,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import (
-    add_and_norm,
-    add_and_score,
+    add_layer_norm,
+    add_layer_norm_cross_entropy,
     attention,
     derivatives,
-    linear,
-    looped,
     looped_block,
-    reference,
     targets,
 )
-from pallas_kernels.linear import Operands
+from pallas_kernels import dropout as counter_dropout
+from pallas_kernels.ops import linear, looped, reference
+from pallas_kernels.ops.attention import reference as attention_reference
+from pallas_kernels.ops.attention import rope
+from pallas_kernels.ops.linear import DeferredWeightGrad
 from spak_jax.config import BIASED, Architecture, Config, LoopedModel, StaticModel
 from spak_jax.positions import (
     EMBEDDED_IDS,
@@ -55,10 +56,10 @@ EPSILON = 1e-5
 class BlockOperands(NamedTuple):
     """Of the gradients of a block's matrices, as `Block.matrices` gives these."""
 
-    qkv: Operands
-    attention_out: Operands
-    mlp_in: Operands
-    mlp_out: Operands
+    qkv: DeferredWeightGrad
+    attention_out: DeferredWeightGrad
+    mlp_in: DeferredWeightGrad
+    mlp_out: DeferredWeightGrad
 
 
 class Seen(NamedTuple):
@@ -168,9 +169,11 @@ class Block(nnx.Module):
     def no_operands(self, tokens: int) -> BlockOperands | None:
         """What to ask for operands with, for so many tokens; None where there is nothing to ask."""
         sizes = [matrix.shape[-2:] for matrix in self.matrices()]
-        if self.gated or not all(linear.takes(tokens, *size, self.dtype) for size in sizes):
+        if self.gated or not all(linear.supports(tokens, *size, self.dtype) for size in sizes):
             return None
-        return BlockOperands(*(linear.no_operands(tokens, *size, self.dtype) for size in sizes))
+        return BlockOperands(
+            *(linear.DeferredWeightGrad.zeros(tokens, *size, self.dtype) for size in sizes)
+        )
 
     def add_gradients(self, operands: list[BlockOperands]) -> None:
         """To this block, whose weights are gradients, adds those that are still to be made.
@@ -178,7 +181,7 @@ class Block(nnx.Module):
         operands: of each loop; of a stack, whose matrices have an axis for them, of each layer.
         """
         for matrix, pairs in zip(self.matrices(), zip(*operands, strict=True), strict=True):
-            matrix[...] += linear.gradients(pairs).sum((0, 1) if matrix.ndim == 2 else 1)
+            matrix[...] += linear.weight_grads(pairs).sum((0, 1) if matrix.ndim == 2 else 1)
 
     def matrices(self) -> tuple[nnx.Param, ...]:
         """Those that every kind of block has."""
@@ -191,7 +194,7 @@ class Block(nnx.Module):
         Args: as of a call. Returns: keys, turned, and values, `[batch, length, heads, head_dim]`.
         """
         _, _, k, v = self._projected(x, update, shift)
-        return (k if where.turned_by is None else reference.rotate(k, where.turned_by)), v
+        return (k if where.turned_by is None else rope.apply_rope(k, where.turned_by)), v
 
     def newest(
         self, x, update, where: Places, at: jax.Array, seen: Seen, depth: jax.Array, shift=None
@@ -213,10 +216,10 @@ class Block(nnx.Module):
         if where.turned_by is not None:
             by = jnp.broadcast_to(where.turned_by, (batch, where.turned_by.shape[-1]))
             by = jnp.take_along_axis(by, at[:, None], axis=1)
-            q, k = reference.rotate(q, by), reference.rotate(k, by)
+            q, k = rope.apply_rope(q, by), rope.apply_rope(k, by)
         place = depth, jnp.arange(batch), at
         seen = Seen(seen.keys.at[place].set(k[:, 0]), seen.values.at[place].set(v[:, 0]))
-        mixed = reference.newest_attention(
+        mixed = attention_reference.decode_attention(
             q[:, 0], seen.keys[depth], seen.values[depth], at,
             ids=where.ids, **self._told(where, q),
         )  # fmt: skip
@@ -230,7 +233,7 @@ class Block(nnx.Module):
         Args: as of a call. Returns: float32 `[batch, heads, length, length]`, keys last.
         """
         _, q, k, _ = self._projected(x, update, shift)
-        return reference.attention_weights(
+        return attention_reference.attention_weights(
             q,
             k,
             positions=where.turned_by,
@@ -263,7 +266,7 @@ class Block(nnx.Module):
         return self.window + where.further if further else self.window
 
     def _add_and_norm(self, x, update, norm: nnx.LayerNorm, key, shift=None):
-        return add_and_norm(
+        return add_layer_norm(
             x,
             update,
             norm.scale[...],
@@ -273,14 +276,14 @@ class Block(nnx.Module):
             dtype=self.dtype,
         )
 
-    def _linear(self, x, layer: nnx.Linear, operands: Operands | None = None):
-        return linear.linear(x, layer.kernel[...], dtype=self.dtype, operands=operands)
+    def _linear(self, x, layer: nnx.Linear, operands: DeferredWeightGrad | None = None):
+        return linear.linear(x, layer.kernel[...], dtype=self.dtype, deferred=operands)
 
-    def _mlp(self, x, operands: tuple[Operands, Operands] | None = None):
+    def _mlp(self, x, operands: tuple[DeferredWeightGrad, DeferredWeightGrad] | None = None):
         if self.gated:
             return self.mlp_out(jax.nn.silu(self.mlp_in(x)) * self.mlp_value(x))
         inner, outer = self.mlp_in.kernel[...], self.mlp_out.kernel[...]
-        return linear.mlp(x, inner, outer, dtype=self.dtype, operands=operands)
+        return linear.mlp(x, inner, outer, dtype=self.dtype, deferred=operands)
 
 
 class _Transformer(nnx.Module):
@@ -398,17 +401,17 @@ class _Transformer(nnx.Module):
         nothing = jnp.zeros(x.shape[:-1], bool)
         return x, nothing, nothing.astype(jnp.int32)
 
-    def _thought(self, carry, new, thresholds, rule="sure"):
+    def _thought(self, carry, new, thresholds, rule="confidence"):
         """The same after one more block, which made the stream `new`: see `halting_logits`."""
         x, halted, steps = carry
         if thresholds is None:
             return new, halted, steps + 1
         new = jnp.where(halted[..., None], x, new)
-        if rule == "sure":
+        if rule == "confidence":
             halts = jax.nn.softmax(self.readout(new)).max(-1) >= thresholds
         else:
             moved, size = ((v * v).sum(-1) for v in (new - x, new))
-            settled = looped.has_settled(moved, size, thresholds)
+            settled = looped.has_converged(moved, size, thresholds)
             halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
         return new, halted | halts, steps + ~halted
 
@@ -443,7 +446,7 @@ class _Transformer(nnx.Module):
 
     def _scored(self, stream, key, targets, weights):
         """As `_whole`, and the weighted sum of its tokens' cross-entropies."""
-        return add_and_score(
+        return add_layer_norm_cross_entropy(
             *stream,
             self.final_norm.scale[...],
             self._head(),
@@ -689,7 +692,7 @@ class LoopLM(_Transformer):
         tokens: jax.Array,
         thresholds: jax.Array,
         *,
-        rule: str = "sure",
+        rule: str = "confidence",
         loops: int | None = None,
         positions: jax.Array | None = None,
         ids: jax.Array | None = None,
@@ -697,16 +700,16 @@ class LoopLM(_Transformer):
         """Logits where each token stops once it has thought enough ("wait to think").
 
         A token that halts after a loop keeps that loop's state from then on; the tokens that go on
-        still attend to it. By the rule "sure" it halts when its largest probability reaches its
-        threshold; by the rule "still", when its state has moved in the loop, as a share of the
-        length that it has now, by no more than its threshold, as have those of all tokens before
-        it. Without these, it would halt before what it looks at has come to rest.
+        still attend to it. By the rule "confidence" it halts when its largest probability reaches
+        its threshold; by the rule "convergence", when its state has moved in the loop, as a share
+        of the length that it has now, by no more than its threshold, as have those of all tokens
+        before it. Without these, it would halt before what it looks at has come to rest.
 
         Args:
           tokens: int `[batch, length]`.
           thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a share
             below 0, never halts.
-          rule: of `pallas_kernels.looped.RULES`.
+          rule: of `pallas_kernels.ops.looped.RULES`.
           loops: the most loops to run; None for as many as in training.
           positions, ids: as in a plain call.
 
@@ -734,7 +737,7 @@ class LoopLM(_Transformer):
         tokens: jax.Array,
         thresholds: jax.Array | None = None,
         *,
-        rule: str = "sure",
+        rule: str = "confidence",
         loops: int | None = None,
         positions: jax.Array | None = None,
         ids: jax.Array | None = None,
@@ -784,7 +787,7 @@ class LoopLM(_Transformer):
     def _fits_one_launch(self, tokens) -> bool:
         # Private, since `nnx.tabulate` traces what public methods give.
         config, block = self.config, self.block
-        return block.attention is None and looped.takes(
+        return block.attention is None and looped.supports_fused(
             tokens.shape[1],
             config.width,
             config.heads,
@@ -919,7 +922,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Sets a share `rate` to zero and scales the rest up; the identity without a key."""
     if key is None or rate == 0:
         return x
-    return reference.dropout(x, rate, key)
+    return counter_dropout.dropout(x, rate, key)
 
 
 def _in_turn(step, carry, inputs, operands: list[BlockOperands] | None):

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pallas_kernels.specification_files import specification_file
 from spak_jax import addition
 from spak_jax.command_line import InputError
 from spak_jax.config import (
@@ -18,6 +17,7 @@ from spak_jax.config import (
     parse_config,
     read_config,
 )
+from spak_jax.config_files import specification_file
 
 
 class Scoring(NamedTuple):

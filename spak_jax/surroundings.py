@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pallas_kernels.programs import cell_len
+from pallas_kernels.programs.terminal import cell_len
 from spak_jax import checkpoint, evaluate, fuzz, results
 from spak_jax.command_line import (
     Failure,

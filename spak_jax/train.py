@@ -481,9 +481,9 @@ def _train_and_score(arguments: argparse.Namespace) -> None:
     specification = read_specification(path, overrides)
     config = specification.config
     # Here, as it compiles training steps of this module.
-    from spak_jax.check import require_lawful
+    from spak_jax.specs.check import require_invariants
 
-    require_lawful(specification, path, overrides)
+    require_invariants(specification, path, overrides)
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
         parallel.by_first(lambda: move_aside(run_path))

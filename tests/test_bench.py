@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TINY, assert_refused, run_program
 from flax import nnx
 
-from pallas_kernels import compile
+from pallas_kernels.tuning import aot
 from spak_jax import (
     addition,
     checkpoint,
@@ -141,9 +141,9 @@ def test_the_peer_is_the_same_model(kind, mlp):
 
 
 try:
-    compile.check_plugin()
+    aot.check_plugin()
     MISSING = None
-except compile.Unavailable as error:
+except aot.Unavailable as error:
     MISSING = str(error)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from pallas_kernels.looped import RULES
+from pallas_kernels.ops.looped import RULES
 from spak_jax import addition, evaluate, halting
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config
@@ -41,7 +41,7 @@ def test_scores_are_those_of_the_evaluator(half_trained, way):
     assert outcome.read[0].sum() == count and outcome.answering[0].sum() == count - 3
 
 
-@pytest.mark.parametrize("rule", ["sure", "still"])
+@pytest.mark.parametrize("rule", ["confidence", "convergence"])
 def test_the_calibration_saves_most_of_what_it_may(found, rule):
     calibration = found["calibration"]
     plain, tried = calibration["none"], calibration[rule]
@@ -49,7 +49,7 @@ def test_the_calibration_saves_most_of_what_it_may(found, rule):
     least = plain["accuracy"] - halting.MOST_LOST
     doubts = {x["doubt"]: x for x in tried}
     way = found["ways"][rule]
-    chosen = 1 - way["after"] if rule == "sure" else way["after"]
+    chosen = 1 - way["after"] if rule == "confidence" else way["after"]
     chosen = min(doubts, key=lambda doubt: abs(doubt - chosen))
     kept = [x for x in tried if x["accuracy"] >= least]
     if kept:
@@ -62,7 +62,7 @@ def test_the_calibration_saves_most_of_what_it_may(found, rule):
     assert loops == sorted(loops, reverse=True) and loops[0] > loops[-1]
 
 
-@pytest.mark.parametrize("rule", ["sure", "still"])
+@pytest.mark.parametrize("rule", ["confidence", "convergence"])
 def test_calibrating_alone_chooses_the_same(half_trained, found, rule):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(halting, "CALIBRATED_ON", 400)
@@ -81,18 +81,18 @@ def test_a_number_of_loops_for_all_is_what_the_evaluator_runs(found, half_traine
 
 
 def test_where_every_doubt_loses_the_least_is_taken():
-    doubts = halting.DOUBTS["sure"]
+    doubts = halting.DOUBTS["confidence"]
     tried = [{"doubt": d, "accuracy": 0.5, "row_loops": 1} for d in doubts]
-    lossy = {"none": {"accuracy": 0.9}, "sure": tried}
-    assert halting._chosen(lossy, "sure") == min(doubts)
+    lossy = {"none": {"accuracy": 0.9}, "confidence": tried}
+    assert halting._chosen(lossy, "confidence") == min(doubts)
 
 
 def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
     trained = evaluate.load(half_trained)
     problems = addition.sample_exact(jax.random.fold_in(jax.random.key(3), 2), 2, 60)
-    way = halting.Halting(**found["ways"]["still"])
+    way = halting.Halting(**found["ways"]["convergence"])
     outcome = halting.Thinker(trained, 3)(problems, way)
-    line = found["lengths"]["2"]["still"]
+    line = found["lengths"]["2"]["convergence"]
     assert line["total"] == 60 and line["correct"] == outcome.correct.sum()
     read = [steps[read] for steps, read in zip(outcome.steps, outcome.read, strict=True)]
     assert line["row_loops"] == pytest.approx(np.mean([max(row) for row in read]))
@@ -102,7 +102,7 @@ def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
     counted = sum(group["problems"] for group in line["by_carries"].values())
     assert counted == 60 and set(line["by_carries"]) <= {"0", "1", "2"}
     for problem in found["drawn"]:
-        assert len(problem["steps"]["still"]) == len(problem["text"])
+        assert len(problem["steps"]["convergence"]) == len(problem["text"])
     carries = [problem["carries"] for problem in found["drawn"]]
     assert carries == sorted(carries)
 
@@ -125,9 +125,13 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
     command(half_trained, "--digits", "1", "--examples", "20", "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "halting.json").read_text())
     assert list(found["lengths"]) == ["1"] and found["examples"] == 20
-    assert set(found["milliseconds"]) == set(found["ways"]) == {"none", "seed", "sure", "still"}
+    assert (
+        set(found["milliseconds"])
+        == set(found["ways"])
+        == {"none", "seed", "confidence", "convergence"}
+    )
     assert (tmp_path / "out" / "halting.png").stat().st_size > 10_000
-    assert "still: threshold" in capsys.readouterr().out
+    assert "convergence: threshold" in capsys.readouterr().out
     run = shutil.copytree(half_trained, tmp_path / "run")
     command(run, "--digits", "1", "--examples", "5")
     assert (run / "halting" / "halting.json").is_file()
@@ -141,4 +145,4 @@ def test_a_stack_has_no_loops_to_stop():
     with pytest.raises(InputError, match="no loops to stop"):
         halting.measure(evaluate.Trained(stack, None, 0), (1,), 1, 0, None)
     with pytest.raises(InputError, match="no loops to stop"):
-        halting.calibrated(evaluate.Trained(stack, None, 0), "still")
+        halting.calibrated(evaluate.Trained(stack, None, 0), "convergence")

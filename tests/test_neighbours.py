@@ -21,8 +21,8 @@ SCHEMES = get_args(Architecture.model_fields["positions"].annotation)
 WAYS = {
     "gpt": ("gpt", None),
     "loop": ("loop", None),
-    "loop, confidence": ("loop", evaluate.Halting("sure", 0.7, 0.8)),
-    "loop, convergence": ("loop", evaluate.Halting("still", 0.8, 0.7)),
+    "loop, confidence": ("loop", evaluate.Halting("confidence", 0.7, 0.8)),
+    "loop, convergence": ("loop", evaluate.Halting("convergence", 0.8, 0.7)),
 }
 ALONE, TOGETHER, ROWS = 14, 23, 4
 

@@ -79,7 +79,7 @@ def test_calibrating_knows_no_settings(half_trained, monkeypatch):
     found = []
     for setting in (contextlib.nullcontext, SETTINGS["x64"], SETTINGS["no NaN"]):
         with setting():
-            found.append(halting.calibrated(trained, "still"))
+            found.append(halting.calibrated(trained, "convergence"))
     assert found[0] == found[1] == found[2]
 
 
