@@ -13,6 +13,7 @@ from pallas_kernels.ops.attention.tile import AttentionInputs, Options, table_dt
 
 
 def kernels(case, target: str) -> tuple[str, ...]:
+    """Names of its kernels on a target, forward first."""
     if case.kernel is not None:
         return (case.kernel,)
     whole_row = tiles.whole_row(
@@ -28,6 +29,7 @@ def kernels(case, target: str) -> tuple[str, ...]:
 
 
 def asked(case) -> str:
+    """What is asked for beside its main inputs, in words."""
     used = {
         "RoPE": case.rope,
         f"dropout {case.rate:g}": case.rate,
@@ -37,7 +39,8 @@ def asked(case) -> str:
 
 
 def program(case, target: str) -> tuple[Callable, tuple]:
-    """Of q, k, v, attention's inputs, log-sum-exp, delta and the output's gradient."""
+    """A function of q, k, v, attention's inputs, log-sum-exp, delta and the output's gradient,
+    and their shapes."""
     batch, length, heads, head_dim = case.shape
     options = Options(
         length=length,

@@ -18,16 +18,19 @@ LOOPS = 12
 
 
 def kernels(case, target: str) -> tuple[str, ...]:
+    """Names of its kernels on a target, forward first."""
     return (tiles.LOOPED,)
 
 
 def asked(case) -> str:
+    """What is asked for beside its main inputs, in words."""
     windowed = case.clip is not None
     kind = "ids, bias, window, input, norm, convergence" if windowed else "RoPE, confidence"
     return kind if case.dtype == "bfloat16" else f"{kind}, {case.dtype}"
 
 
 def width_of(case) -> int:
+    """Of its state."""
     return case.shape.heads * case.shape.head_dim
 
 
@@ -37,7 +40,7 @@ def key(case) -> str:
 
 
 def program(case, target: str) -> tuple[Callable, tuple]:
-    """Of the first state, the weights, ids and thresholds."""
+    """A function of the first state, the weights, ids and thresholds; their shapes."""
     batch, length, heads, _ = case.shape
     width, windowed = width_of(case), case.clip is not None
     hidden = case.hidden or 4 * width

@@ -32,15 +32,18 @@ SHAPES = tuple(StreamShape(8192, width) for width in (128, 256, 768)) + (StreamS
 
 
 def is_for(operation: str, width: int) -> bool:
+    """Whether an operation has kernels for a stream of so many channels."""
     narrowest, widest = WIDTHS.get(operation, (1, width))
     return narrowest <= width <= widest
 
 
 def kernels(case, target: str) -> tuple[str, ...]:
+    """Names of its kernels on a target, forward first."""
     return OPERATIONS[case.operation]
 
 
 def asked(case) -> str:
+    """What is asked for beside its main inputs, in words."""
     return {
         "add_and_norm": f"shift, dropout {case.rate:g}",
         "add_and_score": f"{VOCABULARY} tokens, dropout {case.rate:g}",
@@ -50,7 +53,7 @@ def asked(case) -> str:
 
 
 def program(case, target: str) -> tuple[Callable, tuple]:
-    """Of all inputs and gradients of outputs."""
+    """A function of all inputs and gradients of outputs; their shapes."""
     array, (tokens, width) = jax.ShapeDtypeStruct, case.shape
     stream, update = array((tokens, width), jnp.float32), array((tokens, width), case.dtype)
     scale, seed = array((width,), jnp.float32), array((2,), jnp.uint32)

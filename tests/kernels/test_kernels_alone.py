@@ -15,6 +15,7 @@ from pallas_kernels import add_layer_norm, add_layer_norm_cross_entropy, attenti
 # What JAX itself needs.
 JAX = ("jax", "jaxlib", "numpy", "numpy.libs", "ml_dtypes", "opt_einsum", "scipy", "scipy.libs")
 PROGRAM = """
+import importlib
 import sys
 
 import jax
@@ -34,6 +35,10 @@ for function in (
     assert jax.grad(lambda x: function(x).sum())(x).shape == x.shape
 for name in pallas_kernels.__all__:
     getattr(pallas_kernels, name)
+# What the models call beside these, and compiling for absent GPUs.
+for name in ("ops.attention.reference", "ops.linear", "ops.looped", "tuning.aot", "tuning.timing"):
+    importlib.import_module(f"pallas_kernels.{name}")
+assert not any(name.startswith(("spak_jax", "rich")) for name in sys.modules)
 """
 
 
