@@ -1,7 +1,7 @@
 """Does a process grow that does nothing but save with Orbax, and remove what it saved?
 
 `python reliability/orbax_growth.py [--saves N] [--json FILE]`. It needs Orbax and nothing of ours:
-a part of the growth that `spak_jax.soak` sees is not this project's. Each way to save runs in a
+a part of the growth that `reliability.soak` sees is not this project's. Each way to save runs in a
 process of its own, as memory that has been freed once is taken again.
 """
 

@@ -152,7 +152,7 @@ def fastest(
 
 def takes_caches(architecture: Architecture, shape: tuple[int, int], loops: int | None) -> bool:
     """Whether rows of a shape, their number and length, are written with caches: they are the
-    faster way (`spak_jax.bench --generation`) unless they are too large."""
+    faster way (`benchmarks.models --generation`) unless they are too large."""
     rows, length = shape
     return rows <= most_rows(architecture, length, loops)
 

@@ -780,8 +780,8 @@ class LoopLM(_Transformer):
 
     def fits_one_launch(self, tokens: jax.Array) -> bool:
         """Whether inference takes one launch for such rows: where a program holds them, which is
-        then the fastest (`spak_jax.bench --inference`). Asked for an implementation of attention,
-        the model runs its loops one by one."""
+        then the fastest (`benchmarks.models --inference`). Asked for an implementation of
+        attention, the model runs its loops one by one."""
         return self._fits_one_launch(tokens)
 
     def _fits_one_launch(self, tokens) -> bool:

@@ -24,17 +24,32 @@ from pallas_kernels.programs import compilation_cache, progress_bar
 from spak_jax.command_line import InputError, Table, console, progress, write_file
 from spak_jax.config_files import named_file
 
+INSTALLED = ("spak_jax", "pallas_kernels")
+OF_A_CHECKOUT = ("benchmarks", "reliability")
+# It needs nothing of ours, nor what programs of ours share.
+ALONE = "reliability.orbax_growth"
 PROGRAMS = sorted(
-    f"{path.parent.name}.{path.stem}"
-    for package in ("spak_jax", "pallas_kernels")
-    for path in (ROOT / package).glob("*.py")
-    if 'if __name__ == "__main__"' in path.read_text()
+    {
+        f"{path.parent.name}.{path.stem}"
+        for package in (*INSTALLED, *OF_A_CHECKOUT)
+        for path in (ROOT / package).glob("*.py")
+        if 'if __name__ == "__main__"' in path.read_text()
+    }
+    - {ALONE}
 )
 HOSTILE = "[bold]Größe :smile: 加[/x] ☃"
 
 
 def test_all_programs_are_found():
-    assert {"spak_jax.train", "spak_jax.race", "pallas_kernels.tune"} <= set(PROGRAMS)
+    expected = {"spak_jax.train", "pallas_kernels.tune", "benchmarks.race", "reliability.faults"}
+    assert expected <= set(PROGRAMS)
+
+
+def test_what_is_installed_needs_nothing_of_a_checkout():
+    of_a_checkout = re.compile(rf"^\s*(from|import) ({'|'.join(OF_A_CHECKOUT)})\b", re.M)
+    files = [path for package in INSTALLED for path in (ROOT / package).rglob("*.py")]
+    assert len(files) > 30
+    assert not [path for path in files if of_a_checkout.search(path.read_text())]
 
 
 @pytest.mark.parametrize("columns", [20, 80])
@@ -382,13 +397,16 @@ def test_an_unknown_name_lists_what_there_is(word):
 
 
 def test_programs_take_names_and_refuse_unknown_ones():
-    for program in ("train", "race", "soak", "bench", "scaling", "check", "brief"):
-        assert_refused(run_program(f"spak_jax.{program}", "loop13"), "loop13", "did you mean loop")
+    for program in (
+        *("spak_jax.train", "spak_jax.check", "spak_jax.brief", "reliability.soak"),
+        *("benchmarks.models", "benchmarks.race", "benchmarks.scaling"),
+    ):
+        assert_refused(run_program(program, "loop13"), "loop13", "did you mean loop")
     tune = run_program("spak_jax.tune", "loop13", "--target", "h100")
     assert_refused(tune, "did you mean loop")
     assert run_program("spak_jax.brief", "gpt12").stdout.startswith("# GPT-12L")
     assert_refused(run_program("spak_jax.train", "loop12", "gpt12"), "one configuration")
-    assert_refused(run_program("spak_jax.bench", "train.seeds=2"), "must be named")
+    assert_refused(run_program("benchmarks.models", "train.seeds=2"), "must be named")
 
 
 # What has been compiled.

@@ -26,7 +26,8 @@ README = ROOT / "README.md"
 PATIENCE = 1200
 # And this long for its end, once asked.
 GRACE = 600
-SHIPPED = ("configs", "pallas_kernels", "released", "reliability", "spak_jax", "tests")
+SHIPPED = ("benchmarks", "configs", "pallas_kernels", "released", "reliability", "spak_jax")
+SHIPPED += ("tests",)
 
 
 class Ends(NamedTuple):
@@ -102,7 +103,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.reproduce --study frontier": Lives(STEPS),
     'python -m spak_jax.solve runs/quickstart "123+456" "9876+5432"': Ends("579.*\n.*15308"),
     'python -m spak_jax.trace runs/quickstart "99999999999999+1"': Ends(WRITES),
-    "python -m spak_jax.race": Lives(STEPS),
+    "python -m benchmarks.race": Lives(STEPS),
     "python -m spak_jax.figures loop12.json loop12-at-24.json": Ends(
         WRITES,
         given={
@@ -121,19 +122,21 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.trace released/frontier 999999999999999999999999+1": Ends(WRITES),
     "python -m spak_jax.evaluate runs/frontier/frontier/seed1 --loops 24"
     " --digits 1-12,16,24,32,48,64,80,100 --examples 500": Needs("a training of hours"),
-    "python -m spak_jax.race configs/pointer.toml [--digits 12]": Lives(STEPS),
+    "python -m benchmarks.race configs/pointer.toml [--digits 12]": Lives(STEPS),
     # How fast it trains, thinks and writes.
-    "python -m spak_jax.bench CONFIG": TIMES,
-    "python -m spak_jax.bench CONFIG [train.seeds=5]": TIMES,
-    "python -m spak_jax.bench configs/loop12.toml --target rtx5070": Ends("which is not here"),
-    "python -m spak_jax.bench configs/loop12.toml --inference --json inference.json": TIMES,
-    "python -m spak_jax.bench configs/loop12.toml --inference --target rtx5070": Ends("not here"),
+    "python -m benchmarks.models CONFIG": TIMES,
+    "python -m benchmarks.models CONFIG [train.seeds=5]": TIMES,
+    "python -m benchmarks.models configs/loop12.toml --target rtx5070": Ends("which is not here"),
+    "python -m benchmarks.models configs/loop12.toml --inference --json inference.json": TIMES,
+    "python -m benchmarks.models configs/loop12.toml --inference --target rtx5070": Ends(
+        "not here"
+    ),
     "python -m pallas_kernels.tune --kernel looped_block": NO_GPU,
     "python -m pallas_kernels.compile --kernel looped_block --json looped_compile.json": Ends(
         "ok", ("looped_compile.json",)
     ),
     "python -m spak_jax.halting released/frontier --loops 12": Ends(WRITES),
-    "python -m spak_jax.bench configs/loop12.toml --generation --json generation.json": TIMES,
+    "python -m benchmarks.models configs/loop12.toml --generation --json generation.json": TIMES,
     # Several devices and machines.
     "python -m spak_jax.train configs/loop12-w768.toml parallel.data=8"
     " train.batch=1024": FEW_DEVICES,
@@ -141,7 +144,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     " parallel.shard_weights=true": FEW_DEVICES,
     "python -m spak_jax.train configs/loop12.toml train.seeds=8 parallel.seeds=8"
     " --run runs/eight": FEW_DEVICES,
-    "python -m spak_jax.scaling configs/gpt12-w768.toml configs/loop12-w768.toml"
+    "python -m benchmarks.scaling configs/gpt12-w768.toml configs/loop12-w768.toml"
     " --json scaling.json": Ends("scaling needs several", status=2),
     "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python -m spak_jax.train"
     " configs/loop12-w768.toml parallel.data=16 train.batch=2048"
@@ -151,25 +154,25 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     " .venv/bin/python -m spak_jax.train configs/loop12-w768.toml parallel.data=16"
     ' train.batch=2048 --run /shared/wide --distributed" & done; wait': Needs("two machines"),
     # Faults.
-    "python -m spak_jax.faults killed": Lives(r"killed \.\.\."),
-    "python -m spak_jax.faults --json faults.json": Lives(r"killed \.\.\."),
-    "python -m spak_jax.fuzz --count 11500 --json fuzz.json": Lives("specifications: "),
-    "python -m spak_jax.surroundings --json surroundings.json": Lives(r"paths \.\.\."),
-    "python -m spak_jax.soak configs/quickstart.toml train.batch=32 train.steps=1000000000"
+    "python -m reliability.faults killed": Lives(r"killed \.\.\."),
+    "python -m reliability.faults --json faults.json": Lives(r"killed \.\.\."),
+    "python -m reliability.fuzz --count 11500 --json fuzz.json": Lives("specifications: "),
+    "python -m reliability.surroundings --json surroundings.json": Lives(r"paths \.\.\."),
+    "python -m reliability.soak configs/quickstart.toml train.batch=32 train.steps=1000000000"
     " train.checkpoint_every=40 evaluation.examples=50 --json soak.json": Lives(STEPS),
     "python reliability/orbax_growth.py": Lives("by_numpy"),
     # Kernels.
-    "python -m pallas_kernels.bench --json bench.json": NO_GPU,
+    "python -m benchmarks.kernels --json bench.json": NO_GPU,
     "python -m pallas_kernels.tune": NO_GPU,
     "python -m pallas_kernels.tune --write": NO_GPU,
     "python -m pallas_kernels.tune --target rtx5070,b200": Lives("rtx5070"),
     "python -m pallas_kernels.compile --target rtx5070,b200,h100 --json compile.json": Lives(
         "rtx5070"
     ),
-    "python -m pallas_kernels.report figures/results/attention_h100.json": Ends(r"\|"),
-    "python -m pallas_kernels.report figures/results/kernels_compile.json --shape 128x64x4x64"
+    "python -m benchmarks.report figures/results/attention_h100.json": Ends(r"\|"),
+    "python -m benchmarks.report figures/results/kernels_compile.json --shape 128x64x4x64"
     " --shape 4x4096x16x64 --shape 8192x256": Ends(r"\|"),
-    "python -m spak_jax.bench configs/loop12.toml --attention pallas --attention xla": TIMES,
+    "python -m benchmarks.models configs/loop12.toml --attention pallas --attention xla": TIMES,
     # Specifications.
     "python -m spak_jax.check configs/loop12.toml --target rtx5070,h100": Ends("holds"),
     "python -m spak_jax.check configs/quickstart.toml --results runs/quickstart/results.json": Ends(
@@ -289,7 +292,8 @@ def test_a_command_does_what_is_expected(command, clone):
         for name, source in expected.given.items():
             shutil.copy(clone / source, clone / name)
         if "ckpt.pt" in command:
-            save = "import torch; from spak_jax import fuzz; torch.save(fuzz.original(), 'ckpt.pt')"
+            save = "import torch; from reliability import fuzz"
+            save += "; torch.save(fuzz.original(), 'ckpt.pt')"
             subprocess.run([clone / ".venv/bin/python", "-c", save], cwd=clone, check=True)
         status, said = ended(written, clone)
         assert status == expected.status, said

@@ -1,14 +1,14 @@
-"""The look inside a looped model, and the race to a hundred digits: programs for people."""
+"""The look inside a looped model."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import TINY, assert_refused, run_program, tiny_config
+from conftest import assert_refused, run_program, tiny_config
 
-from spak_jax import addition, evaluate, race, trace
-from spak_jax.command_line import Failure, InputError
+from spak_jax import addition, evaluate, trace
+from spak_jax.command_line import InputError
 from spak_jax.config import parse_config
 
 
@@ -68,28 +68,3 @@ def test_the_trace_command(half_trained, tmp_path):
     assert result.returncode == 0 and (run / "trace" / "trace.png").is_file(), result.stderr
     assert_refused(run_program("spak_jax.trace", half_trained, "999-1"), "999-1")
     assert_refused(run_program("spak_jax.trace", half_trained, "1+1", "--loops", "0"), "--loops 0")
-
-
-def test_a_race_ends_where_the_digits_are_right(monkeypatch):
-    config = tiny_config(
-        model={"width": 32}, data={"max_digits": 1, "bridge_fraction": 0.0, "row_length": 8},
-        train={"steps": 400, "learning_rate": 1e-2, "batch": 64, "steps_per_call": 50},
-    )  # fmt: skip
-    monkeypatch.setattr(race, "ACCURACY", 0.01)
-    monkeypatch.setattr(race, "EXAMPLES", 300)
-    result = race.race(config, 1, 50)
-    assert result["accuracy"] >= 0.01 and result["total"] == 300
-    assert result["step"] % 50 == 0 and 0 < result["step"] <= 400
-    assert 0 < result["training_seconds"] < result["seconds"]
-    short = config.model_copy(update={"train": config.train.model_copy(update={"steps": 10})})
-    monkeypatch.setattr(race, "ACCURACY", 0.999)
-    with pytest.raises(Failure, match="99.9% of 1 digits not reached in 10 steps"):
-        race.race(short, 1, 5)
-
-
-def test_the_race_command_refuses(tmp_path):
-    (tmp_path / "tiny.toml").write_text(TINY)
-    words = ("spak_jax.race", tmp_path / "tiny.toml")
-    assert_refused(run_program(*words, "train.seeds=2"), "train.seeds = 2")
-    assert_refused(run_program(*words, "--every", "0"), "--every 0")
-    assert_refused(run_program(*words, "--digits", "0"), "--digits 0")

@@ -182,10 +182,10 @@ def test_a_missing_assembler_is_named(tmp_path):
     "command",
     [
         ("-m", "pallas_kernels.tune"),
-        ("-m", "pallas_kernels.bench"),
+        ("-m", "benchmarks.kernels"),
         ("-c", "import jax; from spak_jax import command_line as c; c.run_program(jax.devices)"),
     ],
-    ids=["tune", "bench", "run_program"],
+    ids=["tune", "benchmark", "run_program"],
 )
 @pytest.mark.skipif(
     any(map(os.path.exists, programs.DEVICE_FILES)), reason="needs a machine without a GPU"

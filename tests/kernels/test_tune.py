@@ -8,13 +8,12 @@ import tomllib
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, assert_refused, run_program
+from conftest import assert_refused, run_program
 
-from pallas_kernels import bench, tiles
-from pallas_kernels.targets import TARGETS
-from pallas_kernels.tuning import aot, looped_case, looped_tune, report, timing, tune
+from pallas_kernels import tiles
+from pallas_kernels.tuning import aot, looped_case, looped_tune, timing, tune
 from pallas_kernels.tuning.cases import ATTENTION, Case
-from pallas_kernels.tuning.shapes import Shape, StreamShape, parse_shape
+from pallas_kernels.tuning.shapes import Shape, parse_shape
 
 TINY = Shape(1, 8, 2, 4)
 
@@ -143,11 +142,6 @@ def test_a_key_without_a_usable_candidate_is_streamed_but_never_left_without_a_t
     assert tune.kept_lines(old, tune.CUDNN, tried) == {}
 
 
-def test_bench_needs_a_gpu():
-    assert_refused(run_program("pallas_kernels.bench"), "needs a GPU", "cpu")
-    assert_refused(run_program("pallas_kernels.bench", "--rounds", "1"), "--rounds 1")
-
-
 def test_a_program_makes_every_call_and_drops_none():
     """Counted on the host: calls of the forward pass, whose outputs are the next one's queries."""
     calls = []
@@ -184,24 +178,6 @@ def test_what_a_call_must_move_and_compute():
     assert timing.operations(shape, backward=True) == 3.5 * timing.operations(shape, backward=False)
 
 
-def test_the_table_of_a_bench_compares_with_the_best_peer():
-    times = {bench.OURS: 4.0, "xla": 12.0, f"{bench.EXAMPLE} 64x64": 6.0}
-    results = {
-        "measurements": [
-            {
-                "shape": "128x64x4x64",
-                "pass": "forward",
-                "floor_microseconds": 2.0,
-                "microseconds": {name: {"median": time} for name, time in times.items()},
-                "missing": {"cudnn": "why"},
-            }
-        ]
-    }
-    cells = [list(column.cells)[0] for column in bench.table(results).columns]
-    assert cells[:4] == ["128x64x4x64", "forward", "2.0", "4.0"]
-    assert cells[-1] == "1.50"
-
-
 @pytest.mark.parametrize("text", ["", "1x2x3", "1x2x3x4x5", "1x2x3x-4", "1x2x0x4", "axbxcxd"])
 def test_a_malformed_shape_is_named(text):
     with pytest.raises(Exception, match=f"'{text}'"):
@@ -218,45 +194,3 @@ def test_reports_are_plain_values():
     case = Case(ATTENTION, TINY)
     report = dataclasses.replace(aot.Report("b200", "short_forward", case), seconds=1.234)
     assert json.loads(json.dumps(report.as_json()))["compile_seconds"] == 1.23
-
-
-BENCH = ROOT / "figures" / "results" / "attention_h100.json"
-COMPILED = ROOT / "figures" / "results" / "kernels_compile.json"
-
-
-def test_the_readme_shows_the_committed_tables():
-    readme = (ROOT / "README.md").read_text()
-    assert report.markdown(json.loads(BENCH.read_text())).strip() in readme
-    shapes = [parse_shape("128x64x4x64"), parse_shape("4x4096x16x64"), StreamShape(8192, 256)]
-    compiled = json.loads(COMPILED.read_text())
-    assert report.markdown(compiled, shapes).strip() in readme
-    assert all(kernel["ok"] for kernel in compiled["kernels"])
-    assert {kernel["target"] for kernel in compiled["kernels"]} == set(TARGETS)
-
-
-def test_a_bench_keeps_what_its_file_holds_of_other_shapes(tmp_path):
-    results = {"device": "GPU", "jax": "1", "measurements": []}
-    entries = [{"shape": "128x64x4x64"}, {"shape": "4x4096x16x64"}]
-    path = tmp_path / "bench.json"
-    shapes = [parse_shape("128x64x4x64")]
-    path.write_text("")
-    assert bench.kept_measurements(path, results, shapes) == []
-    path.write_text(json.dumps(results | {"measurements": entries}))
-    assert bench.kept_measurements(path, results, shapes) == entries[1:]
-    for text, message in (
-        (json.dumps(results | {"device": "other"}), "device = 'other'"),
-        ("[]", "something else"),
-        ("{}", "something else"),
-        ("no JSON", "something else"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            bench.kept_measurements(path, results, shapes)
-
-
-def test_a_file_of_another_kind_is_named(tmp_path):
-    for text in ("[]", "{}", "no JSON", '{"kernels": [{}]}', '{"kernels": [{"shape": "a"}]}'):
-        (tmp_path / "x.json").write_text(text)
-        result = run_program("pallas_kernels.report", tmp_path / "x.json")
-        assert_refused(result, "x.json: no results of")
-    assert_refused(run_program("pallas_kernels.report", "missing.json"), "missing.json: cannot")

@@ -1,5 +1,5 @@
 """One training for a long time, scored and saved every few seconds:
-`python -m spak_jax.soak [CONFIG] [key.path=value ...] [--minutes N] [--json FILE]`.
+`python -m reliability.soak [CONFIG] [key.path=value ...] [--minutes N] [--json FILE]`.
 
 What it looks at is its own process: does its memory grow, do files stay open, does the disk fill?
 Everything happens in one process, as in a study: training from the last checkpoint and on, saving,
@@ -89,7 +89,7 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.soak", description="Train for long and see what grows."
+        prog="python -m reliability.soak", description="Train for long and see what grows."
     )
     add_words(parser, default="quickstart")
     parser.add_argument("--minutes", type=float, default=30, help="(%(default)s)")

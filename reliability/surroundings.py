@@ -1,5 +1,5 @@
 """Hostile surroundings, and what programs make of them:
-`python -m spak_jax.surroundings [KIND ...] [--json FILE]`.
+`python -m reliability.surroundings [KIND ...] [--json FILE]`.
 
 Paths that a file system allows, encodings, terminals, closed streams, permissions, variables,
 working folders, limits: the input is good, and what is around a program is odd. Each trial runs one
@@ -35,16 +35,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pallas_kernels.programs.terminal import cell_len
-from spak_jax import checkpoint, evaluate, fuzz, results
+from reliability import fuzz
+from reliability.campaigns import found_before, named
+from reliability.faults import ALONE_READ_ONLY, Broken, NotTried, alone
+from spak_jax import checkpoint, evaluate, results
 from spak_jax.command_line import (
     Failure,
     console,
-    found_before,
-    named,
     run_program,
     write_file,
 )
-from spak_jax.faults import ALONE_READ_ONLY, Broken, NotTried, alone
 
 CODE = Path(__file__).parents[1]
 # For what takes seconds, on a machine that has other work.
@@ -822,7 +822,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.surroundings",
+        prog="python -m reliability.surroundings",
         description="Run programs in odd surroundings and see what becomes of them.",
     )
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(CAMPAIGN)} (all)")

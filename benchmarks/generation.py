@@ -1,8 +1,8 @@
 """How fast a model writes answers: with caches, and recomputing in one launch or block by block.
 
-`python -m spak_jax.bench CONFIG --generation`: many problems at once, one alone, and one long one
-where the configuration is scored on such. Weights are initial ones, on which times do not depend;
-what they would write they never learned to end, so every way writes the true answers.
+`python -m benchmarks.models CONFIG --generation`: many problems at once, one alone, and one long
+one where the configuration is scored on such. Weights are initial ones, on which times do not
+depend; what they would write they never learned to end, so every way writes the true answers.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT, assert_refused, run_program, tiny_config
 
-from spak_jax import scaling
+from benchmarks import scaling
 from spak_jax.config import Parallel
 
 
@@ -36,5 +36,5 @@ def test_efficiency_is_work_in_a_time_over_that_of_single_devices(monkeypatch):
 
 def test_one_device_is_no_scaling():
     assert_refused(
-        run_program("spak_jax.scaling", ROOT / "configs" / "quickstart.toml"), "needs several"
+        run_program("benchmarks.scaling", ROOT / "configs" / "quickstart.toml"), "needs several"
     )

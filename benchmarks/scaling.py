@@ -1,5 +1,5 @@
 """What more devices bring:
-`python -m spak_jax.scaling CONFIG ... [key.path=value ...] [--json FILE]`.
+`python -m benchmarks.scaling CONFIG ... [key.path=value ...] [--json FILE]`.
 
 Steps of each configuration are timed on one device and on all: with the batch of each device as it
 is, with the batch of all devices as it is, and with a seed on each device. All programs take turns,
@@ -102,7 +102,7 @@ def spread(config: Config, way: str, devices: int) -> Config:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.scaling", description="Time training on one device and on all."
+        prog="python -m benchmarks.scaling", description="Time training on one device and on all."
     )
     add_words(parser, several=True)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")

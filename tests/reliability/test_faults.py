@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import assert_refused, run_program
 
-from spak_jax import faults
+from reliability import faults
 from spak_jax.command_line import InputError
 
 
@@ -67,4 +67,4 @@ def test_a_campaign_adds_to_its_file_and_to_no_other(tmp_path, monkeypatch):
 
 
 def test_an_unknown_fault_is_refused():
-    assert_refused(run_program("spak_jax.faults", "flood"), "flood: must be of killed,")
+    assert_refused(run_program("reliability.faults", "flood"), "flood: must be of killed,")

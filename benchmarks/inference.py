@@ -1,9 +1,9 @@
 """How fast a looped model infers: all loops in one launch, loop by loop, and by XLA alone.
 
-`python -m spak_jax.bench CONFIG --inference`: latency of one batch at several numbers of loops, and
-throughput of many rows at the trained number. Weights are initial ones: no token halts, and times
-do not depend on them. With `--target` nothing is timed: what the kernel takes of a GPU that is not
-there, and the least time by its published speed.
+`python -m benchmarks.models CONFIG --inference`: latency of one batch at several numbers of loops,
+and throughput of many rows at the trained number. Weights are initial ones: no token halts, and
+times do not depend on them. With `--target` nothing is timed: what the kernel takes of a GPU that
+is not there, and the least time by its published speed.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 import pytest
 from conftest import tiny_config
 
-from spak_jax import soak
+from reliability import soak
 
 
 def test_growth_is_that_of_later_rounds():

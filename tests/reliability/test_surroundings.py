@@ -7,10 +7,10 @@ import random
 import pytest
 from conftest import assert_refused, run_program
 
-from spak_jax import surroundings
+from reliability import surroundings
+from reliability.faults import Broken, NotTried
+from reliability.surroundings import Program, Surroundings
 from spak_jax.command_line import InputError
-from spak_jax.faults import Broken, NotTried
-from spak_jax.surroundings import Program, Surroundings
 
 # Of every kind one trial that was once broken, or is the hardest.
 SAMPLE = [
@@ -148,4 +148,4 @@ def test_a_campaign_tells_all_and_adds_to_its_file(tmp_path, monkeypatch, capsys
 
 
 def test_an_unknown_kind_is_refused():
-    assert_refused(run_program("spak_jax.surroundings", "weather"), "weather: must be of paths,")
+    assert_refused(run_program("reliability.surroundings", "weather"), "weather: must be of paths,")

@@ -1,4 +1,4 @@
-"""The peer that `bench` times beside ours: the same models in PyTorch, as its users would run them.
+"""The peer that `models` times beside ours: the same ones in PyTorch, as its users would run them.
 
 `torch.compile` with CUDA graphs, scaled_dot_product_attention, bfloat16 autocast, fused AdamW,
 batches ready on the GPU.

@@ -1,4 +1,5 @@
-"""Time to a hundred digits: `python -m spak_jax.race [CONFIG] [key.path=value ...] [--json FILE]`.
+"""Time to a hundred digits:
+`python -m benchmarks.race [CONFIG] [key.path=value ...] [--json FILE]`.
 
 Trains a configuration from nothing, stops every so many steps to score additions of 100 digits, and
 ends as soon as 99.9% of them are right. The time counts from the start of the process, compiling
@@ -84,7 +85,7 @@ def race(config: Config, digits: int, every: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.race", description="Train until 100-digit additions are right."
+        prog="python -m benchmarks.race", description="Train until 100-digit additions are right."
     )
     add_words(parser, default="quickstart")
     parser.add_argument("--digits", type=int, default=DIGITS, help="(%(default)s)")

@@ -1,7 +1,7 @@
 """How fast a configuration trains and scores:
-`python -m spak_jax.bench CONFIG [key.path=value ...] [--attention NAME ...] [--json FILE]`; with
-`--inference`, how fast a looped model infers (`inference_bench`); with `--generation`, how fast a
-model writes answers (`generation_bench`).
+`python -m benchmarks.models CONFIG [key.path=value ...] [--attention NAME ...] [--json FILE]`; with
+`--inference`, how fast a looped model infers (`inference`); with `--generation`, how fast a
+model writes answers (`generation`).
 
 Beside it, in turns, where PyTorch and a GPU are at hand, a peer: the same model, trained and run as
 its users would (`torch_peer`). And where the time goes: the kernels of a step. With `--target`,
@@ -22,17 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import generation, inference, profiling
 from pallas_kernels import IMPLEMENTATIONS, choose
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.tuning import aot, timing
-from spak_jax import (
-    addition,
-    evaluate,
-    generation_bench,
-    inference_bench,
-    model,
-    profiling,
-)
+from spak_jax import addition, evaluate, model
 from spak_jax.command_line import (
     InputError,
     Table,
@@ -58,7 +52,8 @@ PEER = "torch"
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.bench", description="Time a configuration's training and scoring."
+        prog="python -m benchmarks.models",
+        description="Time a configuration's training and scoring.",
     )
     add_words(parser)
     parser.add_argument(
@@ -83,7 +78,7 @@ def main() -> None:
     config = read_config(path, overrides)
     if config.parallel != Parallel():
         raise InputError(
-            "parallel: one device is timed here; `python -m spak_jax.scaling` has more"
+            "parallel: one device is timed here; `python -m benchmarks.scaling` has more"
         )
     if arguments.json:
         writable_folder(arguments.json.parent)
@@ -94,15 +89,15 @@ def main() -> None:
     results = {"config": config.name, "overrides": overrides}
     if arguments.target:
         aot.touch_no_gpu()
-        estimating = inference_bench if arguments.inference else roofline
+        estimating = inference if arguments.inference else roofline
         try:
             with progress("compiling"):
                 results |= estimating.estimate(config, arguments.target)
         except aot.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
-        (inference_bench.show_estimate if arguments.inference else show_estimate)(results)
+        (inference.show_estimate if arguments.inference else show_estimate)(results)
     elif arguments.inference or arguments.generation:
-        timed = inference_bench if arguments.inference else generation_bench
+        timed = inference if arguments.inference else generation
         with progress("timing"):
             results |= timed.measure(config)
         timed.show(results)
@@ -275,7 +270,7 @@ def _scoring_passes(config: Config) -> Callable[[int], None]:
 def _peer(config: Config) -> tuple[Callable[[int], None], Callable[[int], None]]:
     """Training steps and scoring passes in PyTorch."""
     try:
-        from spak_jax import torch_peer
+        from benchmarks import torch_peer
     except ImportError as error:
         raise _NoPeer(f"PyTorch is not installed ({error})") from None
     if not torch_peer.torch.cuda.is_available():

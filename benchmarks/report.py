@@ -1,16 +1,39 @@
-"""Results of timing against peers, and of compiling for absent GPUs, as tables of Markdown."""
+"""Results of `benchmarks.kernels` and `pallas_kernels.compile` in Markdown:
+`python -m benchmarks.report FILE ... [--shape BxTxHxD ...]`.
+"""
 
+import argparse
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from pallas_kernels.tuning.shapes import Shape, StreamShape
+from benchmarks.kernels import CONTENDERS, OURS, against_best_peer, shown_times
+from pallas_kernels.programs import run_program
+from pallas_kernels.tuning.shapes import Shape, StreamShape, parse_shape
 
-# Who is timed, as results name them, in the order of the tables; JAX's example stands once, with
-# its best blocks.
-OURS = "ours, with RoPE"
-EXAMPLE = "jax example"
-TORCH = "torch sdpa"
-CONTENDERS = (OURS, "xla", "cudnn", EXAMPLE, "tokamax triton", "tokamax mosaic", TORCH)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--shape", type=_parse_any_shape, action="append", help="these rows only; repeatable"
+    )
+    arguments = parser.parse_args()
+    for path in arguments.files:
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            print(markdown(results, arguments.shape))
+        except OSError as error:
+            parser.error(f"{path}: cannot be read ({error.strerror})")
+        except (ValueError, KeyError, TypeError, AttributeError, argparse.ArgumentTypeError):
+            parser.error(f"{path}: no results of benchmarks.kernels or pallas_kernels.compile")
+
+
+def _parse_any_shape(text: str) -> Shape | StreamShape:
+    if text.count("x") == 1 and all(part.isdecimal() for part in text.split("x")):
+        return StreamShape(*map(int, text.split("x")))
+    return parse_shape(text)
 
 
 def markdown(results: dict[str, Any], shapes: Sequence[Shape | StreamShape] | None = None) -> str:
@@ -88,16 +111,5 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> st
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown_times(entry: dict) -> dict[str, float]:
-    """Median microseconds by contender, of one measurement of a results file."""
-    # The example kernel's name carries its blocks.
-    return {
-        (EXAMPLE if name.startswith(EXAMPLE) else name): times["median"]
-        for name, times in entry["microseconds"].items()
-    }
-
-
-def against_best_peer(times: dict[str, float]) -> str:
-    """How many times as long as ours the fastest of the others takes; "-" where one is missing."""
-    peers = [time for name, time in times.items() if name != OURS]
-    return f"{min(peers) / times[OURS]:.2f}" if OURS in times and peers else "-"
+if __name__ == "__main__":
+    run_program(main)

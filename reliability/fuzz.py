@@ -1,4 +1,4 @@
-"""Readers under hostile input: `python -m spak_jax.fuzz [READER ...] [--count N] [--json FILE]`.
+"""Readers under hostile input: `python -m reliability.fuzz [READER ...] [--count N] [--json FILE]`.
 
 What a file says is data: a reader takes it, or refuses it with the one error that it documents, in
 one line. It runs nothing that stands there, and opens nothing but the file and what lies beside it.
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from reliability.campaigns import found_before, named
 from spak_jax import (
     addition,
     checkpoint,
@@ -37,8 +38,6 @@ from spak_jax.command_line import (
     Failure,
     InputError,
     console,
-    found_before,
-    named,
     progress,
     run_program,
     write_file,
@@ -393,7 +392,7 @@ READERS: dict[str, Callable[[Any, Path], Reader]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.fuzz", description="Give hostile input to what reads files."
+        prog="python -m reliability.fuzz", description="Give hostile input to what reads files."
     )
     parser.add_argument(
         "readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)} (all)"

@@ -1,5 +1,5 @@
 """Our attention against what one would otherwise call, on the GPU at hand:
-`python -m pallas_kernels.bench [--shape BxTxHxD ...] [--rounds N] [--json FILE]`.
+`python -m benchmarks.kernels [--shape BxTxHxD ...] [--rounds N] [--json FILE]`.
 
 bfloat16, causal. Ours turns q and k by RoPE; the others do not, and are spared that work. Peers
 that are not installed, or cannot take a shape, are named with the reason. Measurements of other
@@ -27,14 +27,6 @@ import jax.numpy as jnp
 from pallas_kernels import attention
 from pallas_kernels.programs import Table, console, run_program
 from pallas_kernels.tuning import timing
-from pallas_kernels.tuning.report import (
-    CONTENDERS,
-    EXAMPLE,
-    OURS,
-    TORCH,
-    against_best_peer,
-    shown_times,
-)
 from pallas_kernels.tuning.shapes import LONG, TRAINING, Shape, parse_shape
 
 # The quickstart's shape is no work for a GPU.
@@ -45,6 +37,11 @@ EXAMPLE_BLOCKS = ((32, 32), (64, 64), (128, 64))
 # On an H100 it compiled for a minute at 64 tokens, and was the slowest of all.
 SHORTEST_FOR_MOSAIC = 512
 WORKERS = 8
+OURS = "ours, with RoPE"
+EXAMPLE = "jax example"
+TORCH = "torch sdpa"
+# In the order of the tables; JAX's example stands once, with its best blocks.
+CONTENDERS = (OURS, "xla", "cudnn", EXAMPLE, "tokamax triton", "tokamax mosaic", TORCH)
 
 
 class Missing(Exception):
@@ -248,6 +245,21 @@ def _limit(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:200]}"
 
 
+def shown_times(entry: dict) -> dict[str, float]:
+    """Median microseconds by contender, of one measurement of a results file."""
+    # The example kernel's name carries its blocks.
+    return {
+        (EXAMPLE if name.startswith(EXAMPLE) else name): times["median"]
+        for name, times in entry["microseconds"].items()
+    }
+
+
+def against_best_peer(times: dict[str, float]) -> str:
+    """How many times as long as ours the fastest of the others takes; "-" where one is missing."""
+    peers = [time for name, time in times.items() if name != OURS]
+    return f"{min(peers) / times[OURS]:.2f}" if OURS in times and peers else "-"
+
+
 def table(results: dict) -> Table:
     """The results as a table: a row a shape and pass, times in microseconds."""
     heads = ("batch x length x heads x head_dim", "pass", "floor", *CONTENDERS, "best peer / ours")
@@ -261,7 +273,7 @@ def table(results: dict) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--shape", type=parse_shape, action="append", help="BxTxHxD; repeatable")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")
     parser.add_argument("--json", type=Path, help="file for the results")

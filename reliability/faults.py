@@ -1,5 +1,5 @@
 """Faults on purpose, and what became of each:
-`python -m spak_jax.faults [FAULT ...] [--json FILE]`.
+`python -m reliability.faults [FAULT ...] [--json FILE]`.
 
 Trainings are killed, asked to stop, run beside each other, and left without disk, folder or memory;
 checkpoints are damaged. Each fault is a function that tries it so many times and yields in a few
@@ -26,13 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from reliability.campaigns import found_before, named
 from spak_jax import checkpoint, convert, evaluate, interruption, metrics
 from spak_jax.command_line import (
     Failure,
     InputError,
     console,
-    found_before,
-    named,
     progress,
     run_program,
     write_file,
@@ -390,7 +389,8 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m spak_jax.faults", description="Cause faults and see what becomes of them."
+        prog="python -m reliability.faults",
+        description="Cause faults and see what becomes of them.",
     )
     parser.add_argument(
         "faults", nargs="*", metavar="FAULT", help=f"of {', '.join(CAMPAIGN)} (all)"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spak_jax import fuzz
+from reliability import fuzz
 from spak_jax.command_line import InputError
 
 

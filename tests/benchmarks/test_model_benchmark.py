@@ -9,25 +9,23 @@ import pytest
 from conftest import ROOT, TINY, assert_refused, run_program
 from flax import nnx
 
+from benchmarks import generation, inference, profiling
 from pallas_kernels.tuning import aot
 from spak_jax import (
     addition,
     checkpoint,
-    generation_bench,
-    inference_bench,
     model,
-    profiling,
-    roofline,
     train,
 )
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config, read_config
+from spak_jax.specs import roofline
 
 
 def test_training_and_scoring_are_timed(tiny_toml, tmp_path):
     file = tmp_path / "times.json"
     result = run_program(
-        "spak_jax.bench", tiny_toml, "train.seeds=2", "--attention", "xla", "--json", file
+        "benchmarks.models", tiny_toml, "train.seeds=2", "--attention", "xla", "--json", file
     )
     assert result.returncode == 0, result.stderr
     results = json.loads(file.read_text())
@@ -42,23 +40,23 @@ def test_training_and_scoring_are_timed(tiny_toml, tmp_path):
 
 
 def test_an_implementation_that_cannot_train_is_named(tiny_toml):
-    result = run_program("spak_jax.bench", tiny_toml, "--attention", "cudnn")
+    result = run_program("benchmarks.models", tiny_toml, "--attention", "cudnn")
     assert_refused(result, "--attention", "cudnn", "dropout")
 
 
 def test_inference_is_timed(tiny, monkeypatch, capsys):
     sizes = {"ROWS": 4, "LENGTH": 16, "LOOPS": (1, 2), "MANY_ROWS": 6, "PASSES": 2, "ROUNDS": 3}
     for name, value in sizes.items():
-        monkeypatch.setattr(inference_bench, name, value)
-    results = inference_bench.measure(tiny)
-    inference_bench.show(results)
-    assert inference_bench.PLAIN in capsys.readouterr().out
+        monkeypatch.setattr(inference, name, value)
+    results = inference.measure(tiny)
+    inference.show(results)
+    assert inference.PLAIN in capsys.readouterr().out
     assert [(entry["rows"], entry["loops"]) for entry in results["latency"]] == [(4, 1), (4, 2)]
     assert (results["throughput"]["rows"], results["throughput"]["loops"]) == (6, 3)
     for entry in (*results["latency"], results["throughput"]):
-        times = entry["milliseconds"][inference_bench.PLAIN]
+        times = entry["milliseconds"][inference.PLAIN]
         assert 0 < times["low"] <= times["median"] <= times["high"]
-        assert set(entry["missing"]) == {inference_bench.LAUNCHED, inference_bench.SCANNED}
+        assert set(entry["missing"]) == {inference.LAUNCHED, inference.SCANNED}
     # 12 width^2 weights of 4 bytes in a block.
     assert results["weight_bytes_a_loop"] == 12 * 16**2 * 4
     assert json.loads(json.dumps(results)) == results
@@ -68,12 +66,12 @@ def test_inference_is_timed(tiny, monkeypatch, capsys):
 def test_generation_is_timed(kind, tmp_path, monkeypatch):
     sizes = {"MANY": (3, 2, 12), "ONE": (1, 2, 12), "LONG_DIGITS": 7, "ROUNDS": 3}
     for name, value in sizes.items():
-        monkeypatch.setattr(generation_bench, name, value)
+        monkeypatch.setattr(generation, name, value)
     depth = "layers = 3" if kind == "gpt" else "loops = 3"
     config = tmp_path / "tiny.toml"
     config.write_text(TINY.replace('"loop"', f'"{kind}"').replace("loops = 3", depth))
     file = tmp_path / "times.json"
-    result = run_program("spak_jax.bench", config, "--generation", "--json", file)
+    result = run_program("benchmarks.models", config, "--generation", "--json", file)
     assert result.returncode == 0, result.stderr
     assert "caches (taken)" in result.stdout
     results = json.loads(file.read_text())
@@ -81,8 +79,8 @@ def test_generation_is_timed(kind, tmp_path, monkeypatch):
     shapes = [(case["rows"], case["digits"], case["length"]) for case in results["cases"]]
     assert shapes == [(3, 2, 12), (1, 2, 12), (1, 7, 32)]
     for case in results["cases"]:
-        assert set(case["missing"]) == {generation_bench.LAUNCHED}
-        for name in (generation_bench.CACHES, generation_bench.SCANNED):
+        assert set(case["missing"]) == {generation.LAUNCHED}
+        for name in (generation.CACHES, generation.SCANNED):
             times = case["milliseconds"][name]
             assert 0 < times["low"] <= times["median"] <= times["high"]
             expected = case["tokens"] / times["median"] * 1e3
@@ -92,7 +90,7 @@ def test_generation_is_timed(kind, tmp_path, monkeypatch):
 
 
 def test_generation_is_not_estimated(tiny_toml):
-    words = "spak_jax.bench", tiny_toml, "--generation"
+    words = "benchmarks.models", tiny_toml, "--generation"
     assert_refused(run_program(*words, "--target", "h100"), "--target", "--generation")
     assert_refused(run_program(*words, "--attention", "xla"), "--attention", "--generation")
 
@@ -100,8 +98,8 @@ def test_generation_is_not_estimated(tiny_toml):
 def test_only_what_loops_has_inference_timed():
     stack = read_config(ROOT / "configs" / "gpt12.toml", [])
     for refused in (
-        inference_bench.measure,
-        lambda config: inference_bench.estimate(config, "h100"),
+        inference.measure,
+        lambda config: inference.estimate(config, "h100"),
     ):
         with pytest.raises(InputError, match="--inference: gpt12 is a stack"):
             refused(stack)
@@ -119,7 +117,7 @@ def test_operations_of_a_step(name):
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_the_peer_is_the_same_model(kind, mlp):
     torch = pytest.importorskip("torch")
-    from spak_jax import torch_peer
+    from benchmarks import torch_peer
 
     depth = {"layers": 3} if kind == "gpt" else {"loops": 3, "inject_input": mlp == "gelu"}
     sizes = {"width": 16, "heads": 2, "mlp": mlp, "dropout": 0.0, "dtype": "float32"}
@@ -151,7 +149,7 @@ except aot.Unavailable as error:
 def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
     file = tmp_path / "estimate.json"
     words = "model.width=128", "data.row_length=64", "--target", "rtx5070", "--json", file
-    result = run_program("spak_jax.bench", tiny_toml, *words)
+    result = run_program("benchmarks.models", tiny_toml, *words)
     assert result.returncode == 0, result.stderr
     assert "Estimate, not a measurement" in result.stdout
     results = json.loads(file.read_text())
@@ -164,7 +162,7 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
 def test_inference_is_estimated_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
     file = tmp_path / "estimate.json"
     words = "model.width=64", "--inference", "--target", "rtx5070", "--json", file
-    result = run_program("spak_jax.bench", tiny_toml, *words)
+    result = run_program("benchmarks.models", tiny_toml, *words)
     assert result.returncode == 0, result.stderr
     assert "Estimate, not a measurement" in result.stdout
     results = json.loads(file.read_text())
