@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import CONTENDERS, OURS, against_best_peer, shown_times
+from pallas_kernels.kernel_names import current_name
 from pallas_kernels.programs import run_program
 from pallas_kernels.tuning.shapes import Shape, StreamShape, parse_shape
 
@@ -85,7 +86,7 @@ def _compile(results: dict[str, Any]) -> str:
     rows = [
         [
             kernel["target"],
-            kernel["kernel"],
+            current_name(kernel["kernel"]),
             kernel["shape"],
             kernel["extras"],
             str(kernel["registers"]),

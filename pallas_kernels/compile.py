@@ -118,7 +118,7 @@ def _check_heads(parser: argparse.ArgumentParser, case: Case, targets: Iterable[
     if head_dim % 2:
         parser.error(f"--shape {case.shape}: head_dim {head_dim} must be even")
     for target in targets:
-        if tiles.settings(target, "long_forward", key) is None:
+        if tiles.settings(target, "flash_forward", key) is None:
             parser.error(
                 f"--shape {case.shape}: head_dim {head_dim} is too large,"
                 f" {tiles.FILE.name} has no tiles for it on {target}"

@@ -11,12 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.kernel_names import current_name
 from pallas_kernels.padding import padded, padded_head
 
 FILE = Path(str(resources.files("pallas_kernels"))) / "tiles.toml"
-# Of `fused_row` and of `flash`, as stored tables, results and specifications know them.
-FUSED_ROW_KERNELS = ("short_forward", "short_backward")
-FLASH_KERNELS = ("long_forward", "long_d_q", "long_d_kv")
+FUSED_ROW_KERNELS = ("fused_row_forward", "fused_row_backward")
+FLASH_KERNELS = ("flash_forward", "flash_d_q", "flash_d_kv")
 KERNELS = FUSED_ROW_KERNELS + FLASH_KERNELS
 LOOPED = "looped_block"
 
@@ -104,7 +104,13 @@ def table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
 
 def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """A file that `as_text` gave the form of; a `ValueError` where it is no TOML."""
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    targets = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {
+        target: {current_name(kernel): entries for kernel, entries in kernels.items()}
+        if isinstance(kernels, dict)
+        else kernels
+        for target, kernels in targets.items()
+    }
 
 
 def as_text(table: dict) -> str:

@@ -31,7 +31,7 @@ def _forward(given, seed, options):
     changed = update is not None or shift is not None
     stream, normed = rows.call(
         functools.partial(_forward_kernel, options=options),
-        "add_and_norm_forward",
+        "add_layer_norm_forward",
         options,
         in_specs=[
             block,
@@ -72,7 +72,7 @@ def _backward(given, seed, stream, gradients, options):
     count = 2 if shifted else 1
     d_x, d_update, sums = rows.call(
         functools.partial(_backward_kernel, options=options),
-        "add_and_norm_backward",
+        "add_layer_norm_backward",
         options,
         in_specs=[
             block,

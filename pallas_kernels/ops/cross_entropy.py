@@ -113,7 +113,7 @@ def _forward(given, others, options):
     block, scalars = rows.rows_spec(options), rows.scalars_spec(options)
     stream, scores = rows.call(
         functools.partial(_forward_kernel, options=options, vocabulary=len(table)),
-        "add_and_score_forward",
+        "add_layer_norm_cross_entropy_forward",
         options,
         in_specs=[block, block, *_specs(scale, table, options), scalars, scalars]
         + [rows.whole_spec(seed)],
@@ -152,7 +152,7 @@ def _backward(given, others, stream, gradients, options):
     vocabulary = len(table)
     d_x, d_update, d_scale, d_table = rows.call(
         functools.partial(_backward_kernel, options=options, vocabulary=vocabulary),
-        "add_and_score_backward",
+        "add_layer_norm_cross_entropy_backward",
         options,
         in_specs=[block, block, pl.BlockSpec((1,), lambda i: (0,))]
         + [*_specs(scale, table, options), scalars, scalars, rows.whole_spec(seed)],

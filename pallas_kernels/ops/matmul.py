@@ -94,19 +94,19 @@ def _matmul_of_seeds(seeds: int, a, b, *, transpose_b: bool, interpret: bool) ->
     if seeds * len(a) > MOST_OF_A_PRODUCT:
         return a @ (b.T if transpose_b else b)
     deep = a.shape[1] >= DEEP_FROM
-    name, block_sizes = ("deep_product", DEEP) if deep else ("product", PRODUCT)
+    name, block_sizes = ("matmul_deep", DEEP) if deep else ("matmul", PRODUCT)
     return _call(_matmul_kernel, name, block_sizes, a, b, (), transpose_b, 1, interpret)[0]
 
 
 def matmul_gelu(a: jax.Array, b: jax.Array, *, slopes: bool, interpret: bool) -> list[jax.Array]:
     """The GELU (`gelu.gelu`) of `a @ b`, and with `slopes` its slope, in the dtype of a."""
     kernel = functools.partial(_gelu_kernel, interpret=interpret)
-    return _call(kernel, "gelu_product", GELU, a, b, (), False, 1 + slopes, interpret)
+    return _call(kernel, "matmul_gelu", GELU, a, b, (), False, 1 + slopes, interpret)
 
 
 def matmul_mul(a: jax.Array, b: jax.Array, by: jax.Array, *, interpret: bool) -> jax.Array:
     """`(a @ b.T) * by`, in the dtype of a."""
-    return _call(_mul_kernel, "product_times", TIMES, a, b, (by,), True, 1, interpret)[0]
+    return _call(_mul_kernel, "matmul_mul", TIMES, a, b, (by,), True, 1, interpret)[0]
 
 
 def _call(
@@ -218,7 +218,7 @@ def weight_grads(
         out_shape=jax.ShapeDtypeStruct((len(xs), parts, inputs, outputs), jnp.float32),
         compiler_params=_compiler_params(block_sizes),
         interpret=interpret,
-        name="weight_gradients",
+        name="weight_grads",
     )(xs, d_ys)
 
 

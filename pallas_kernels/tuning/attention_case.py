@@ -18,7 +18,7 @@ def kernels(case, target: str) -> tuple[str, ...]:
         return (case.kernel,)
     whole_row = tiles.whole_row(
         target,
-        "short_forward",
+        "fused_row_forward",
         case.shape.length,
         case.shape.head_dim,
         case.item_size,
@@ -104,14 +104,14 @@ def _whole(case, options: Options) -> Callable:
 
 def _one_kernel(case, options: Options) -> Callable:
     def run(q, k, v, inputs, lse, delta, d_out):
-        if case.kernel == "short_forward":
+        if case.kernel == "fused_row_forward":
             return fused_row.forward((q, k, v), inputs, options, **case.settings)
-        if case.kernel == "short_backward":
+        if case.kernel == "fused_row_backward":
             return fused_row.backward((q, k, v), inputs, lse, d_out, options, **case.settings)
         block_sizes = flash.BlockSizes(**case.settings)
-        if case.kernel == "long_forward":
+        if case.kernel == "flash_forward":
             return flash.forward(q, k, v, inputs, options, block_sizes)
-        kernel = flash.d_q_and_bias if case.kernel == "long_d_q" else flash.d_kv
+        kernel = flash.d_q_and_bias if case.kernel == "flash_d_q" else flash.d_kv
         return kernel(q, k, v, inputs, lse, delta, d_out, options, block_sizes)
 
     return run

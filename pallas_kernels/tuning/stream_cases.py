@@ -12,18 +12,21 @@ from pallas_kernels.ops import add_layer_norm, cross_entropy, gelu, linear, matm
 from pallas_kernels.tuning.shapes import StreamShape
 
 VOCABULARY = 13
-# And the kernels of each, forward first. Stored results know both by these names.
+# And the kernels of each, forward first.
 OPERATIONS = {
-    "add_and_norm": ("add_and_norm_forward", "add_and_norm_backward"),
-    "add_and_score": ("add_and_score_forward", "add_and_score_backward"),
+    "add_layer_norm": ("add_layer_norm_forward", "add_layer_norm_backward"),
+    "add_layer_norm_cross_entropy": (
+        "add_layer_norm_cross_entropy_forward",
+        "add_layer_norm_cross_entropy_backward",
+    ),
     "gelu": ("gelu_forward", "gelu_backward"),
-    "linear": ("product", "weight_gradients"),
-    "mlp": ("gelu_product", "deep_product", "product_times"),
+    "linear": ("matmul", "weight_grads"),
+    "mlp": ("matmul_gelu", "matmul_deep", "matmul_mul"),
 }
-WITHOUT_PRODUCTS = ("add_and_norm", "gelu")
+WITHOUT_PRODUCTS = ("add_layer_norm", "gelu")
 # Those that are for some widths only, and the narrowest and widest.
 WIDTHS = {
-    "add_and_score": (1, cross_entropy.LARGEST_WIDTH),
+    "add_layer_norm_cross_entropy": (1, cross_entropy.LARGEST_WIDTH),
     "linear": (matmul.NARROWEST, matmul.LONGEST // 4),
     "mlp": (matmul.NARROWEST, matmul.LONGEST // 4),
 }
@@ -45,8 +48,8 @@ def kernels(case, target: str) -> tuple[str, ...]:
 def asked(case) -> str:
     """What is asked for beside its main inputs, in words."""
     return {
-        "add_and_norm": f"shift, dropout {case.rate:g}",
-        "add_and_score": f"{VOCABULARY} tokens, dropout {case.rate:g}",
+        "add_layer_norm": f"shift, dropout {case.rate:g}",
+        "add_layer_norm_cross_entropy": f"{VOCABULARY} tokens, dropout {case.rate:g}",
         "linear": "to three times the width",
         "mlp": "four times the width inside",
     }.get(case.operation, "")
@@ -64,7 +67,7 @@ def program(case, target: str) -> tuple[Callable, tuple]:
             numbers,
             (),
         )
-    if case.operation == "add_and_norm":
+    if case.operation == "add_layer_norm":
         options = _options(case, add_layer_norm.NUMBERS_A_PROGRAM, add_layer_norm.NUM_WARPS)
         function = lambda *given: add_layer_norm.run_kernels(given[:-1], given[-1], options)  # noqa: E731
         return _with_gradients(function, target), (

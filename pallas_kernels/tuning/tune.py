@@ -87,7 +87,7 @@ def _settings(kernel: str, shape: Shape) -> Iterable[dict[str, Any]]:
         ):
             # Fewer scores a warp leave it idle, more do not fit its registers.
             if 512 <= held * streamed // num_warps <= 2048:
-                blocks = (streamed, held) if kernel == "long_d_kv" else (held, streamed)
+                blocks = (streamed, held) if kernel == "flash_d_kv" else (held, streamed)
                 yield flash.BlockSizes(*blocks, num_warps, num_stages)._asdict()
 
 
@@ -227,7 +227,7 @@ def preferred(usable: Iterable[aot.Report]) -> dict:
 
 def whole_rows(kernels: dict) -> dict:
     """A target's table where a row is held whole forward and backward, or not at all."""
-    whole = kernels["short_forward"].keys() & kernels["short_backward"].keys()
+    whole = kernels["fused_row_forward"].keys() & kernels["fused_row_backward"].keys()
     return kernels | {
         kernel: {key: entry for key, entry in kernels[kernel].items() if key in whole}
         for kernel in tiles.FUSED_ROW_KERNELS

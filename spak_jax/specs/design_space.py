@@ -1,6 +1,6 @@
 """Design spaces of kernels as a specification declares them, and the invariants that bound them.
 
-[kernels.long_forward.rtx5070]
+[kernels.flash_forward.rtx5070]
 block_q = [64, 128]
 block_k = [32, 64]
 num_warps = [4, 8]
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pallas_kernels import tiles
+from pallas_kernels.kernel_names import current_name
 from pallas_kernels.ops.attention import flash
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.tuning import attention_case
@@ -48,7 +49,7 @@ def declared_by(specification: Specification) -> Declared:
     Raises:
       ExpressionError: its spaces or invariants are not as they must be.
     """
-    spaces = specification.kernels
+    spaces = spaces_of(specification)
     for kernel, by_target in spaces.items():
         for target, space in by_target.items():
             if target not in TARGETS:
@@ -60,6 +61,14 @@ def declared_by(specification: Specification) -> Declared:
         spaces,
         _of_kernels(specification.invariant),
     )
+
+
+def spaces_of(specification: Specification) -> dict[str, dict[str, Space]]:
+    """The design spaces of a specification, by the names that kernels have now, and target."""
+    spaces: dict[str, dict[str, Space]] = {}
+    for kernel, by_target in specification.kernels.items():
+        spaces.setdefault(current_name(kernel), {}).update(by_target)
+    return spaces
 
 
 def tiles_in(kernel: str, space: Space) -> list[dict[str, int]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from pallas_kernels import tiles
+from pallas_kernels.kernel_names import current_name
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.tuning.aot import Report
 from pallas_kernels.tuning.cases import ATTENTION, Case
@@ -44,7 +45,7 @@ def of_target(target: str | None, path: Path) -> Value:
 def require_kernel(path: Path) -> None:
     """Raises `ExpressionError` unless a path is a kernel's metric, such as
     `kernel.attention.shared_memory`."""
-    if len(path) < 2 or path[1] not in KERNELS:
+    if len(path) < 2 or current_name(path[1]) not in KERNELS:
         raise ExpressionError(
             f"no metric {spelled(path)}: of kernels there are {', '.join(KERNELS)}"
         )
@@ -61,7 +62,7 @@ def of_kernels(reports: Iterable[Report], path: Path) -> Value:
     """
     require_kernel(path)
     _, name, part = path
-    named = [report for report in reports if report.kernel in KERNELS[name]]
+    named = [report for report in reports if report.kernel in KERNELS[current_name(name)]]
     if not named:
         raise Unknown(f"no {name} kernel runs here")
     values = [getattr(report, part) for report in named]

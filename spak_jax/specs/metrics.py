@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.kernel_names import current_name
 from pallas_kernels.tuning import aot
 from pallas_kernels.tuning.cases import DROPOUT, Case
 from pallas_kernels.tuning.shapes import StreamShape
@@ -208,15 +209,15 @@ def kernel_cases(specification: Specification, target: str, name: str) -> list[C
     Raises:
       ExpressionError: a design space has other settings than its kernel.
     """
-    config = specification.config
+    config, name = specification.config, current_name(name)
     case = training_attention(config)
     if name in OPERATIONS:
         tokens = config.train.batch * config.data.row_length
         shape = StreamShape(tokens, config.model.width)
         return [Case(name, shape, case.dtype, rate=DROPOUT)]
-    cases = [case]
+    cases, spaces = [case], design_space.spaces_of(specification)
     for kernel in gpu_metrics.KERNELS[name]:
-        space = specification.kernels.get(kernel, {}).get(target)
+        space = spaces.get(kernel, {}).get(target)
         if space and (settings := design_space.tile_to_judge(target, case, kernel, space)):
             cases.append(dataclasses.replace(case, kernel=kernel, settings=settings))
     return cases

@@ -15,6 +15,7 @@ from spak_jax import evaluate
 from spak_jax.config import Specification, leaves
 from spak_jax.specs import check
 from spak_jax.specs.check import WORDS, Finding
+from spak_jax.specs.design_space import spaces_of
 from spak_jax.specs.gpu_metrics import training_attention
 
 PROSE = ("objective", "hypothesis", "rationale")
@@ -84,11 +85,11 @@ def _claims(specification: Specification, claims: Iterable[Finding]) -> Iterator
 
 
 def _kernels(specification: Specification, targets: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    case = training_attention(specification.config)
+    case, spaces = training_attention(specification.config), spaces_of(specification)
     for target in targets:
-        declared = [k for k, spaces in specification.kernels.items() if target in spaces]
+        declared = [kernel for kernel, by_target in spaces.items() if target in by_target]
         for kernel in dict.fromkeys((*case.kernels(target), *declared)):
-            space = specification.kernels.get(kernel, {}).get(target, {})
+            space = spaces.get(kernel, {}).get(target, {})
             tile = attention_case.settings_of(target, case, kernel)
             key = attention_case.tile_key(target, case, kernel)
             evidence = tiles.evidence(target, kernel, key) if tile else "none"

@@ -13,7 +13,7 @@ from conftest import ROOT, assert_refused, run_program
 from jax import export
 
 from pallas_kernels import programs, targets, tiles
-from pallas_kernels.tuning import aot
+from pallas_kernels.tuning import aot, stream_cases
 from pallas_kernels.tuning.cases import (
     ATTENTION,
     Case,
@@ -40,7 +40,11 @@ except aot.Unavailable as error:
     MISSING = str(error)
 needs_compiler = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-NO_PRODUCT = ("add_layer_norm", "gelu")
+NO_PRODUCT = tuple(
+    name
+    for operation in stream_cases.WITHOUT_PRODUCTS
+    for name in stream_cases.OPERATIONS[operation]
+)
 TRITON = "__gpu$xla.gpu.triton"
 # Keys and values of two stages alone fill more shared memory than an RTX 5070 has.
 TOO_LARGE = {"block_q": 64, "block_k": 256, "num_warps": 8, "num_stages": 3}
@@ -63,14 +67,14 @@ def test_all_kernels_compile_and_fit(tmp_path):
     trained, scored = TRAINING + LONG + WINDOWED_TRAINING, SCORING + WINDOWED_SCORING
     assert forward == {_sizes(shape) for shape in trained + scored}
     for sizes in (_sizes(shape) for shape in trained):
-        whole_row = ("short_forward", *sizes) in compiled
-        names = ("short_backward",) if whole_row else ("long_d_q", "long_d_kv")
+        whole_row = ("fused_row_forward", *sizes) in compiled
+        names = ("fused_row_backward",) if whole_row else ("flash_d_q", "flash_d_kv")
         assert {(name, *sizes) for name in names} <= compiled
 
 
 @needs_compiler
 def test_kernels_of_each_kind_compile_for_the_data_centre_too(tmp_path):
-    kinds = {"add_and_score_backward", "looped_block"}
+    kinds = {"add_layer_norm_cross_entropy_backward", "looped_block"}
     words = [word for kind in kinds for word in ("--kernel", kind)]
     assert kinds <= {kernel["kernel"] for kernel in _compiled("b200", tmp_path, *words)}
 
@@ -89,14 +93,14 @@ def _compiled(target, tmp_path, *words):
         assert 0 <= kernel["shared_memory_bytes"] <= kernel["shared_memory_limit_bytes"]
         assert kernel["shared_memory_limit_bytes"] == targets.TARGETS[target].shared_memory
         assert 0 < kernel["registers"] <= 255
-        has_products = not kernel["kernel"].startswith(NO_PRODUCT)
+        has_products = kernel["kernel"] not in NO_PRODUCT
         assert bool(kernel["tensor_core_instructions"]) or not has_products
     return kernels
 
 
 @needs_compiler
 def test_a_tile_that_does_not_fit_is_reported():
-    case = Case(ATTENTION, Shape(1, 512, 1, 64), kernel="long_forward", settings=TOO_LARGE)
+    case = Case(ATTENTION, Shape(1, 512, 1, 64), kernel="flash_forward", settings=TOO_LARGE)
     [report] = aot.measure(["rtx5070"], [case])
     assert "hared memory" in report.problem
     assert report.shared_memory > targets.TARGETS["rtx5070"].shared_memory
@@ -105,7 +109,9 @@ def test_a_tile_that_does_not_fit_is_reported():
 
 @needs_compiler
 def test_a_spilling_kernel_is_reported():
-    case = Case(ATTENTION, Shape(1, 64, 1, 128), kernel="short_forward", settings={"num_warps": 1})
+    case = Case(
+        ATTENTION, Shape(1, 64, 1, 128), kernel="fused_row_forward", settings={"num_warps": 1}
+    )
     [report] = aot.measure(["rtx5070"], [case])
     assert report.problem == f"spills {report.spilled} B a thread, more than {aot.MOST_SPILLED}"
 
@@ -114,7 +120,7 @@ def test_a_spilling_kernel_is_reported():
 def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
     shutil.copytree(ROOT / "pallas_kernels", tmp_path / "pallas_kernels")
     table = copy.deepcopy(tiles.table())
-    table["rtx5070"]["long_forward"]["head 64, 16 bits"] |= TOO_LARGE
+    table["rtx5070"]["flash_forward"]["head 64, 16 bits"] |= TOO_LARGE
     (tmp_path / "pallas_kernels" / tiles.FILE.name).write_text(tiles.as_text(table))
     command = "-m pallas_kernels.compile --target rtx5070 --shape 1x512x1x64 --json found.json"
     result = subprocess.run(
@@ -124,8 +130,8 @@ def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
     assert "Exception ignored" not in result.stderr
     kernels = json.loads((tmp_path / "found.json").read_text())["kernels"]
     problems = {kernel["kernel"]: kernel["problem"] for kernel in kernels}
-    assert "hared memory" in problems["long_forward"]
-    assert "hared memory" not in str([problems["long_d_q"], problems["long_d_kv"]])
+    assert "hared memory" in problems["flash_forward"]
+    assert "hared memory" not in str([problems["flash_d_q"], problems["flash_d_kv"]])
 
 
 @pytest.mark.parametrize("target", targets.TARGETS)
@@ -157,7 +163,7 @@ def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
         ("--shape 1x64x4x13", ("--shape 1x64x4x13", "even")),
         ("--shape 1x64x4x1024", ("--shape 1x64x4x1024", "too large")),
         ("--kernel nothing", ("--kernel", "'nothing'", tiles.LOOPED)),
-        ("--kernel short_forward --shape 1x64x4x64", ("--shape: not allowed", "--kernel")),
+        ("--kernel fused_row_forward --shape 1x64x4x64", ("--shape: not allowed", "--kernel")),
         ("--json no/such/folder/file.json", ("--json no/such/folder/file.json",)),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import tomllib
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from conftest import assert_refused, run_program
 
 from pallas_kernels import tiles
+from pallas_kernels.kernel_names import FORMER
 from pallas_kernels.tuning import aot, looped_case, looped_tune, timing, tune
 from pallas_kernels.tuning.cases import ATTENTION, Case
 from pallas_kernels.tuning.shapes import Shape, parse_shape
@@ -27,9 +29,9 @@ def test_every_candidate_can_be_told_from_the_others():
 
 
 def test_the_fastest_candidate_fills_the_line():
-    tried = tune.candidates(["short_forward"])
+    tried = tune.candidates(["fused_row_forward"])
     seconds = {place: 1e-6 * (1 + (7 * place) % 11) for place in range(len(tried))}
-    lines = tune.fastest(tried, seconds, "some GPU")["short_forward"]
+    lines = tune.fastest(tried, seconds, "some GPU")["fused_row_forward"]
     assert set(lines) == {candidate.key for candidate in tried}
     for place, candidate in enumerate(tried):
         line = lines[candidate.key]
@@ -88,7 +90,7 @@ def test_the_fastest_tile_of_all_loops_fills_the_line(monkeypatch):
 
 
 def test_without_the_chip_the_tile_that_spills_least_is_taken(monkeypatch):
-    tried = tune.candidates(["short_forward", "short_backward"])
+    tried = tune.candidates(["fused_row_forward", "fused_row_backward"])
     spills = lambda case: 500 if case.settings["num_warps"] == 4 else 8  # noqa: E731
 
     def measure(targets, cases):
@@ -101,16 +103,20 @@ def test_without_the_chip_the_tile_that_spills_least_is_taken(monkeypatch):
         ]  # fmt: skip
 
     monkeypatch.setattr(aot, "measure", measure)
-    lines = tune.best_compiled(tried, "b200", lambda line: None)["short_forward"]
+    lines = tune.best_compiled(tried, "b200", lambda line: None)["fused_row_forward"]
     assert lines["16 rows, head 64, 16 bits"]["num_warps"] == 1
     assert lines["64 rows, head 64, 16 bits"]["num_warps"] in (2, 8)
 
 
 def test_a_row_that_is_not_whole_both_ways_is_streamed():
-    both = {"short_forward": {"a": {}, "b": {}}, "short_backward": {"b": {}, "c": {}}, "x": {}}
+    both = {
+        "fused_row_forward": {"a": {}, "b": {}},
+        "fused_row_backward": {"b": {}, "c": {}},
+        "x": {},
+    }
     assert tune.whole_rows(both) == {
-        "short_forward": {"b": {}},
-        "short_backward": {"b": {}},
+        "fused_row_forward": {"b": {}},
+        "fused_row_backward": {"b": {}},
         "x": {},
     }
 
@@ -132,13 +138,13 @@ def test_tune_names_a_missing_plugin(tmp_path):
 
 
 def test_a_key_without_a_usable_candidate_is_streamed_but_never_left_without_a_tile():
-    tried = tune.candidates(["short_forward", "long_forward"])
+    tried = tune.candidates(["fused_row_forward", "flash_forward"])
     old = {
-        "short_forward": {"64 rows, head 64, 16 bits": {}, "16 rows, head 64, 32 bits": {}},
-        "long_forward": {"head 64, 16 bits": {}},
+        "fused_row_forward": {"64 rows, head 64, 16 bits": {}, "16 rows, head 64, 32 bits": {}},
+        "flash_forward": {"head 64, 16 bits": {}},
     }
-    assert set(tune.kept_lines(old, "short_forward", tried)) == {"16 rows, head 64, 32 bits"}
-    assert tune.kept_lines(old, "long_forward", tried) == old["long_forward"]
+    assert set(tune.kept_lines(old, "fused_row_forward", tried)) == {"16 rows, head 64, 32 bits"}
+    assert tune.kept_lines(old, "flash_forward", tried) == old["flash_forward"]
     assert tune.kept_lines(old, tune.CUDNN, tried) == {}
 
 
@@ -190,7 +196,16 @@ def test_the_table_of_tiles_survives_writing():
     assert tomllib.loads(tiles.as_text(table)) == table
 
 
+def test_a_table_of_former_names_is_read(tmp_path):
+    text = tiles.FILE.read_text()
+    for former, name in FORMER.items():
+        text = re.sub(rf"^(\[\w+\.){name}\]$", rf"\1{former}]", text, flags=re.M)
+    assert "[h100.short_forward]" in text and "fused_row" not in text
+    (tmp_path / "tiles.toml").write_text(text)
+    assert tiles.read(tmp_path / "tiles.toml") == tiles.table()
+
+
 def test_reports_are_plain_values():
     case = Case(ATTENTION, TINY)
-    report = dataclasses.replace(aot.Report("b200", "short_forward", case), seconds=1.234)
+    report = dataclasses.replace(aot.Report("b200", "fused_row_forward", case), seconds=1.234)
     assert json.loads(json.dumps(report.as_json()))["compile_seconds"] == 1.23

@@ -1,5 +1,6 @@
 """Specifications are held to their laws: what ships holds, what is broken is named."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -213,7 +214,7 @@ def test_a_law_may_speak_of_kernels_of_what_it_is_compared_with(tmp_path, monkey
     def measure(named, cases):
         asked.append((named, [case.shape for case in cases]))
         registers = sum(case.shape.head_dim for case in cases)
-        return [aot.Report(named[0], "short_forward", cases[0], registers, 0, 1024)]
+        return [aot.Report(named[0], "fused_row_forward", cases[0], registers, 0, 1024)]
 
     monkeypatch.setattr(aot, "measure", measure)
     wide = TINY.replace("width = 16", "width = 64").replace('"tiny"', '"wide"')
@@ -330,7 +331,7 @@ def test_tiles_too_large_for_the_card_break_the_law_of_the_kernels(tmp_path):
     path = lawful(tmp_path, check_text)
     path.write_text(
         path.read_text()
-        + "[kernels.long_forward.rtx5070]\nblock_q = [64]\nblock_k = [256]\n"
+        + "[kernels.flash_forward.rtx5070]\nblock_q = [64]\nblock_k = [256]\n"
         + "num_warps = [8]\nnum_stages = [3]\n"
     )
     text = path.read_text().replace("heads = 2", "heads = 1").replace("width = 16", "width = 64")
@@ -346,13 +347,13 @@ def report(case: Case, target: str, **numbers) -> aot.Report:
 
 
 SPACE = """
-[kernels.short_forward.rtx5070]
+[kernels.fused_row_forward.rtx5070]
 num_warps = [1, 2, 4]
 
 [[invariant]]
 name = "few-spills"
 law = "Hardly any."
-check = "kernel.short_forward.spilled <= 8"
+check = "kernel.fused_row_forward.spilled <= 8"
 """
 
 
@@ -392,9 +393,22 @@ def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tuned, tmp_
     told = json.loads(evidence.read_text())
     assert [one["broken"] for one in told["tried"]] == [[], ["few-spills"], []]
     assert "num_warps = 4" in table.read_text()
-    told["chosen"]["short_forward"]["spilled"] = 5
+    told["chosen"]["fused_row_forward"]["spilled"] = 5
     evidence.write_text(json.dumps(told))
     assert claims.judge_claims(specification, path.parent)[0].verdict.holds is False
+
+
+def test_a_specification_may_use_former_names_of_kernels(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY + SPACE.replace("fused_row_forward", "short_forward"))
+    declared = design_space.declared_by(read_specification(path))
+    assert declared.spaces == {"fused_row_forward": {"rtx5070": {"num_warps": (1, 2, 4)}}}
+    few, many = (
+        [report(dataclasses.replace(declared.case, kernel="fused_row_forward"), "h100", spilled=n)]
+        for n in (8, 9)
+    )
+    assert design_space.broken_invariants(declared, "h100", few) == []
+    assert design_space.broken_invariants(declared, "h100", many) == ["few-spills"]
 
 
 def test_what_ships_can_be_tuned_by():
@@ -424,7 +438,9 @@ def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, mo
 
     # What was found before stays; what is no table is not replaced.
     (tmp_path / "mine" / "tiles.toml").write_text(
-        table.read_text().replace("[rtx5070.short_forward]", '[rtx5070.short_forward]\n"own" = {}')
+        table.read_text().replace(
+            "[rtx5070.fused_row_forward]", '[rtx5070.fused_row_forward]\n"own" = {}'
+        )
     )
     command.main()
     assert '"own" = {  }' in (tmp_path / "mine" / "tiles.toml").read_text()
@@ -457,21 +473,23 @@ def test_no_tile_within_the_laws_is_an_error_that_names_them(tmp_path, monkeypat
 )
 def test_a_design_space_has_its_kernels_settings(space, said):
     with pytest.raises(ExpressionError, match=said):
-        design_space.tiles_in("short_forward", space)
-    with pytest.raises(ExpressionError, match="long_forward"):
+        design_space.tiles_in("fused_row_forward", space)
+    with pytest.raises(ExpressionError, match="flash_forward"):
         design_space.tiles_in("mlp", space)
 
 
 def test_tiles_of_a_space_rise_in_size_and_the_one_in_use_is_kept():
     space = {"block_q": [128, 64], "block_k": [64, 32], "num_warps": [8], "num_stages": [3]}
-    sizes = [tile["block_q"] * tile["block_k"] for tile in design_space.tiles_in("long_d_q", space)]
+    sizes = [
+        tile["block_q"] * tile["block_k"] for tile in design_space.tiles_in("flash_d_q", space)
+    ]
     assert sizes == sorted(sizes) and len(sizes) == 4
     case = Case(ATTENTION, Shape(4, 4096, 16, 64))
-    used = attention_case.settings_of("rtx5070", case, "long_d_q")
-    assert used == tiles.streamed("rtx5070", "long_d_q", 64, 2, with_ids=False)
+    used = attention_case.settings_of("rtx5070", case, "flash_d_q")
+    assert used == tiles.streamed("rtx5070", "flash_d_q", 64, 2, with_ids=False)
     own = {name: [value] for name, value in used.items()}
-    assert design_space.tile_to_judge("rtx5070", case, "long_d_q", own) is None
-    assert design_space.tile_to_judge("rtx5070", case, "long_d_q", space | {"num_warps": [4]}) == {
+    assert design_space.tile_to_judge("rtx5070", case, "flash_d_q", own) is None
+    assert design_space.tile_to_judge("rtx5070", case, "flash_d_q", space | {"num_warps": [4]}) == {
         "block_q": 64, "block_k": 32, "num_warps": 4, "num_stages": 3
     }  # fmt: skip
 

@@ -182,14 +182,14 @@ def _cudnn_takes(head_dim: int, dtype) -> bool:
 def _forward(given, inputs, options):
     qkv, bias = given
     inputs = inputs._replace(bias=bias)
-    whole_row = _whole_row("short_forward", inputs, options, qkv[0])
+    whole_row = _whole_row("fused_row_forward", inputs, options, qkv[0])
     if whole_row:
         out, lse = fused_row.forward(qkv, inputs, options, **whole_row)
         # The backward pass of a whole row makes all else again.
         return out, (None, lse)
     q, k, v = _apart(qkv)
     out, lse = flash.forward(
-        q, k, v, inputs, options, _flash_block_sizes("long_forward", options, q)
+        q, k, v, inputs, options, _flash_block_sizes("flash_forward", options, q)
     )
     return out, (out, lse)
 
@@ -198,14 +198,14 @@ def _backward(given, inputs, kept, d_out, options):
     (qkv, bias), (out, lse) = given, kept
     inputs = inputs._replace(bias=bias)
     if out is None:
-        whole_row = _whole_row("short_backward", inputs, options, qkv[0])
+        whole_row = _whole_row("fused_row_backward", inputs, options, qkv[0])
         d_qkv, d_bias = fused_row.backward(qkv, inputs, lse, d_out, options, **whole_row)
     else:
         q, k, v = _apart(qkv)
         *d_qkv, d_bias = flash.backward(
             q, k, v, inputs, out, lse, d_out, options,
-            d_q_block_sizes=_flash_block_sizes("long_d_q", options, q),
-            d_kv_block_sizes=_flash_block_sizes("long_d_kv", options, q),
+            d_q_block_sizes=_flash_block_sizes("flash_d_q", options, q),
+            d_kv_block_sizes=_flash_block_sizes("flash_d_kv", options, q),
         )  # fmt: skip
         if len(qkv) == 1:
             d_qkv = [jnp.stack(d_qkv, axis=2)]

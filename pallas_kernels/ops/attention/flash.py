@@ -57,7 +57,7 @@ def forward(q, k, v, inputs: AttentionInputs, options: Options, block_sizes: Blo
         ],
         compiler_params=_compiler_params(block_sizes),
         interpret=options.interpret,
-        name="long_forward",
+        name="flash_forward",
     )(q, _rotated(k, inputs), v, inputs)
 
 
@@ -106,7 +106,7 @@ def d_q_and_bias(
         out_shape=shapes,
         compiler_params=_compiler_params(block_sizes),
         interpret=options.interpret,
-        name="long_d_q",
+        name="flash_d_q",
     )(q, _rotated(k, inputs), v, inputs, lse, delta, d_out)
     return d_q, (d_bias[0].sum((0, 2)) if d_bias else None)
 
@@ -126,7 +126,7 @@ def d_kv(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         compiler_params=_compiler_params(block_sizes),
         interpret=options.interpret,
-        name="long_d_kv",
+        name="flash_d_kv",
     )(scaled.astype(q.dtype), k, v, inputs, lse, delta, d_out)
 
 

@@ -40,7 +40,7 @@ def forward(qkv: Sequence[jax.Array], inputs: AttentionInputs, options: Options,
         ],
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=options.interpret,
-        name="short_forward",
+        name="fused_row_forward",
     )(_flat(qkv), inputs)
 
 
@@ -80,7 +80,7 @@ def backward(
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=options.interpret,
-        name="short_backward",
+        name="fused_row_backward",
     )(_flat(qkv), inputs, lse, d_out)
     d_qkv, d_bias = gradients[: len(qkv)], gradients[len(qkv) :]
     d_qkv = [gradient.reshape(x.shape) for gradient, x in zip(d_qkv, qkv, strict=True)]
