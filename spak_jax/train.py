@@ -483,7 +483,8 @@ def _train_and_score(arguments: argparse.Namespace) -> None:
     # Here, as it compiles training steps of this module.
     from spak_jax.specs.check import require_invariants
 
-    require_invariants(specification, path, overrides)
+    for line in require_invariants(specification, path, overrides):
+        console.print(line)
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
         parallel.by_first(lambda: move_aside(run_path))

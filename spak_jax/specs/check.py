@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spak_jax import results
-from spak_jax.command_line import InputError, console
+from spak_jax.command_line import InputError
 from spak_jax.config import Specification, read_specification
 from spak_jax.results import Evaluated
 from spak_jax.specs import language
@@ -70,23 +70,26 @@ def judge(
 
 def require_invariants(
     specification: Specification, path: Path, overrides: Sequence[str] = ()
-) -> None:
+) -> list[str]:
     """Refuses what its file itself says must not be; without compiling anything.
 
     What overrides break is another matter: whoever gives them knows that the file's claims are of
-    the run that it describes. Each invariant that no longer holds is said in a line.
+    the run that it describes.
 
     Args:
       specification: with the overrides.
       path: of its file.
       overrides: of the command line.
 
+    Returns:
+      A line for people for each invariant that no longer holds because of the overrides.
+
     Raises:
       InputError: an invariant is known to be broken, also without the overrides.
     """
     broken = _broken(specification, path)
     if not broken:
-        return
+        return []
     as_written = broken
     if overrides:
         try:
@@ -97,7 +100,8 @@ def require_invariants(
     for name, why in broken.items():
         if name in as_written:
             raise InputError(f"{path} breaks its invariant {name}, {why}")
-        console.print(f"no longer true with {' '.join(overrides)}: {name}, {why}")
+    given = " ".join(overrides)
+    return [f"no longer true with {given}: {name}, {why}" for name, why in broken.items()]
 
 
 def _broken(specification: Specification, path: Path) -> dict[str, str]:
