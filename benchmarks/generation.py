@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import timing
+from pallas_kernels.tuning import timing
 from spak_jax import models, provenance, tasks
 from spak_jax.command_line import Table, console
 from spak_jax.config import Config, LoopedModel

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import compile, targets, timing
-from pallas_kernels.looped_cases import LoopedCase
-from pallas_kernels.shapes import Shape
-from spak_jax import models, provenance, roofline, tasks
+from pallas_kernels import targets
+from pallas_kernels.tuning import aot, timing
+from pallas_kernels.tuning.cases import LOOPED, Case
+from pallas_kernels.tuning.shapes import Shape
+from spak_jax import models, provenance, tasks
 from spak_jax.command_line import InputError, Table, console
 from spak_jax.config import Config, LoopedModel
 from spak_jax.registry import POSITIONS
+from spak_jax.specs import roofline
 
 ROWS, LENGTH = 128, 64
 LOOPS = (12, 24, 30)
@@ -89,19 +91,23 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
 
     Raises:
       InputError: the model does not loop.
-      compile.Unavailable: what compiling for another GPU needs is not installed.
+      aot.Unavailable: what compiling for another GPU needs is not installed.
     """
     _check_loops(config)
     architecture, chip = config.model, targets.TARGETS[target]
     with targets.compiling_for(target):
         dtype = models.compute_dtype(architecture.dtype)
-    case = LoopedCase(
+    biased = POSITIONS.get(architecture.positions).has_ids
+    case = Case(
+        LOOPED,
         Shape(ROWS, LENGTH, architecture.heads, architecture.width // architecture.heads),
         dtype.name,
-        POSITIONS.get(architecture.positions).has_ids,
-        models.hidden_width(architecture),
+        rope=not biased,
+        clip=1 if biased else None,
+        backward=False,
+        hidden=models.hidden_width(architecture),
     )
-    [report] = compile.measure([target], [case])
+    [report] = aot.measure([target], [case])
     # A float32 product is three in tf32, each at half the speed of bfloat16.
     speed = chip.products / (1 if dtype == jnp.bfloat16 else 6)
     seconds = {

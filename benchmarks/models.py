@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import generation, inference, profiling
-from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
+from pallas_kernels import IMPLEMENTATIONS, choose
 from pallas_kernels.targets import TARGETS
-from spak_jax import models, provenance, roofline, tasks
+from pallas_kernels.tuning import aot, timing
+from spak_jax import models, provenance, tasks
 from spak_jax.command_line import (
     InputError,
     Table,
@@ -40,6 +41,7 @@ from spak_jax.data import make_dataset, problem_rows, training_batch
 from spak_jax.evaluation.batching import padded_length, rows_per_call
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.score import Scorer, Settings
+from spak_jax.specs import roofline
 from spak_jax.training.runs import per_seed_configs
 from spak_jax.training.step import initial_state, make_training
 
@@ -91,12 +93,12 @@ def main() -> None:
         raise InputError("--target: --generation is measured, not estimated")
     results = {"config": config.name, "overrides": overrides}
     if arguments.target:
-        compile.touch_no_gpu()
+        aot.touch_no_gpu()
         estimating = inference if arguments.inference else roofline
         try:
             with progress("compiling"):
                 results |= estimating.estimate(config, arguments.target)
-        except compile.Unavailable as error:
+        except aot.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
         (inference.show_estimate if arguments.inference else show_estimate)(results)
     elif arguments.inference or arguments.generation:

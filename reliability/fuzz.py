@@ -23,10 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels import laws
-from pallas_kernels.specification_files import shipped_configs
 from reliability.campaigns import found_before, named
-from spak_jax import check, config, provenance
+from spak_jax import config, provenance
 from spak_jax.command_line import (
     Failure,
     InputError,
@@ -37,12 +35,14 @@ from spak_jax.command_line import (
     run_program,
     write_file,
 )
+from spak_jax.config_files import shipped_configs
 from spak_jax.evaluation.problems_file import read_problems
 from spak_jax.evaluation.results import read_results
 from spak_jax.evaluation.score import training_curve
 from spak_jax.interop import torch_checkpoint
 from spak_jax.registry import TASKS
 from spak_jax.reports import grouping, tables
+from spak_jax.specs import claims, language
 from spak_jax.tasks import Task
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint, loggers
@@ -265,9 +265,13 @@ def expressions(st, folder: Path) -> Reader:
     cut = broken.map(lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + 1 :])
 
     def read(text: str) -> None:
-        laws.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
+        language.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
 
-    return Reader(law | whole | cut | st.text(max_size=40), read, (laws.LawError, laws.Impossible))
+    return Reader(
+        law | whole | cut | st.text(max_size=40),
+        read,
+        (language.ExpressionError, language.Impossible),
+    )
 
 
 def evidence(st, folder: Path) -> Reader:
@@ -283,7 +287,7 @@ def evidence(st, folder: Path) -> Reader:
     absolute = st.sampled_from([str(folder / "secret.json"), "/etc/passwd", "~/x", "//", "C:\\x"])
 
     def read(pattern: str) -> None:
-        check.evidence("fuzz", pattern, project / "configs")
+        claims.evidence("fuzz", pattern, project / "configs")
 
     return Reader(patterns | absolute, read)
 

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pallas_kernels.programs import cell_len
+from pallas_kernels.programs.terminal import cell_len
 from reliability import fuzz
 from reliability.campaigns import found_before, named
 from reliability.faults import ALONE_READ_ONLY, Broken, NotTried, alone

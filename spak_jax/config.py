@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pallas_kernels.specification_files import NAMED, specification_file, values_of
 from spak_jax.command_line import InputError, first_line
+from spak_jax.config_files import NAMED, specification_file, values_of
 from spak_jax.registry import BLOCKS, POSITIONS, TASKS
 
 # The longest input that a training law or a scoring set may ask for, in symbols.
@@ -302,7 +302,7 @@ class System(Section):
 
 
 class Invariant(Section):
-    """A law: its name, what it says in prose, and the expression that checks it (`laws`)."""
+    """Its name, what it says in prose, and the expression that checks it (`specs.language`)."""
 
     name: Name
     law: Prose
@@ -399,7 +399,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specification:
-    """The specification in a TOML file and its bases (`specification_files`), changed by overrides
+    """The specification in a TOML file and its bases (`config_files`), changed by overrides
     such as `model.loops=24`.
 
     Args:

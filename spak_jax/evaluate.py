@@ -117,7 +117,7 @@ def _halting(loaded: LoadedModel, name: str, loops: int | None) -> Halting:
             " the problems; --halt convergence is calibrated for the model"
         )
         return PUBLISHED_HALTING
-    halting = calibrated(loaded, HALTING_RULES[name], loops)
+    halting = calibrated(loaded, name, loops)
     console.print(
         f"halting by {name}, calibrated on problems of trained lengths: threshold"
         f" {halting.after:.8g}"

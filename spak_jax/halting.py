@@ -3,7 +3,7 @@
 Both rules are calibrated (`spak_jax.evaluation.calibration`); then they, and the baseline's
 thresholds, are scored at lengths that were not looked at for it: answers right, and loops by token,
 by what the task measures and by row. A row's loops are those of its slowest token: so many a
-program of `pallas_kernels.looped` runs.
+program of `pallas_kernels.ops.looped` runs.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 
-from pallas_kernels.looped import RULES
+from pallas_kernels.ops.looped import RULES
 from spak_jax.command_line import (
     Table,
     check_range,

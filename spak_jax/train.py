@@ -4,13 +4,13 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from spak_jax.check import require_lawful
 from spak_jax.command_line import console, run_program
 from spak_jax.config import add_words, file_and_overrides, read_specification
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.results import write_results
 from spak_jax.evaluation.score import Settings, score
 from spak_jax.reports.scores import print_over_seeds, print_results
+from spak_jax.specs.check import require_invariants
 from spak_jax.training import checkpoint, parallel, signals
 from spak_jax.training.loop import train
 from spak_jax.training.runs import move_aside, per_seed_configs, run_folders
@@ -43,7 +43,8 @@ def _train_and_score(arguments: argparse.Namespace) -> None:
     path, overrides = file_and_overrides(arguments)
     specification = read_specification(path, overrides)
     config = specification.config
-    require_lawful(specification, path, overrides)
+    for line in require_invariants(specification, path, overrides):
+        console.print(line)
     run_path = arguments.run or Path("runs") / config.name
     if arguments.fresh:
         parallel.on_primary_process(lambda: move_aside(run_path))

@@ -15,7 +15,8 @@ from conftest import tiny_config
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels import add_and_norm, add_and_score, attention, linear, shards
+from pallas_kernels import add_layer_norm, add_layer_norm_cross_entropy, attention, shards
+from pallas_kernels.ops import linear
 from spak_jax import models
 from spak_jax.command_line import InputError
 from spak_jax.config import Config, Parallel
@@ -121,8 +122,10 @@ def kernels() -> dict:
         (x, update, qkv), (scale, table) = rows, whole
         told = dict(dropout_rate=0.5, dropout_key=jax.random.key(5), implementation="pallas")
         wanted, weights = jnp.ones(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2])
-        stream, normed = add_and_norm(x, update, scale, **told)
-        stream, score = add_and_score(stream, normed, scale, table, wanted, weights, **told)
+        stream, normed = add_layer_norm(x, update, scale, **told)
+        stream, score = add_layer_norm_cross_entropy(
+            stream, normed, scale, table, wanted, weights, **told
+        )
         return (stream**2).sum() + score + (attention(qkv, **told) ** 3).sum()
 
     differentiated = jax.value_and_grad(summed, argnums=(0, 1))
@@ -156,7 +159,7 @@ def gradients_at_once() -> dict:
         step = parallel.value_and_grad(objective, devices)
         return jax.tree.leaves(jax.jit(step)(weights, batch, jax.random.key(2)))
 
-    with mock.patch.object(linear, "takes", lambda tokens, *sizes: tokens % 128 == 0):
+    with mock.patch.object(linear, "supports", lambda tokens, *sizes: tokens % 128 == 0):
         pairs = zip(on(Parallel(data=2)), on(Parallel()), strict=True)
         return {"differences": [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]}
 

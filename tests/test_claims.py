@@ -139,14 +139,14 @@ def test_where_the_first_number_starts_is_given(name):
 def test_gates_start_the_counter_anew_at_first_and_are_decided_at_a_half():
     from flax import nnx
 
-    from spak_jax.positions import Pointer
+    from spak_jax.positions.learned import LearnedCounter
 
-    pointer = Pointer(len(ADDITION.vocabulary))
-    assert f"({float(pointer.soft()[0]):.2f}, where 1 moves it on" in README
-    assert not pointer.decided().any()
+    counter = LearnedCounter(len(ADDITION.vocabulary))
+    assert f"({float(counter.soft_gates()[0]):.2f}, where 1 moves it on" in README
+    assert not counter.hard_gates().any()
     # One above a half and one below, though both are below the mean of all.
     logits = jnp.full(len(ADDITION.vocabulary), 0.5).at[:2].set(jnp.array([0.1, -0.1]))
-    pointer.gate_logits = nnx.Param(logits)
-    soft = np.asarray(pointer.soft())
+    counter.gate_logits = nnx.Param(logits)
+    soft = np.asarray(counter.soft_gates())
     assert soft[0] > 0.5 > soft[1] and (soft[:2] < soft.mean()).all()
-    assert np.array_equal(pointer.decided(), soft > 0.5)
+    assert np.array_equal(counter.hard_gates(), soft > 0.5)

@@ -20,9 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from pallas_kernels import compilation_cache, programs
-from pallas_kernels.programs import named_file
+from pallas_kernels.programs import compilation_cache, progress_bar
 from spak_jax.command_line import InputError, Table, console, progress, write_file
+from spak_jax.config_files import named_file
 
 INSTALLED = ("spak_jax", "pallas_kernels")
 OF_A_CHECKOUT = ("benchmarks", "reliability")
@@ -78,7 +78,7 @@ def words(text: str) -> set[str]:
 
 @pytest.mark.parametrize("columns", [80, 40, 20])
 def test_narrow_output_loses_no_word(half_trained, columns, monkeypatch, tmp_path):
-    monkeypatch.setattr(programs, "FIRST_LINE", 1e6)
+    monkeypatch.setattr(progress_bar, "FIRST_LINE", 1e6)
     problems = tmp_path / "problems"
     problems.write_text("1+2\n99+1\n")
     for command in (
@@ -294,15 +294,15 @@ class Clock:
 def lines_of(work, monkeypatch, *arguments, **more) -> list[str]:
     """What `progress` prints off a terminal while `work(told, clock)` goes on."""
     clock, out = Clock(), io.StringIO()
-    monkeypatch.setattr(programs, "time", clock)
+    monkeypatch.setattr(progress_bar, "time", clock)
     with contextlib.redirect_stdout(out), progress(*arguments, **more) as told:
         work(told, clock)
     return out.getvalue().splitlines()
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch):
-    monkeypatch.setattr(programs, "FIRST_LINE", 0.05)
-    monkeypatch.setattr(programs, "BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(progress_bar, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(progress_bar, "BETWEEN_LINES", 0.05)
 
     def work(told, clock):
         for _ in range(4):
@@ -402,7 +402,7 @@ def test_programs_take_names_and_refuse_unknown_ones():
         *("benchmarks.models", "benchmarks.race", "benchmarks.scaling"),
     ):
         assert_refused(run_program(program, "loop13"), "loop13", "did you mean loop")
-    tune = run_program("pallas_kernels.tune", "--spec", "loop13", "--target", "h100")
+    tune = run_program("spak_jax.tune", "loop13", "--target", "h100")
     assert_refused(tune, "did you mean loop")
     assert run_program("spak_jax.brief", "gpt12").stdout.startswith("# GPT-12L")
     assert_refused(run_program("spak_jax.train", "loop12", "gpt12"), "one configuration")

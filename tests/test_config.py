@@ -14,7 +14,6 @@ from conftest import ROOT, TINY, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.specification_files import shipped_configs, specification_file
 from spak_jax.command_line import InputError
 from spak_jax.config import (
     first_difference,
@@ -23,6 +22,7 @@ from spak_jax.config import (
     read_config,
     read_specification,
 )
+from spak_jax.config_files import shipped_configs, specification_file
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -139,7 +139,7 @@ def test_a_wheel_holds_them_within_the_package(tmp_path):
     for package in ("spak_jax", "pallas_kernels"):
         shutil.copytree(ROOT / package, tmp_path / package, dirs_exist_ok=True)
     program = (
-        "from pallas_kernels.specification_files import specification_file;"
+        "from spak_jax.config_files import specification_file;"
         " from spak_jax.config import read_config; print(read_config(specification_file('loop12')))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -153,6 +153,15 @@ def test_a_wheel_holds_them_within_the_package(tmp_path):
     assert "name='loop12'" in said.stdout, said.stderr
     held = {path.name for path in (tmp_path / "spak_jax/configs").rglob("*.toml")}
     assert held == {path.name for path in (ROOT / "configs").rglob("*.toml")}
+
+
+def test_every_package_is_in_a_wheel():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        settings = tomllib.load(file)["tool"]["setuptools"]
+    for package in ("spak_jax", "pallas_kernels"):
+        for folder in (path.parent for path in (ROOT / package).rglob("__init__.py")):
+            name = ".".join(folder.relative_to(ROOT).parts)
+            assert name in settings["packages"], name
 
 
 def test_overrides_are_toml(tiny_toml):

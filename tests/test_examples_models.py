@@ -105,7 +105,7 @@ def test_queries_and_keys_are_normed_and_probabilities_shown():
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_block_called_by_hand(kind, monkeypatch):
     """And no fused way is asked for, though all are there."""
-    for name in ("add_and_norm", "attention_inputs", "add_attention", "looped_block"):
+    for name in ("add_layer_norm", "attention_inputs", "add_attention", "looped_block"):
         monkeypatch.setattr(fused, name, None)
     config = make_config(**KINDS[kind], block="qk-norm")
     network, batch = build(config, random_weights(config)), random_batch()

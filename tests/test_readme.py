@@ -177,7 +177,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.check configs/quickstart.toml --results runs/quickstart/results.json": Ends(
         "reach"
     ),
-    "python -m pallas_kernels.tune --spec configs/loop12.toml --target rtx5070": Lives("rtx5070"),
+    "python -m spak_jax.tune configs/loop12.toml --target rtx5070": Lives("rtx5070"),
     "python -m spak_jax.brief configs/loop12.toml --target rtx5070 > brief.md": Ends(
         leaves=("brief.md",)
     ),

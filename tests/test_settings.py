@@ -83,7 +83,7 @@ def test_calibrating_knows_no_settings(half_trained, monkeypatch):
     found = []
     for setting in (contextlib.nullcontext, SETTINGS["x64"], SETTINGS["no NaN"]):
         with setting():
-            found.append(calibration.calibrated(trained, "still"))
+            found.append(calibration.calibrated(trained, "convergence"))
     assert found[0] == found[1] == found[2]
 
 

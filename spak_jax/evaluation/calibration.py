@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pallas_kernels import timing
-from pallas_kernels.looped import RULES
+from pallas_kernels.ops.looped import RULES
+from pallas_kernels.tuning import timing
 from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError, or_a_gpu, progress
 from spak_jax.config import Config, LoopedModel
@@ -28,8 +28,10 @@ from spak_jax.tasks import Problems, Task
 
 # Tried in the calibration, and drawn.
 DOUBTS = {
-    "sure": tuple(float(f"{digit}e{power}") for power in range(-1, -8, -1) for digit in (3, 1)),
-    "still": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
+    "confidence": tuple(
+        float(f"{digit}e{power}") for power in range(-1, -8, -1) for digit in (3, 1)
+    ),
+    "convergence": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
 }
 # A share of the answers, against no halting, on problems of the training law.
 MOST_LOST = 0.001
@@ -39,7 +41,7 @@ DRAWN_PROBLEMS = 8
 TIMED_PASSES = 5
 NONE, PUBLISHED, FIXED = "none", "published", "fixed"
 
-NEVER = Halting("sure", 2.0, 2.0)
+NEVER = Halting("confidence", 2.0, 2.0)
 
 
 class HaltingPredictions(NamedTuple):

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.looped import AT_ONCE
+from pallas_kernels.ops.looped import AT_ONCE
 from spak_jax import models, tasks
 from spak_jax.command_line import InputError
 from spak_jax.config import Config, LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.tasks import Task
 
-# Halting rules by the field's names, as `pallas_kernels.looped.RULES` calls them.
-HALTING_RULES = {"convergence": "still", "confidence": "sure"}
+# Halting rules, in the order of helps.
+HALTING_RULES = ("convergence", "confidence")
 
 
 class Halting(NamedTuple):
-    """A rule that stops tokens, of `pallas_kernels.looped.RULES`, and its thresholds before the `=`
-    of a problem and from it on."""
+    """A rule that stops tokens, of `HALTING_RULES`, and its thresholds before the `=` of a problem
+    and from it on."""
 
     rule: str
     before: float
@@ -29,7 +29,7 @@ class Halting(NamedTuple):
 
     @classmethod
     def with_doubt(cls, rule: str, doubt: float) -> "Halting":
-        threshold = 1 - doubt if rule == "sure" else doubt
+        threshold = 1 - doubt if rule == "confidence" else doubt
         return cls(rule, threshold, threshold)
 
     @property
@@ -39,7 +39,7 @@ class Halting(NamedTuple):
 
 
 # "Wait to think": the original's thresholds.
-PUBLISHED_HALTING = Halting("sure", 0.90, 0.999)
+PUBLISHED_HALTING = Halting("confidence", 0.90, 0.999)
 
 
 def forward(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
@@ -83,7 +83,7 @@ def generate_fn(config: Config, loops: int | None = None, halt: Halting | None =
     if halt:
         sure = functools.partial(halting_thresholds, halting=halt, task=task)
     # Whether a token has converged hangs on all before it, of which a cache keeps nothing.
-    decoder = generate.WITHOUT_CACHE if halt and halt.rule == "still" else None
+    decoder = generate.WITHOUT_CACHE if halt and halt.rule == "convergence" else None
     return generate.make_generate_fn(
         config, forward(config, loops, halt), loops=loops, thresholds=sure, decoder=decoder
     )

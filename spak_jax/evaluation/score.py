@@ -303,7 +303,7 @@ def _description(loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
     return loaded.describe() | {
         "loops": (settings.loops or loaded.config.model.loops) if looped else None,
         "halting": list(settings.halt[1:]) if settings.halt else None,
-        "halting_rule": settings.halt.rule_name if settings.halt else None,
+        "halting_rule": settings.halt.rule if settings.halt else None,
         "method": "decoding" if settings.decode else "teacher forcing",
         "examples": settings.examples,
         "seed": settings.seed,

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pallas_kernels.specification_files import specification_file
 from spak_jax.command_line import InputError
 from spak_jax.config import (
     Architecture,
@@ -17,6 +16,7 @@ from spak_jax.config import (
     parse_config,
     read_config,
 )
+from spak_jax.config_files import specification_file
 from spak_jax.registry import TASKS
 
 

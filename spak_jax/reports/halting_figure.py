@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pallas_kernels.looped import RULES
+from pallas_kernels.ops.looped import RULES
 from spak_jax.evaluation.calibration import FIXED, NONE, PUBLISHED
 from spak_jax.reports import figures
 
@@ -34,7 +34,7 @@ def draw(found: dict[str, Any]) -> Figure:
         image = axes.imshow(
             steps, cmap="viridis_r", vmin=1, vmax=loops, aspect="auto", interpolation="nearest"
         )
-        axes.set_title(f'loops of each token until it is "{rule}"', loc="left", pad=3)
+        axes.set_title(f"loops of each token until its {rule} halts it", loc="left", pad=3)
         axes.set_yticks(range(len(problems)), [str(p["measure"]) for p in problems], fontsize=6)
         axes.set_ylabel(found["drawn"]["measure"])
         axes.set_xticks([])
@@ -46,7 +46,7 @@ def draw(found: dict[str, Any]) -> Figure:
     for i, rule in enumerate(RULES):
         points = sorted((p["row_loops"], 100 * p["accuracy"]) for p in found["swept"][rule])
         style = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i], "markersize": 3}
-        axes.plot(*zip(*points, strict=True), label=f'"{rule}", threshold moved', **style)
+        axes.plot(*zip(*points, strict=True), label=f"{rule}, threshold moved", **style)
         line = found["lengths"][str(found["swept"]["length"])][rule]
         axes.plot(
             line["row_loops"], 100 * line["accuracy"], "o", markersize=8, fillstyle="none",

@@ -10,11 +10,12 @@ from conftest import ROOT, TINY, assert_refused, run_program
 from flax import nnx
 
 from benchmarks import generation, inference, profiling
-from pallas_kernels import compile
-from spak_jax import models, roofline
+from pallas_kernels.tuning import aot
+from spak_jax import models
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config, read_config
 from spak_jax.data import training_batch
+from spak_jax.specs import roofline
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint
 from spak_jax.training.step import initial_state, loss
@@ -139,9 +140,9 @@ def test_the_peer_is_the_same_model(kind, mlp):
 
 
 try:
-    compile.check_plugin()
+    aot.check_plugin()
     MISSING = None
-except compile.Unavailable as error:
+except aot.Unavailable as error:
     MISSING = str(error)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from pallas_kernels.looped import RULES
+from pallas_kernels.ops.looped import RULES
 from spak_jax import halting
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config
@@ -49,14 +49,14 @@ def test_scores_are_those_of_the_evaluator(half_trained, way):
     assert outcome.read[0].sum() == count and outcome.answering[0].sum() == count - 3
 
 
-@pytest.mark.parametrize("rule", ["sure", "still"])
+@pytest.mark.parametrize("rule", ["confidence", "convergence"])
 def test_the_calibration_saves_most_of_what_it_may(found, rule):
     plain, tried = found["calibration"]["none"], found["calibration"][rule]
     assert plain["row_loops"] == plain["text_steps"] == 3
     least = plain["accuracy"] - calibration.MOST_LOST
     doubts = {x["doubt"]: x for x in tried}
     way = found["ways"][rule]
-    chosen = 1 - way["after"] if rule == "sure" else way["after"]
+    chosen = 1 - way["after"] if rule == "confidence" else way["after"]
     chosen = min(doubts, key=lambda doubt: abs(doubt - chosen))
     kept = [x for x in tried if x["accuracy"] >= least]
     if kept:
@@ -69,7 +69,7 @@ def test_the_calibration_saves_most_of_what_it_may(found, rule):
     assert loops == sorted(loops, reverse=True) and loops[0] > loops[-1]
 
 
-@pytest.mark.parametrize("rule", ["sure", "still"])
+@pytest.mark.parametrize("rule", ["confidence", "convergence"])
 def test_calibrating_alone_chooses_the_same(half_trained, found, rule):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "CALIBRATED_ON", 400)
@@ -88,18 +88,18 @@ def test_a_number_of_loops_for_all_is_what_the_evaluator_runs(found, half_traine
 
 
 def test_where_every_doubt_loses_the_least_is_taken():
-    doubts = calibration.DOUBTS["sure"]
+    doubts = calibration.DOUBTS["confidence"]
     tried = [{"doubt": d, "accuracy": 0.5, "row_loops": 1} for d in doubts]
-    lossy = {"none": {"accuracy": 0.9}, "sure": tried}
-    assert calibration._chosen(lossy, "sure") == min(doubts)
+    lossy = {"none": {"accuracy": 0.9}, "confidence": tried}
+    assert calibration._chosen(lossy, "confidence") == min(doubts)
 
 
 def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
     trained = load(half_trained)
     problems = ADDITION.sample_exact(jax.random.fold_in(jax.random.key(3), 2), 2, 60)
-    way = Halting(**found["ways"]["still"])
+    way = Halting(**found["ways"]["convergence"])
     outcome = calibration.HaltingScorer(trained, 3)(problems, way)
-    line = found["lengths"]["2"]["still"]
+    line = found["lengths"]["2"]["convergence"]
     assert line["total"] == 60 and line["correct"] == outcome.correct.sum()
     read = [steps[read] for steps, read in zip(outcome.steps, outcome.read, strict=True)]
     assert line["row_loops"] == pytest.approx(np.mean([max(row) for row in read]))
@@ -109,7 +109,7 @@ def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
     counted = sum(group["problems"] for group in line["measures"]["carries"].values())
     assert counted == 60 and set(line["measures"]["carries"]) <= {"0", "1", "2"}
     for problem in found["drawn"]["problems"]:
-        assert len(problem["steps"]["still"]) == len(problem["text"])
+        assert len(problem["steps"]["convergence"]) == len(problem["text"])
     assert found["drawn"]["measure"] == "carries"
     carries = [problem["measure"] for problem in found["drawn"]["problems"]]
     assert carries == sorted(carries)
@@ -134,7 +134,9 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "out" / "halting.json").read_text())
     assert list(found["lengths"]) == ["1"] and found["examples"] == 20
     assert (
-        set(found["milliseconds"]) == set(found["ways"]) == {"none", "published", "sure", "still"}
+        set(found["milliseconds"])
+        == set(found["ways"])
+        == {"none", "published", "confidence", "convergence"}
     )
     assert (tmp_path / "out" / "halting.png").stat().st_size > 10_000
     assert "still: threshold" in capsys.readouterr().out
@@ -151,4 +153,4 @@ def test_a_stack_has_no_loops_to_stop():
     with pytest.raises(InputError, match="no loops to stop"):
         calibration.measure(LoadedModel(stack, None, 0), (1,), 1, 0, None)
     with pytest.raises(InputError, match="no loops to stop"):
-        calibration.calibrated(LoadedModel(stack, None, 0), "still")
+        calibration.calibrated(LoadedModel(stack, None, 0), "convergence")

@@ -27,8 +27,8 @@ SCHEMES = POSITIONS.names()
 WAYS = {
     "gpt": ("gpt", None),
     "loop": ("loop", None),
-    "loop, confidence": ("loop", Halting("sure", 0.7, 0.8)),
-    "loop, convergence": ("loop", Halting("still", 0.8, 0.7)),
+    "loop, confidence": ("loop", Halting("confidence", 0.7, 0.8)),
+    "loop, convergence": ("loop", Halting("convergence", 0.8, 0.7)),
 }
 ALONE, TOGETHER, ROWS = 14, 23, 4
 

@@ -73,10 +73,10 @@ def test_teacher_forcing_equals_generation(strength, salt):
         assert 0 < forced.mean() < 1
 
 
-STILL = Halting("still", 0.7, 0.7)
+CONVERGENCE = Halting("convergence", 0.7, 0.7)
 
 
-@pytest.mark.parametrize("halt", [None, PUBLISHED_HALTING, STILL])
+@pytest.mark.parametrize("halt", [None, PUBLISHED_HALTING, CONVERGENCE])
 def test_decoding_a_trained_model_equals_teacher_forcing(half_trained, halt):
     trained = load(half_trained)
     problems = ADDITION.sample_exact(jax.random.key(0), 1, 300)
@@ -257,7 +257,7 @@ def test_the_command_line(half_trained, tmp_path):
     assert written == solve(load(half_trained), [("99", "1")])[0].text != "100"
 
 
-@pytest.mark.parametrize(("words", "rule"), [((), "still"), (("confidence",), "sure")])
+@pytest.mark.parametrize(("words", "rule"), [((), "convergence"), (("confidence",), "confidence")])
 def test_halting_is_calibrated_for_the_model(words, rule, half_trained, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "CALIBRATED_ON", 200)
     command = ("spak_jax.evaluate", half_trained, "--lengths", "1", "--examples", "20")
@@ -266,9 +266,9 @@ def test_halting_is_calibrated_for_the_model(words, rule, half_trained, tmp_path
     results = json.loads((tmp_path / "x.json").read_text())
     expected = calibration.calibrated(load(half_trained), rule)
     assert results["halting"] == [expected.before, expected.after] and expected.rule == rule
-    assert results["halting_rule"] == expected.rule_name
-    assert f"halting by {expected.rule_name}, calibrated" in result.stdout
-    assert ("warning" in result.stdout) == (rule == "sure")
+    assert results["halting_rule"] == expected.rule
+    assert f"halting by {expected.rule}, calibrated" in result.stdout
+    assert ("warning" in result.stdout) == (rule == "confidence")
 
 
 @pytest.mark.parametrize(("loops", "free"), [(4, 0), (4, 6), (3, 0), (2, 0)])

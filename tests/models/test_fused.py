@@ -19,7 +19,8 @@ from random_models import (
 )
 from test_compile import TRITON
 
-from pallas_kernels import looped, targets
+from pallas_kernels import targets
+from pallas_kernels.ops import looped
 from spak_jax import models
 from spak_jax.evaluation import generate
 from spak_jax.models import fused, kv_cache
@@ -140,7 +141,7 @@ def no_fusing(monkeypatch):
     def asked(*_, **__):
         raise AssertionError("a fused way was taken")
 
-    for name in ("add_and_norm", "looped_block", "attention_inputs", "add_attention"):
+    for name in ("add_layer_norm", "looped_block", "attention_inputs", "add_attention"):
         monkeypatch.setattr(fused, name, asked)
     monkeypatch.setattr(fused.linear, "no_operands", asked)
     monkeypatch.setattr(looped, "takes", lambda *_, **__: True)

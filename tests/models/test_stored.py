@@ -39,7 +39,9 @@ def test_released_checkpoints_are_read(run):
 
 def test_a_key_by_both_its_names_is_refused():
     values = tiny_config().model_dump(mode="json")
-    with pytest.raises(InputError, match="model.clip is the former name of model.max_relative_distance"):
+    with pytest.raises(
+        InputError, match="model.clip is the former name of model.max_relative_distance"
+    ):
         parse_config(values | {"model": values["model"] | {"clip": 1}}, "test")
     with pytest.raises(InputError, match="unknown key model.clap"):
         parse_config(values | {"model": values["model"] | {"clap": 1}}, "test")
