@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.tuning import timing
-from spak_jax import addition, evaluate, generation, model
+from spak_jax import generation, model, provenance, tasks
 from spak_jax.command_line import Table, console
 from spak_jax.config import Config, LoopedModel
+from spak_jax.evaluation.batching import padded_length
 
 # Problems, their digits, and tokens of a row.
 MANY, ONE = (128, 12, 64), (1, 12, 64)
@@ -28,10 +29,10 @@ LAUNCHED, SCANNED = "recomputing, one launch", "recomputing, block by block"
 def measure(config: Config) -> dict[str, Any]:
     """Times of every way that runs here."""
     cases = [MANY, ONE]
-    if LONG_DIGITS in config.evaluation.digits:
-        cases.append((1, LONG_DIGITS, evaluate.padded_length(LONG_DIGITS, config.data.task)))
+    if LONG_DIGITS in config.evaluation.lengths:
+        cases.append((1, LONG_DIGITS, padded_length(LONG_DIGITS, tasks.of(config.data))))
     return {
-        **evaluate.where_and_when(),
+        **provenance.where_and_when(),
         "dtype": model.compute_dtype(config.model.dtype).name,
         "cases": [_timed(config, *case) for case in cases],
     }
@@ -62,16 +63,17 @@ def show(results: dict[str, Any]) -> None:
 
 def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any]:
     """Quartiles of the milliseconds that answers take by each way, taking turns."""
-    problems = addition.sample_exact(jax.random.key(1), digits, rows, config.data.task)
-    text, answer = addition.render(problems, length, config.data.task)
-    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0))
+    task = tasks.of(config.data)
+    problems = task.sample_exact(jax.random.key(1), digits, rows)
+    text, answer = task.render(problems, length)
+    network = model.build(config, jax.random.key(0))
     programs, missing = {}, {}
     for name, make in {CACHES: _caches, LAUNCHED: _launched, SCANNED: _scanned}.items():
         way = make(config, network, text)
         if isinstance(way, str):
             missing[name] = way
         else:
-            programs[name] = _program(way, nnx.state(network), text, answer)
+            programs[name] = _program(way, task.end, nnx.state(network), text, answer)
     milliseconds = timing.quartiles(programs, ROUNDS, 1e3)
     written = int(answer.sum())
     recomputing = SCANNED if LAUNCHED in missing else LAUNCHED
@@ -89,7 +91,7 @@ def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any
     }
 
 
-def _program(way: generation.Way, weights, text, answer) -> timing.Program:
+def _program(way: generation.Way, end: int, weights, text, answer) -> timing.Program:
     """A program that writes the answers once, compiled."""
 
     def following(given, tokens, at, memory):
@@ -103,7 +105,7 @@ def _program(way: generation.Way, weights, text, answer) -> timing.Program:
 
     @jax.jit
     def write(given, prompt, prompt_length):
-        return generation.generate(true, given, prompt, prompt_length)[0]
+        return generation.generate(true, end, given, prompt, prompt_length)[0]
 
     given = ((weights, text), text, answer.argmax(-1))
     executable = write.lower(*given).compile()
@@ -124,21 +126,22 @@ def _launched(config: Config, network, text) -> generation.Way | str:
         return "no GPU that it is for"
     if not network.fits_one_launch(text):
         return "no program holds such rows"
-    return _recomputing(network, lambda network, **told: network.launched(**told)[0])
+    return _recomputing(config, network, lambda network, **told: network.launched(**told)[0])
 
 
 def _scanned(config: Config, network, text) -> generation.Way:
     # Asked for an implementation of attention, the model does not take one launch.
     attention = "pallas" if jax.default_backend() == "gpu" else None
-    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0), attention)
-    return _recomputing(network, lambda network, **told: network(**told))
+    network = model.build(config, jax.random.key(0), attention)
+    return _recomputing(config, network, lambda network, **told: network(**told))
 
 
-def _recomputing(network, call: Callable) -> generation.Way:
+def _recomputing(config: Config, network, call: Callable) -> generation.Way:
     definition = nnx.graphdef(network)
+    task = tasks.of(config.data)
 
     def run(weights, tokens):
-        told = {"tokens": tokens, "ids": addition.coupled_ids(tokens)}
+        told = {"tokens": tokens, "ids": task.position_ids(tokens)}
         return call(nnx.merge(definition, weights), **told), jnp.zeros(tokens.shape, jnp.int32)
 
     return generation.recomputing(run)

@@ -18,7 +18,7 @@ from pallas_kernels import targets
 from pallas_kernels.tuning import aot, timing
 from pallas_kernels.tuning.cases import LOOPED, Case
 from pallas_kernels.tuning.shapes import Shape
-from spak_jax import addition, evaluate, model
+from spak_jax import model, provenance, tasks
 from spak_jax.command_line import InputError, Table, console
 from spak_jax.config import BIASED, Config, LoopedModel
 from spak_jax.specs import roofline
@@ -41,7 +41,7 @@ def measure(config: Config) -> dict[str, Any]:
     _check_loops(config)
     dtype = model.compute_dtype(config.model.dtype)
     results = {
-        **evaluate.where_and_when(),
+        **provenance.where_and_when(),
         "dtype": dtype.name,
         "weight_bytes_a_loop": roofline.weights_of_a_block(config) * dtype.itemsize,
         "latency": [_timed(config, ROWS, loops, PASSES) for loops in LOOPS],
@@ -118,7 +118,7 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
         "chip": chip.chip,
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "commit": evaluate.commit(),
+        "commit": provenance.commit(),
         "batch": [ROWS, LENGTH],
         "weight_bytes_a_loop": roofline.weights_of_a_block(config) * dtype.itemsize,
         "kernel": report.as_json(),
@@ -176,8 +176,9 @@ def _program(config: Config, name: str, rows: int, loops: int, passes: int):
     if name == SCANNED and not on_gpu:
         return "needs a GPU: the CPU has no kernels to run"
     attention = "pallas" if name == SCANNED else None
-    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0), attention)
-    tokens = jax.random.randint(jax.random.key(1), (rows, LENGTH), 0, addition.VOCABULARY_SIZE)
+    network = model.build(config, jax.random.key(0), attention)
+    task = tasks.of(config.data)
+    tokens = jax.random.randint(jax.random.key(1), (rows, LENGTH), 0, len(task.vocabulary))
     if name == LAUNCHED and not network.fits_one_launch(tokens):
         return "no GPU that it is for" if not on_gpu else "no program holds such rows"
     definition, weights = nnx.split(network)
@@ -185,7 +186,7 @@ def _program(config: Config, name: str, rows: int, loops: int, passes: int):
     @jax.jit
     def run(weights, tokens):
         def once(_, tokens):
-            ids = addition.coupled_ids(tokens)
+            ids = task.position_ids(tokens)
             merged = nnx.merge(definition, weights)
             if name == LAUNCHED:
                 logits = merged.launched(tokens, loops=loops, ids=ids)[0]

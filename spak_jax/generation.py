@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spak_jax import addition, model
+from spak_jax import model, tasks
 from spak_jax.config import Architecture, Config, LoopedModel
 
 # The most numbers that caches hold: 1 GiB in float32.
@@ -44,9 +44,10 @@ def with_caches(
       thresholds: of tokens `[rows, length]`, where each token halts once it is sure; None for
         never.
     """
-    definition, _ = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = model.abstract(config)
+    task = tasks.of(config.data)
     told = lambda tokens: {  # noqa: E731
-        "ids": addition.coupled_ids(tokens),
+        "ids": task.position_ids(tokens),
         "thresholds": None if thresholds is None else thresholds(tokens),
     }
 
@@ -80,15 +81,17 @@ def recomputing(run: Callable) -> Way:
 
 def generate(
     way: Way,
+    end: int,
     weights: Any,
     prompt: jax.Array,
     prompt_length: jax.Array,
     room: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes until each row has its newline or its room ends.
+    """Writes until each row has its end or its room is full.
 
     Args:
       way: how.
+      end: the token that ends a text, and fills rows up.
       weights: of the model.
       prompt: int32 `[rows, length]`, texts up to and with `=`; what follows them is ignored.
       prompt_length: int32 `[rows]`, at least 1.
@@ -100,7 +103,7 @@ def generate(
       that the token before each took to choose it.
     """
     rows, length = jnp.arange(len(prompt)), prompt.shape[1]
-    tokens = jnp.where(jnp.arange(length) < prompt_length[:, None], prompt, addition.NEWLINE)
+    tokens = jnp.where(jnp.arange(length) < prompt_length[:, None], prompt, end)
     room = length if room is None else jnp.minimum(room, length)
 
     def going_on(carry):
@@ -115,7 +118,7 @@ def generate(
         tokens = tokens.at[rows, place].set(chosen, mode="drop")
         steps = steps.at[rows, place].set(taken.astype(steps.dtype), mode="drop")
         at = jnp.minimum(at + 1, length - 1)
-        return tokens, steps, at, memory, done | (chosen == addition.NEWLINE) | (at + 1 >= room)
+        return tokens, steps, at, memory, done | (chosen == end) | (at + 1 >= room)
 
     memory = way.prepare(weights, tokens)
     full = prompt_length >= room
@@ -145,7 +148,8 @@ def fastest(
     def write(weights, prompt, prompt_length, room=None):
         caches = takes_caches(config.model, prompt.shape, loops)
         way = with_caches(config, loops=loops, thresholds=thresholds)
-        return generate(way if caches else recomputing(run), weights, prompt, prompt_length, room)
+        chosen = way if caches else recomputing(run)
+        return generate(chosen, tasks.of(config.data).end, weights, prompt, prompt_length, room)
 
     return write
 

@@ -38,6 +38,7 @@ from pallas_kernels.ops import linear, looped, reference
 from pallas_kernels.ops.attention import reference as attention_reference
 from pallas_kernels.ops.attention import rope
 from pallas_kernels.ops.linear import DeferredWeightGrad
+from spak_jax import tasks
 from spak_jax.config import BIASED, Architecture, Config, LoopedModel, StaticModel
 from spak_jax.positions import (
     EMBEDDED_IDS,
@@ -874,28 +875,24 @@ class LoopLM(_Transformer):
         return (x + first if self.config.inject_input else x), update
 
 
-def build(
-    config: Config, vocabulary: int, key: jax.Array, attention: str | None = None
-) -> GPT | LoopLM:
+def build(config: Config, key: jax.Array, attention: str | None = None) -> GPT | LoopLM:
     """The model that a configuration describes, freshly initialised from a PRNG key.
 
     `attention` is the implementation, as `pallas_kernels.attention` takes it; None the fastest.
     """
     architecture = config.model
     kind = GPT if isinstance(architecture, StaticModel) else LoopLM
-    dtype = compute_dtype(architecture.dtype)
+    dtype, vocabulary = compute_dtype(architecture.dtype), len(tasks.of(config.data).vocabulary)
     return kind(architecture, vocabulary, dtype, attention, rngs=nnx.Rngs(key))
 
 
-def abstract(config: Config, vocabulary: int, attention: str | None = None):
+def abstract(config: Config, attention: str | None = None):
     """The structure of a configuration's model and its weights as shapes: nothing is computed.
 
     Returns:
       What `nnx.merge` makes a model from: graph definition, and state of `ShapeDtypeStruct`.
     """
-    return nnx.split(
-        nnx.eval_shape(lambda: build(config, vocabulary, jax.random.key(0), attention))
-    )
+    return nnx.split(nnx.eval_shape(lambda: build(config, jax.random.key(0), attention)))
 
 
 def compute_dtype(name: str) -> jnp.dtype:

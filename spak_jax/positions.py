@@ -14,7 +14,7 @@ learned bias is looked up by the difference of two tokens' ids, beyond which a w
 | coupled-bias | | coupled ids |
 | learned | | ids that the model finds itself, by `Pointer` |
 
-Coupled ids are given to a model, by what knows the task (`addition.coupled_ids`): they say which
+Coupled ids are given to a model, by the task (`Task.position_ids`): they say which
 digits belong together. All others know of tokens and their order only.
 """
 

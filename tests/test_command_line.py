@@ -82,7 +82,7 @@ def test_narrow_output_loses_no_word(half_trained, columns, monkeypatch, tmp_pat
     problems = tmp_path / "problems"
     problems.write_text("1+2\n99+1\n")
     for command in (
-        ["spak_jax.evaluate", half_trained, "--examples", "9", "--digits", "1,2"],
+        ["spak_jax.evaluate", half_trained, "--examples", "9", "--lengths", "1,2"],
         ["spak_jax.evaluate", half_trained, "--problems", problems],
         ["spak_jax.solve", half_trained, "1+2", "123456789123456789123456789+1"],
         ["spak_jax.check", "quickstart"],

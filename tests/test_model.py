@@ -12,10 +12,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spak_jax import addition, checkpoint, model, train
-from spak_jax.addition import Batch
+from spak_jax import model
 from spak_jax.config import Config, parse_config, read_config
+from spak_jax.data import Batch
 from spak_jax.positions import EMBEDDED_IDS, WIDEST_GAP, Places, learned_places, offset_ids, places
+from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training import checkpoint
+
+ADDITION = Addition()
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WIDTH, HEADS, LENGTH = 32, 2, 14
@@ -51,7 +55,7 @@ def make_config(**architecture) -> Config:
 
 def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Weights by name, far larger than initial ones, so that nothing hides in rounding."""
-    _, state = model.abstract(config, addition.VOCABULARY_SIZE)
+    _, state = model.abstract(config)
     random = np.random.default_rng(seed)
     return {
         name: (
@@ -65,7 +69,7 @@ def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 def build(config: Config, weights: dict[str, np.ndarray]):
     """The Flax model with these weights."""
-    definition, state = model.abstract(config, addition.VOCABULARY_SIZE)
+    definition, state = model.abstract(config)
     named = checkpoint.from_named(nnx.to_pure_dict(state), jax.tree.map(jnp.asarray, weights))
     nnx.replace_by_pure_dict(state, named)
     return nnx.merge(definition, state)
@@ -78,7 +82,7 @@ def random_model(**architecture):
 
 def random_batch(seed: int = 0, rows: int = 3, length: int = LENGTH) -> Batch:
     random = np.random.default_rng(seed)
-    text = random.integers(0, addition.VOCABULARY_SIZE, (rows, length + 1))
+    text = random.integers(0, len(ADDITION.vocabulary), (rows, length + 1))
     return Batch(text[:, :-1], text[:, 1:], random.random((rows, length)) < 0.5)
 
 
@@ -147,7 +151,7 @@ def test_logits_loss_and_all_gradients_equal_the_reference(name, reference):
     network = build(config, weights)
 
     def loss_and_logits(network):
-        return train.loss(network, batch, None), network(jnp.asarray(batch.tokens))
+        return loss(network, batch, None), network(jnp.asarray(batch.tokens))
 
     graded = nnx.jit(nnx.value_and_grad(loss_and_logits, has_aux=True))
     (loss, logits), gradients = graded(network)
@@ -259,12 +263,12 @@ def test_halting_knows_positions():
 )
 def test_parameter_counts(file, parameters):
     config = read_config(CONFIGS / f"{file}.toml")
-    _, weights = model.abstract(config, addition.VOCABULARY_SIZE)
+    _, weights = model.abstract(config)
     assert model.parameter_count(weights) == parameters
 
 
 def fresh_model(config: Config):
-    return nnx.jit(lambda: model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0)))()
+    return nnx.jit(lambda: model.build(config, jax.random.key(0)))()
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt-swiglu", "loop", "loop-odd-swiglu"])
@@ -304,7 +308,7 @@ def two_models():
 def test_no_token_sees_the_future(place, shift, seed):
     tokens = random_batch(seed).tokens
     changed = tokens.copy()
-    changed[:, place] = (changed[:, place] + shift) % addition.VOCABULARY_SIZE
+    changed[:, place] = (changed[:, place] + shift) % len(ADDITION.vocabulary)
     for network in two_models():
         before, after = logits_of(network, tokens), logits_of(network, changed)
         np.testing.assert_allclose(after[:, :place], before[:, :place], rtol=0, atol=1e-6)
@@ -335,7 +339,7 @@ def seen_by_the_last(network, tokens, **more) -> list[bool]:
     before, seen = logits_of(network, tokens, **more)[:, -1], []
     for place in range(LENGTH):
         changed = tokens.copy()
-        changed[:, place] = (changed[:, place] + 1) % addition.VOCABULARY_SIZE
+        changed[:, place] = (changed[:, place] + 1) % len(ADDITION.vocabulary)
         after = logits_of(network, changed, **more)[:, -1]
         seen.append(bool((np.abs(after - before) > 1e-6).any()))
     return seen
@@ -420,15 +424,15 @@ def learned_model(**architecture):
         **LOOP | {"positions": "learned", "clip": 2, "window": True}, **architecture
     )
     weights = random_weights(config)
-    logits = np.full(addition.VOCABULARY_SIZE, -1, np.float32)
-    logits[addition.ZERO : addition.EQUALS] = 1
+    logits = np.full(len(ADDITION.vocabulary), -1, np.float32)
+    logits[ADDITION.first_symbol : ADDITION.equals] = 1
     weights["pointer.gate_logits"] = logits
     return build(config, weights)
 
 
 def test_a_pointer_counts_and_starts_anew():
     pointer = learned_model().pointer
-    tokens = jnp.array([addition.encode("12+345=6789\n1+")])
+    tokens = jnp.array([ADDITION.encode("12+345=6789\n1+")])
     ids = pointer(tokens)
     assert ids.dtype == jnp.int32
     assert ids[0].tolist() == [1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 0]
@@ -692,10 +696,10 @@ TABULATED = {
 def test_flax_tabulates_every_kind_of_model(name):
     """A table with a line for each part; and methods are left as they were."""
     config = make_config(**TABULATED[name])
-    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0))
+    network = model.build(config, jax.random.key(0))
     tokens = jnp.zeros((2, 6), jnp.int32)
     before = model.Block.__call__
-    table = nnx.tabulate(network, tokens, ids=addition.coupled_ids(tokens))
+    table = nnx.tabulate(network, tokens, ids=ADDITION.position_ids(tokens))
     assert model.Block.__call__ is before
     count = model.parameter_count(nnx.state(network))
     assert f"{count:,}" in table

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from spak_jax import results
 from spak_jax.command_line import InputError
 from spak_jax.config import Specification, read_specification
-from spak_jax.results import Evaluated
+from spak_jax.reports.grouping import Evaluated, ranges
 from spak_jax.specs import language
 from spak_jax.specs.language import Expression, ExpressionError, Value, Verdict
 from spak_jax.specs.metrics import Metrics
@@ -134,7 +133,7 @@ def measured(verdict: Verdict) -> str:
 def shown(value: Value) -> str:
     """A metric's value, for people."""
     if isinstance(value, tuple):
-        numbers = results.ranges(value) if all(isinstance(v, int) for v in value) else value
+        numbers = ranges(value) if all(isinstance(v, int) for v in value) else value
         return f"({numbers})"
     if isinstance(value, bool | str):
         return repr(value)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spak_jax import results
 from spak_jax.command_line import InputError
 from spak_jax.config import Fact, Specification
-from spak_jax.results import Evaluated
+from spak_jax.evaluation.results import Results, read_results
+from spak_jax.reports.grouping import Evaluated, gather
 from spak_jax.specs import language
 from spak_jax.specs.check import Finding, expression_of, verdict_of
 from spak_jax.specs.language import ExpressionError, Unknown, Value, Verdict, spelled
@@ -32,7 +32,7 @@ def read_evaluated(specification: Specification, paths: Sequence[Path]) -> Evalu
     Raises:
       InputError: one cannot be read or is of another system, or they are of several evaluations.
     """
-    files = [(path, results.read_results(path)) for path in paths]
+    files = [(path, read_results(path)) for path in paths]
     for path, read in files:
         if read.config.name != specification.name:
             raise InputError(
@@ -41,8 +41,8 @@ def read_evaluated(specification: Specification, paths: Sequence[Path]) -> Evalu
     return as_one(files, ", ".join(map(str, paths)))
 
 
-def as_one(files: Sequence[tuple[Path, results.Results]], named: str) -> Evaluated:
-    evaluated, _ = results.gather(files)
+def as_one(files: Sequence[tuple[Path, Results]], named: str) -> Evaluated:
+    evaluated, _ = gather(files)
     if len(evaluated) > 1:
         labels = ", ".join(line.label for line in evaluated)
         raise InputError(f"{named}: of several evaluations ({labels}); name those of one")
@@ -103,7 +103,7 @@ def evidence(name: str, pattern: str, folder: Path) -> Callable[[language.Path],
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the claim {name}: {pattern} cannot be read as JSON ({error})") from None
     if all(isinstance(content, dict) and "lengths" in content for content in contents):
-        evaluated = as_one([(path, results.read_results(path)) for path in paths], pattern)
+        evaluated = as_one([(path, read_results(path)) for path in paths], pattern)
         return lambda path: of_results(evaluated, path[1:])
     if len(contents) > 1:
         raise InputError(f"the claim {name}: {pattern} names several files that are no results")

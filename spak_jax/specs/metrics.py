@@ -3,8 +3,8 @@
 | metric | what, and its unit |
 | --- | --- |
 | `model.KEY`, `data.KEY`, `train.KEY`, `evaluation.KEY` | the configuration's own values |
-| `data.digits` | every length that an operand can have in training, by the law |
-| `data.sampled_digits` | the lengths met in a million problems drawn by the law |
+| `data.lengths` | every length that an operand can have in training, by the law |
+| `data.sampled_lengths` | the lengths met in a million problems drawn by the law |
 | `system.zero_shot` | the lengths it is to add without having seen them |
 | `parameters` | weights, counted without making any |
 | `operations.step`, `operations.training` | floating-point operations of one seed's products |
@@ -38,16 +38,17 @@ from pallas_kernels.tuning import aot
 from pallas_kernels.tuning.cases import DROPOUT, Case
 from pallas_kernels.tuning.shapes import StreamShape
 from pallas_kernels.tuning.stream_cases import OPERATIONS
-from spak_jax import addition, jax_settings, model
+from spak_jax import jax_settings, model, tasks
 from spak_jax.config import (
-    OPERANDS,
     Config,
     LoopedModel,
     Specification,
     read_specification,
 )
 from spak_jax.config_files import referred_file
-from spak_jax.results import Estimate, Evaluated
+from spak_jax.data import problem_rows, sample_training, training_batch
+from spak_jax.evaluation.statistics import Estimate
+from spak_jax.reports.grouping import Evaluated
 from spak_jax.specs import design_space, gpu_metrics, roofline
 from spak_jax.specs.gpu_metrics import training_attention
 from spak_jax.specs.language import ExpressionError, Impossible, Unknown, Value, spelled
@@ -93,11 +94,11 @@ class Metrics:
     def __call__(self, name: Name) -> Value:
         """Raises as `language.Lookup` says."""
         match name:
-            case ("data", "digits"):
+            case ("data", "lengths"):
                 return tuple(range(1, self._config.data.longest + 1))
-            case ("data", "sampled_digits"):
+            case ("data", "sampled_lengths"):
                 self._take_time("a million problems are drawn by `check`")
-                return _sampled_digits(self._config)
+                return _sampled_lengths(self._config)
             case (section, key) if section in SECTIONS:
                 return self._configured(name, getattr(self._config, section), key)
             case ("system", "zero_shot"):
@@ -234,16 +235,16 @@ def _compiled_step(config: Config, target: str) -> Mapping[str, Any]:
 
 @functools.cache
 def _parameters(config: Config) -> int:
-    _, weights = model.abstract(config, addition.VOCABULARY_SIZE)
+    _, weights = model.abstract(config)
     return model.parameter_count(weights)
 
 
-def _sampled_digits(config: Config) -> tuple[int, ...]:
+def _sampled_lengths(config: Config) -> tuple[int, ...]:
     """Lengths of operands in a million problems drawn by the law."""
 
     @jax.jit
     def lengths():
-        problems = addition.sample_law(jax.random.key(config.data.seed), config.data, (SAMPLED,))
+        problems = sample_training(jax.random.key(config.data.seed), config.data, (SAMPLED,))
         return problems.lengths
 
     return tuple(np.unique(lengths()).tolist())
@@ -251,16 +252,13 @@ def _sampled_digits(config: Config) -> tuple[int, ...]:
 
 def _written(config: Config) -> dict[str, str]:
     """One problem as training and as scoring write it, up to its newline."""
-    data = config.data
-    digits = min(data.longest, 6)
-    first, *others = ("987654"[:digits], "123456"[:digits], "456789"[:digits])
-    numbers = tuple(map(int, (first, *others)))[: OPERANDS[data.task]]
-    problems = addition.problems_from_integers([numbers])
-    length = addition.text_length(digits, data.task)
-    given = addition.Problems(*map(jnp.asarray, problems))
-    trained = addition.training_batch(jax.random.key(0), data, 1, given)
-    scored = addition.problem_rows(given, length, data.task)
-    text = lambda batch: addition.decode(  # noqa: E731
+    data, task = config.data, tasks.of(config.data)
+    problems = task.sample_exact(jax_settings.key(0), min(data.longest, 6), 1)
+    length = task.text_length(problems.width)
+    given = tasks.Problems(*map(jnp.asarray, problems))
+    trained = training_batch(jax.random.key(0), data, 1, given)
+    scored = problem_rows(given, length, task)
+    text = lambda batch: task.decode(  # noqa: E731
         np.append(batch.tokens[0], batch.targets[0, -1])
     ).partition("\n")[0]
     return {"training": text(trained), "scoring": text(scored)}
@@ -278,17 +276,17 @@ def _halting_difference(config: Config) -> float:
     few = {"dtype": "float32", "loops": min(config.model.loops, HALTING_LOOPS)}
     config = config.model_copy(update={"model": config.model.model_copy(update=few)})
 
-    data = config.data
-    problems = addition.sample_exact(jax_settings.key(0), data.longest, 4, data.task)
-    length = addition.text_length(data.longest, data.task) - 1
+    data, task = config.data, tasks.of(config.data)
+    problems = task.sample_exact(jax_settings.key(0), data.longest, 4)
+    length = task.text_length(data.longest) - 1
 
     @jax.jit
     def difference(key):
-        network = model.build(config, addition.VOCABULARY_SIZE, key, "xla")
+        network = model.build(config, key, "xla")
         definition, weights = nnx.split(network)
         network = nnx.merge(definition, jax.tree.map(lambda x: ENLARGED * x, weights))
-        tokens = addition.problem_rows(problems, length, data.task).tokens
-        ids = addition.coupled_ids(tokens)
+        tokens = problem_rows(problems, length, task).tokens
+        ids = task.position_ids(tokens)
         plain = network(tokens, ids=ids)
         never = jnp.full(tokens.shape, 2.0)
         halting, _ = network.halting_logits(tokens, never, ids=ids)

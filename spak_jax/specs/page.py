@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pallas_kernels import tiles
 from pallas_kernels.tuning import attention_case
-from spak_jax import evaluate
+from spak_jax import provenance
 from spak_jax.config import Specification, leaves
 from spak_jax.specs import check
 from spak_jax.specs.check import WORDS, Finding
@@ -51,14 +51,14 @@ def page(
 def _opening(specification: Specification) -> list[str]:
     system = specification.system
     lines = [f"# {system.name}", ""]
-    if system.seed_name:
-        lines += [f"In the seed's table: {system.seed_name}.", ""]
+    if system.baseline_name:
+        lines += [f"In the baseline's table: {system.baseline_name}.", ""]
     for name in PROSE:
         if text := getattr(system, name):
             lines += [f"**{name.capitalize()}.** {text.strip()}", ""]
     if system.compared_with:
         lines += [f"Compared with: {', '.join(system.compared_with)}.", ""]
-    return lines + [f"Measured {datetime.date.today()}, commit {evaluate.commit() or 'unknown'}."]
+    return lines + [f"Measured {datetime.date.today()}, commit {provenance.commit() or 'unknown'}."]
 
 
 def _settings(specification: Specification) -> Iterator[tuple[str, str]]:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import targets
 from pallas_kernels.tuning import aot
-from spak_jax import addition, evaluate, model
+from spak_jax import model, provenance, tasks
 from spak_jax.config import Config, Parallel, StaticModel
-from spak_jax.train import initial_state, make_supply, make_training
+from spak_jax.data import make_dataset
+from spak_jax.training.step import initial_state, make_training
 
 # Where XLA can try none of its own Triton products out, as on the GPU itself, it takes one unseen,
 # and for some shapes (JAX 0.10.2: pointer's) finds none that compiles. All go to cuBLAS here.
@@ -47,8 +48,8 @@ def operations_a_pass(config: Config, rows: int, length: int, depth: int, readou
       depth: blocks that each token goes through.
       readouts: how many.
     """
-    width = config.model.width
-    weights = depth * weights_of_a_block(config) + readouts * width * addition.VOCABULARY_SIZE
+    width, vocabulary = config.model.width, len(tasks.of(config.data).vocabulary)
+    weights = depth * weights_of_a_block(config) + readouts * width * vocabulary
     pairs = depth * width * length
     return rows * length * (2 * weights + 2 * pairs)
 
@@ -76,9 +77,9 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
     chip = targets.TARGETS[target]
     with targets.compiling_for(target):
         state = jax.eval_shape(lambda: initial_state(config))
-        supply = jax.eval_shape(lambda: make_supply(config))
+        dataset = jax.eval_shape(lambda: make_dataset(config.data))
         count = jax.ShapeDtypeStruct((), jnp.int32)
-        arguments = aot.placed((state, supply, count), target)
+        arguments = aot.placed((state, dataset, count), target)
         run_steps = jax.jit(make_training(config), donate_argnums=0)
         executable = run_steps.lower(*arguments).compile(compiler_options=LIBRARY_PRODUCTS)
     memory = executable.memory_analysis()
@@ -92,7 +93,7 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
         "chip": chip.chip,
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "commit": evaluate.commit(),
+        "commit": provenance.commit(),
         "seeds": config.train.seeds,
         "bytes_held": held,
         "memory_bytes": chip.memory,

@@ -26,7 +26,9 @@ from pallas_kernels import (
 )
 from pallas_kernels.ops import linear as products
 from pallas_kernels.ops.attention import api
-from spak_jax import addition
+from spak_jax.tasks.arithmetic import Addition
+
+ADDITION = Addition()
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -216,7 +218,7 @@ def test_what_only_goes_backward_is_differentiated_on_by_plain_code():
 
 
 def loss(network, how, tokens, thresholds):
-    told = {"ids": addition.coupled_ids(tokens)}
+    told = {"ids": ADDITION.position_ids(tokens)}
     if how == "launched":
         logits, _ = network.launched(tokens, thresholds, **told)
     elif thresholds is None:

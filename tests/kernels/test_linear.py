@@ -13,8 +13,10 @@ from test_stream import with_gradients
 
 from pallas_kernels import targets
 from pallas_kernels.ops import linear, matmul
-from spak_jax import addition, model, train
+from spak_jax import model
 from spak_jax.config import read_config
+from spak_jax.data import make_dataset, training_batch
+from spak_jax.training.step import loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
@@ -148,7 +150,7 @@ def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
     monkeypatch.setattr(matmul, "MOST_OF_A_PRODUCT", most)
     config = small("loop12", "model.loops=2")
     draw = drawer(0)
-    weights = nnx.state(model.build(config, addition.VOCABULARY_SIZE, jax.random.key(0)))
+    weights = nnx.state(model.build(config, jax.random.key(0)))
     several = jax.tree.map(lambda x: jnp.stack([x, x + 0.01 * draw(*x.shape)]), weights)
     together = jax.vmap(lambda weights: value_and_gradient(config, weights)[1])(several)
     for i in range(2):
@@ -164,15 +166,15 @@ def small(name: str, *overrides: str):
 
 def value_and_gradient(config, weights=None):
     """Of the training loss, with dropout."""
-    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(1))
+    network = model.build(config, jax.random.key(1))
     definition, drawn = nnx.split(network)
-    supply = train.make_supply(config)
+    dataset = make_dataset(config.data)
     key = jax.random.key(2)
-    batch = addition.training_batch(key, config.data, config.train.batch, supply.training)
+    batch = training_batch(key, config.data, config.train.batch, dataset.training)
 
     @jax.jit
     def objective(weights):
-        return train.loss(nnx.merge(definition, weights), batch, jax.random.key(3), 0.5)
+        return loss(nnx.merge(definition, weights), batch, jax.random.key(3), 0.5)
 
     return jax.value_and_grad(objective)(drawn if weights is None else weights)
 

@@ -14,7 +14,14 @@ from test_model import build, make_config, random_weights
 
 from pallas_kernels import targets, tiles
 from pallas_kernels.ops import looped
-from spak_jax import addition, evaluate, model
+from spak_jax import model
+from spak_jax.evaluation import score as score_module
+from spak_jax.evaluation.forward import PUBLISHED_HALTING, forward
+from spak_jax.evaluation.loaded import load
+from spak_jax.evaluation.score import Scorer, Settings
+from spak_jax.tasks.arithmetic import Addition
+
+ADDITION = Addition()
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
@@ -47,7 +54,7 @@ def texts(rows: int, length: int) -> jax.Array:
 
 @nnx.jit(static_argnames=("how", "loops", "rule"))
 def run(network, how, tokens, thresholds=None, rule="confidence", loops=None, positions=None):
-    told = {"loops": loops, "positions": positions, "ids": addition.coupled_ids(tokens)}
+    told = {"loops": loops, "positions": positions, "ids": ADDITION.position_ids(tokens)}
     if how == "launched":
         return network.launched(tokens, thresholds, rule=rule, **told)
     if thresholds is None:
@@ -126,7 +133,7 @@ def test_a_token_is_still_once_its_state_does_not_move():
     network = network_of(loops=8)
     tokens = jnp.arange(13)[:, None]
     step, (state, _), (shifts, _) = network._loop(
-        tokens, 8, None, addition.coupled_ids(tokens), None
+        tokens, 8, None, ADDITION.position_ids(tokens), None
     )
     moved = []
     for shift in shifts:
@@ -158,10 +165,10 @@ def test_no_token_is_still_before_those_in_front_of_it(how):
 def test_what_follows_a_problem_is_not_waited_for():
     config = make_config(kind="loop", loops=4)
     weights = nnx.state(build(config, random_weights(config)))
-    tokens = jnp.array([addition.encode("1+2=3\n\n\n"), addition.encode("7+9=61\n\n")])
-    over = addition.ended(tokens)
+    tokens = jnp.array([ADDITION.encode("1+2=3\n\n\n"), ADDITION.encode("7+9=61\n\n")])
+    over = ADDITION.after_end(tokens)
     assert over.tolist() == [[False] * 5 + [True] * 3, [False] * 6 + [True] * 2]
-    _, steps = evaluate.forward(config, halt=evaluate.PUBLISHED_HALTING)(weights, tokens)
+    _, steps = forward(config, halt=PUBLISHED_HALTING)(weights, tokens)
     assert (steps[over] == 1).all() and (steps[~over] > 1).any()
 
 
@@ -338,14 +345,14 @@ def test_compiled_equals_the_scanned_model(width, length):
 @needs_gpu
 @pytest.mark.parametrize("halt", [False, True])
 def test_the_evaluator_scores_the_same_in_one_launch(half_trained, halt, monkeypatch):
-    trained = evaluate.load(half_trained)
-    problems = addition.sample_exact(jax.random.key(0), 1, 300)
-    settings = evaluate.Settings((1,), 300, 0, halt=evaluate.PUBLISHED_HALTING if halt else None)
-    launched = evaluate.Scorer(trained, settings)(problems)
-    evaluate._compiled_rows.cache_clear()
+    trained = load(half_trained)
+    problems = ADDITION.sample_exact(jax.random.key(0), 1, 300)
+    settings = Settings((1,), 300, 0, halt=PUBLISHED_HALTING if halt else None)
+    launched = Scorer(trained, settings)(problems)
+    score_module._compiled_rows.cache_clear()
     monkeypatch.setattr(model.LoopLM, "_fits_one_launch", lambda self, tokens: False)
-    scanned = evaluate.Scorer(trained, settings)(problems)
-    evaluate._compiled_rows.cache_clear()
+    scanned = Scorer(trained, settings)(problems)
+    score_module._compiled_rows.cache_clear()
     # A probability at its threshold, or two of the same size, may come out the other way round.
     assert (launched.correct == scanned.correct).mean() > 0.98
     assert np.abs(launched.steps - scanned.steps).mean() < 0.05

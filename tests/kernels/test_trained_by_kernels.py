@@ -12,8 +12,12 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import targets
-from spak_jax import addition, model, train
+from spak_jax import model
 from spak_jax.config import read_config
+from spak_jax.data import make_dataset, training_batch
+from spak_jax.tasks.arithmetic import Addition
+
+ADDITION = Addition()
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,17 +47,15 @@ def configured(name: str, dtype: str):
 
 def start(config):
     """A model's definition, its weights and a batch."""
-    network = model.build(config, addition.VOCABULARY_SIZE, jax.random.key(1))
-    supply = train.make_supply(config)
-    batch = addition.training_batch(
-        jax.random.key(2), config.data, config.train.batch, supply.training
-    )
+    network = model.build(config, jax.random.key(1))
+    dataset = make_dataset(config.data)
+    batch = training_batch(jax.random.key(2), config.data, config.train.batch, dataset.training)
     return *nnx.split(network), batch
 
 
 def training_gradient(config):
     definition, weights, batch = start(config)
-    loss = lambda weights: train.loss(  # noqa: E731
+    loss = lambda weights: loss(  # noqa: E731
         nnx.merge(definition, weights), batch, jax.random.key(3), 0.5
     )
     return jax.jit(jax.grad(loss))(weights)
@@ -64,7 +66,7 @@ def gradient_of_a_call(config):
 
     def loss(weights):
         network = nnx.merge(definition, weights)
-        logits = network(batch.tokens, ids=addition.coupled_ids(batch.tokens))
+        logits = network(batch.tokens, ids=ADDITION.position_ids(batch.tokens))
         chances = jax.nn.log_softmax(logits.astype(jnp.float32))
         return -jnp.take_along_axis(chances, batch.targets[..., None], axis=-1).mean()
 

@@ -17,10 +17,11 @@ from pallas_kernels import tiles
 from pallas_kernels.tuning import aot, attention_case
 from pallas_kernels.tuning.cases import ATTENTION, Case
 from pallas_kernels.tuning.shapes import Shape
-from spak_jax import addition, model
+from spak_jax import model, tasks
 from spak_jax import tune as command
 from spak_jax.command_line import InputError
 from spak_jax.config import read_specification
+from spak_jax.data import problem_rows
 from spak_jax.specs import check, claims, design_space, language, metrics, tune
 from spak_jax.specs.gpu_metrics import training_attention
 from spak_jax.specs.language import ExpressionError
@@ -99,7 +100,12 @@ def test_what_the_seed_claims_to_have_learned_is_among_the_facts():
 @pytest.mark.parametrize(
     ("file", "old", "new", "law"),
     [
-        ("base/common", "bridge_digits = [5, 6]", "bridge_digits = [5, 8]", "zero-shot-is-unseen"),
+        (
+            "base/common",
+            "bridge_lengths = [5, 6]",
+            "bridge_lengths = [5, 8]",
+            "zero-shot-is-unseen",
+        ),
         ("loop12", "width = 256", "width = 512", "budget"),
         ("loop12", "loops = 12", "loops = 14", "same-work"),
         ("loop12", 'column["5-6"].seeds == 5', 'column["5-6"].seeds == 6', "published-score"),
@@ -313,12 +319,12 @@ def test_halting_that_forgets_positions_breaks_its_law(tmp_path, monkeypatch):
 def test_scoring_in_another_format_breaks_its_law(tmp_path, monkeypatch):
     path = lawful(tmp_path, "format.training == format.scoring")
     assert verdict(path).holds is True
-    right = addition.problem_rows
+    right = problem_rows
     backwards = lambda problems, *more: right(  # noqa: E731
-        problems._replace(numbers=problems.numbers[..., ::-1]), *more
+        problems._replace(inputs=problems.inputs[..., ::-1]), *more
     )
-    monkeypatch.setattr(addition, "training_batch", lambda key, data, rows, given: backwards(
-        given, data.row_length, data.task
+    monkeypatch.setattr(metrics, "training_batch", lambda key, data, rows, given: backwards(
+        given, data.row_length, tasks.of(data)
     ))  # fmt: skip
     found = verdict(path)
     assert found.holds is False

@@ -31,16 +31,16 @@ def lookup(path):
     [
         ("parameters <= 800_000", True),
         ("parameters <= 700_000", False),
-        ("max(data.digits) < 7 <= parameters", True),
+        ("max(data.lengths) < 7 <= parameters", True),
         ("1 < parameters < 2", False),
-        ("len(data.digits) == 6 and min(data.digits, 1) == 1", None),
-        ("len(data.digits) == 6 and min(3, 1, 2) == 1", True),
+        ("len(data.lengths) == 6 and min(data.lengths, 1) == 1", None),
+        ("len(data.lengths) == 6 and min(3, 1, 2) == 1", True),
         ('accuracy["12"].low * 4 == 1.0', True),
         ("accuracy[12].low // 1 == 0 and -parameters % 2 == 0", True),
         ('data.layout == "packed" and data.layout != "single"', True),
         ("model.window or not model.window", True),
         ("not (parameters == 1 or parameters / 2 == 1)", True),
-        ("data.digits == data.digits", True),
+        ("data.lengths == data.lengths", True),
     ],
 )
 def test_laws_mean_what_python_means(text, holds):
@@ -91,8 +91,8 @@ def test_what_is_not_finite_keeps_no_invariant(value, sign, law):
         ("1e999 > 1", ["1e+30"]),
         ("f'{x}' == 'a'", ["JoinedStr"]),
         ("(y := 3) < 4", ["NamedExpr"]),
-        ("max(*data.digits) < 3", ["Starred"]),
-        ("max(data.digits, key=len) < 3", ["Call"]),
+        ("max(*data.lengths) < 3", ["Starred"]),
+        ("max(data.lengths, key=len) < 3", ["Call"]),
         ("b'x' == 1", ["neither number"]),
         ("... == 1", ["neither number"]),
         ("parameters <=", ["no expression"]),
@@ -103,7 +103,7 @@ def test_what_is_not_finite_keeps_no_invariant(value, sign, law):
         ("1" * 501, ["501 characters", "500"]),
         ("parameters", ["states nothing", "793600"]),
         ("parameters / 0 < 1", ["divides by zero"]),
-        ("data.digits < 3", ["column 1", "no number"]),
+        ("data.lengths < 3", ["column 1", "no number"]),
         ("data.layout + 1 < 3", ["'packed' is no number"]),
         ("data.layout == 3", ["compares 'packed' with 3"]),
         ("len(parameters) == 1", ["no list"]),
@@ -120,8 +120,8 @@ def test_anything_else_is_refused_with_what_and_where(text, said):
 
 
 def test_metrics_are_listed_without_the_names_of_functions():
-    law = language.parse('max(data.digits) < parameters + accuracy["12"].low and parameters > 1')
-    assert law.metrics() == [("data", "digits"), ("parameters",), ("accuracy", "12", "low")]
+    law = language.parse('max(data.lengths) < parameters + accuracy["12"].low and parameters > 1')
+    assert law.metrics() == [("data", "lengths"), ("parameters",), ("accuracy", "12", "low")]
 
 
 WORDS = st.sampled_from(
