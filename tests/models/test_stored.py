@@ -17,7 +17,8 @@ RELEASED = sorted((ROOT / "released").iterdir())
 
 
 def description_of(run) -> dict:
-    [path] = (run / "checkpoints").glob("*/description/metadata")
+    newest = checkpoint.steps_in(run)[-1]
+    path = run / "checkpoints" / str(newest) / "description" / "metadata"
     return json.loads(path.read_text())
 
 
