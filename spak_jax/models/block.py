@@ -127,7 +127,7 @@ class Attention(nnx.Module):
             positions=position_inputs.rope_positions,
             ids=position_inputs.position_ids,
             bias_table=self.biases,
-            window=self.window_of(position_inputs),
+            window=self._window_of(position_inputs),
             dropout_rate=self.dropout,
             dropout_key=key,
             implementation=self.attention_implementation,
@@ -155,7 +155,7 @@ class Attention(nnx.Module):
         biases = self.biases
         return {
             "bias_table": biases,
-            "window": self.window_of(position_inputs),
+            "window": self._window_of(position_inputs),
             "clip": self.window if biases is None else biases.shape[1] // 2 - 1,
             "scale": head_dim**-0.5,
         }
@@ -164,7 +164,7 @@ class Attention(nnx.Module):
     def biases(self) -> jax.Array | None:
         return self.bias_table[...] if self.biased else None
 
-    def window_of(self, position_inputs: PositionInputs) -> int | jax.Array | None:
+    def _window_of(self, position_inputs: PositionInputs) -> int | jax.Array | None:
         """As `pallas_kernels.attention` takes it."""
         slack = position_inputs.window_slack
         return self.window if self.window is None or slack is None else self.window + slack
