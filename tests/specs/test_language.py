@@ -9,7 +9,7 @@ from spak_jax.specs.language import ExpressionError, Impossible, Unknown
 
 METRICS = {
     ("parameters",): 793_600,
-    ("data", "digits"): (1, 2, 3, 4, 5, 6),
+    ("data", "lengths"): (1, 2, 3, 4, 5, 6),
     ("data", "layout"): "packed",
     ("accuracy", "12", "low"): 0.25,
     ("model", "window"): False,
