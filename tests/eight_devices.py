@@ -24,6 +24,7 @@ from spak_jax.data import training_batch
 from spak_jax.positions.base import SchemeSettings
 from spak_jax.positions.coupled import offset_ids
 from spak_jax.positions.rope import RandomRope
+from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint, loggers, parallel
 from spak_jax.training.loop import train
 from spak_jax.training.step import compiled, init_sharded_state, loss
@@ -153,7 +154,7 @@ def gradients_at_once() -> dict:
     batch = training_batch(jax.random.key(1), small.data, small.train.batch, None)
 
     def objective(weights, batch, key):
-        return loss(nnx.merge(definition, weights), batch, key)
+        return loss(nnx.merge(definition, weights), batch, Addition(), key)
 
     def on(devices):
         step = parallel.value_and_grad(objective, devices)

@@ -38,7 +38,7 @@ def config_of(scheme):
         model={"positions": scheme, **SCHEMES[scheme]},
         data={"examples": 0, "layout": "single"},
         train={"steps": 4, "checkpoint_every": 4},
-        evaluation={"digits": [1, 3], "examples": 5},
+        evaluation={"lengths": [1, 3], "examples": 5},
     )
 
 
@@ -60,7 +60,7 @@ def outcome(scheme, run):
     return (
         checkpoint.digest(checkpoint.restore(run).weights),
         score(trained, Settings.of(config.evaluation)),
-        solve(trained, [(1, 2), (10, 345)]),
+        solve(trained, [("1", "2"), ("10", "345")]),
     )
 
 

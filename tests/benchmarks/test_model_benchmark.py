@@ -129,7 +129,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
     peer.load(jax.tree.map(np.asarray, checkpoint.named_arrays(state.weights)))
     batch = training_batch(jax.random.key(1), config.data, 8, None)
     definition, _ = models.abstract(config)
-    ours = loss(nnx.merge(definition, state.weights), batch, None)
+    ours = loss(nnx.merge(definition, state.weights), batch, ADDITION, None)
     weights = batch.answer / batch.answer.sum()
     tokens, targets, weights = (
         torch.from_numpy(np.array(x)) for x in (batch.tokens, batch.targets, weights)

@@ -13,7 +13,7 @@ from test_stream import with_gradients
 
 from pallas_kernels import targets
 from pallas_kernels.ops import linear, matmul
-from spak_jax import models
+from spak_jax import models, tasks
 from spak_jax.config import read_config
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.training.step import loss
@@ -174,7 +174,9 @@ def value_and_gradient(config, weights=None):
 
     @jax.jit
     def objective(weights):
-        return loss(nnx.merge(definition, weights), batch, jax.random.key(3), 0.5)
+        return loss(
+            nnx.merge(definition, weights), batch, tasks.of(config.data), jax.random.key(3), 0.5
+        )
 
     return jax.value_and_grad(objective)(drawn if weights is None else weights)
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import targets
-from spak_jax import models
+from spak_jax import models, tasks
 from spak_jax.config import read_config
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.tasks.arithmetic import Addition
@@ -55,10 +55,11 @@ def start(config):
 
 def training_gradient(config):
     definition, weights, batch = start(config)
-    loss = lambda weights: loss(  # noqa: E731
-        nnx.merge(definition, weights), batch, jax.random.key(3), 0.5
+    task = tasks.of(config.data)
+    of = lambda weights: loss(  # noqa: E731
+        nnx.merge(definition, weights), batch, task, jax.random.key(3), 0.5
     )
-    return jax.jit(jax.grad(loss))(weights)
+    return jax.jit(jax.grad(of))(weights)
 
 
 def gradient_of_a_call(config):

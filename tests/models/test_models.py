@@ -104,7 +104,7 @@ def test_logits_loss_and_all_gradients_equal_the_reference(name, reference):
     network = build(config, weights)
 
     def loss_and_logits(network):
-        return loss(network, batch, None), network(jnp.asarray(batch.tokens))
+        return loss(network, batch, ADDITION, None), network(jnp.asarray(batch.tokens))
 
     graded = nnx.jit(nnx.value_and_grad(loss_and_logits, has_aux=True))
     (loss, logits), gradients = graded(network)

@@ -21,10 +21,13 @@ from spak_jax.config import Train, leaves
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.evaluation.loaded import load
 from spak_jax.release import release
+from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint, loggers, runs
 from spak_jax.training.loop import train
 from spak_jax.training.runs import _consecutive_seeds, per_seed_configs
 from spak_jax.training.step import initial_state, loss, make_training, optimizer, schedule
+
+ADDITION = Addition()
 
 
 def assert_same_run(one, other):
@@ -49,7 +52,7 @@ def test_schedule_warms_up_decays_and_stays():
 def test_loss_counts_answer_tokens_of_supervised_readouts_only(tiny):
     network = models.build(tiny, jax.random.key(0))
     batch = training_batch(jax.random.key(1), tiny.data, 4, None)
-    value = loss(network, batch, None)
+    value = loss(network, batch, ADDITION, None)
     # By hand: loops 2 and 3 of 3, every answer token alike.
     entropies = []
     for loops in (2, 3):
@@ -58,7 +61,7 @@ def test_loss_counts_answer_tokens_of_supervised_readouts_only(tiny):
         entropies += (-picked[batch.answer]).tolist()
     np.testing.assert_allclose(value, np.mean(entropies), rtol=1e-6)
     changed = batch._replace(targets=jnp.where(batch.answer, batch.targets, 5))
-    assert loss(network, changed, None) == value
+    assert loss(network, changed, ADDITION, None) == value
 
 
 def test_the_optimizer_is_adamw_behind_a_clip():
@@ -107,7 +110,7 @@ def test_a_step_is_the_plain_recipe(tiny):
         batch = training_batch(key, config.data, config.train.batch, dataset.training)
 
         def objective(weights):
-            return loss(nnx.merge(definition, weights), batch, None)
+            return loss(nnx.merge(definition, weights), batch, ADDITION, None)
 
         value, gradient = jax.value_and_grad(objective)(weights)
         changes, optimizer = update.update(gradient, optimizer, weights)
