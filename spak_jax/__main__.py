@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "import a checkpoint of the original PyTorch system",
     "release": "keep what others need of a run",
     "check": "hold specifications to what they claim",
+    "tune": "choose kernel tiles by what a specification declares",
     "brief": "write a specification as one page",
 }
 

@@ -44,7 +44,7 @@ def welch(ours: np.ndarray, others: np.ndarray) -> str:
 
 @pytest.mark.parametrize("name", ["loop12", "loop128e"])
 def test_differences_to_twelve_blocks(name):
-    column = "published_columns", "5-6"
+    column = "seed_columns", "5-6"
     ours = accuracies(f"reproduced-256/results/{name}-seed?.json", *column)
     gpt = accuracies("reproduced-256/results/gpt12-seed?.json", *column)
     assert welch(ours, gpt) in README

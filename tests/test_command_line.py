@@ -28,6 +28,8 @@ INSTALLED = ("spak_jax", "pallas_kernels")
 OF_A_CHECKOUT = ("benchmarks", "reliability")
 # It needs nothing of ours, nor what programs of ours share.
 ALONE = "reliability.orbax_growth"
+# It runs one of the others.
+DISPATCHER = "spak_jax.__main__"
 PROGRAMS = sorted(
     {
         f"{path.parent.name}.{path.stem}"
@@ -35,7 +37,7 @@ PROGRAMS = sorted(
         for path in (ROOT / package).glob("*.py")
         if 'if __name__ == "__main__"' in path.read_text()
     }
-    - {ALONE}
+    - {ALONE, DISPATCHER}
 )
 HOSTILE = "[bold]Größe :smile: 加[/x] ☃"
 
@@ -70,6 +72,19 @@ def test_every_program_is_run_in_the_one_way(program):
     text = (ROOT / f"{program.replace('.', '/')}.py").read_text()
     assert text.rstrip().endswith("    run_program(main)")
     assert not re.search("^(import|from) rich", text, re.M)
+
+
+def test_one_command_runs_the_programs():
+    usage = run_program("spak_jax", "--help")
+    assert (usage.returncode, usage.stderr) == (0, "")
+    commands = [program.partition(".")[2] for program in PROGRAMS if program.startswith("spak_jax")]
+    assert sorted(commands) == sorted(line.split()[0] for line in usage.stdout.splitlines()[2:-2])
+    for command in ("figures", "solve"):
+        told = run_program("spak_jax", command, "--help")
+        assert told.stdout == run_program(f"spak_jax.{command}", "--help").stdout
+    assert_refused(run_program("spak_jax", "trian"), "spak trian: must be of", "train")
+    assert_refused(run_program("spak_jax"), "usage: spak COMMAND")
+    assert_refused(run_program("spak_jax", "solve"), "RUN")
 
 
 def words(text: str) -> set[str]:

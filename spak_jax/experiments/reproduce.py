@@ -126,7 +126,7 @@ def _made_by(path: Path, config: Config, step: int | None, settings: Settings) -
         return None
     try:
         results = read_results(path)
-        stored = parse_config(results.config.model_dump(mode="json"), str(path))
+        stored = parse_config(results.config.model_dump(mode="json", exclude_unset=True), str(path))
     except InputError as error:
         raise InputError(f"{error}; {WAY_OUT}") from None
     difference = first_difference(stored, config)

@@ -116,10 +116,12 @@ def _difference(stored: Config, asked: Config, step: int) -> str | None:
     """What would have made other steps, up to this one, than those done; None for nothing."""
     difference = first_difference(stored, asked, but=BESIDE_THE_STEPS)
     steps = sorted((stored.train.steps, asked.train.steps))
+    if difference or steps[0] == steps[1]:
+        return difference
     # The one part of a step that goes by how many there will be.
     anneals_until = POSITIONS.get(asked.model.positions).anneals_until
-    if difference or steps[0] == steps[1] or step < anneals_until * steps[0] or not anneals_until:
-        return difference
+    if step < anneals_until * steps[0] or not anneals_until:
+        return None
     return (
         f"train.steps is {stored.train.steps:,} there and {asked.train.steps:,} here, and says when"
         f" the ids of model.positions = {asked.model.positions!r} become firm: not after step"

@@ -16,6 +16,7 @@ from spak_jax import models, tasks
 from spak_jax.config import read_config
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training.step import loss
 
 ADDITION = Addition()
 
@@ -65,13 +66,13 @@ def training_gradient(config):
 def gradient_of_a_call(config):
     definition, weights, batch = start(config)
 
-    def loss(weights):
+    def of_a_call(weights):
         network = nnx.merge(definition, weights)
         logits = network(batch.tokens, position_ids=ADDITION.position_ids(batch.tokens))
         chances = jax.nn.log_softmax(logits.astype(jnp.float32))
         return -jnp.take_along_axis(chances, batch.targets[..., None], axis=-1).mean()
 
-    return jax.jit(jax.grad(loss))(weights)
+    return jax.jit(jax.grad(of_a_call))(weights)
 
 
 def off(found, truth) -> float:

@@ -15,11 +15,12 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spak_jax import models, positions
+from spak_jax import models
 from spak_jax.command_line import Failure, InputError
 from spak_jax.config import Train, leaves
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.evaluation.loaded import load
+from spak_jax.positions import learned
 from spak_jax.release import release
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint, loggers, runs
@@ -102,23 +103,23 @@ def test_a_step_is_the_plain_recipe(tiny):
     after, told = jax.jit(make_training(config))(state, dataset, jnp.int32(2))
     definition, _ = models.abstract(config)
     key = jax.random.split(jax.random.key(config.train.seed), 4)[1]
-    weights, optimizer = state.weights, state.optimizer
+    weights, moments = state.weights, state.optimizer
     update = optimizer(config.train)
 
     @jax.jit
-    def step(weights, optimizer, key):
+    def step(weights, moments, key):
         batch = training_batch(key, config.data, config.train.batch, dataset.training)
 
         def objective(weights):
             return loss(nnx.merge(definition, weights), batch, ADDITION, None)
 
         value, gradient = jax.value_and_grad(objective)(weights)
-        changes, optimizer = update.update(gradient, optimizer, weights)
+        changes, moments = update.update(gradient, moments, weights)
         norm = optax.tree.norm(gradient)
-        return optax.apply_updates(weights, changes), optimizer, value, norm
+        return optax.apply_updates(weights, changes), moments, value, norm
 
     for i in range(2):
-        weights, optimizer, value, norm = step(weights, optimizer, jax.random.fold_in(key, i))
+        weights, moments, value, norm = step(weights, moments, jax.random.fold_in(key, i))
         np.testing.assert_allclose(told.loss[i], value, rtol=1e-5)
         np.testing.assert_allclose(told.gradient_norm[i], norm, rtol=1e-4)
     for mine, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(after.weights), strict=True):
@@ -338,7 +339,7 @@ def test_a_training_goes_on_for_longer(tiny, tmp_path):
     train(tiny, tmp_path / "run")
     longer = tiny_config(
         train={"steps": 20, "checkpoint_every": 3, "steps_per_call": 4},
-        evaluation={"digits": [1]},
+        evaluation={"lengths": [1]},
     ).model_copy(update={"name": "other", "system": "Another name"})
     train(longer, tmp_path / "run")
     assert_same_run(tmp_path / "planned", tmp_path / "run")
@@ -368,14 +369,14 @@ def test_every_field_that_makes_steps_is_refused_and_no_other_is():
 def test_gates_that_became_firm_do_not_soften_again():
     """Gates are soft for the first part of the steps there will be, which a longer training has."""
     of = lambda steps: tiny_config(model={"positions": "learned"}, train={"steps": steps})  # noqa: E731
-    firm = 12 * positions.SOFT_UNTIL
+    firm = 12 * learned.SOFT_UNTIL
     for step in range(13):
         for one, other in ((12, 24), (24, 12)):
             difference = runs._difference(of(one), of(other), step)
             assert (difference is None) == (step < firm), step
             if difference:
                 assert f"train.steps is {one} there and {other} here" in difference
-                assert "gates" in difference
+                assert "become firm" in difference
         assert runs._difference(of(12), of(12), step) is None
 
 
