@@ -155,7 +155,7 @@ def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
         "operations_a_step": operations,
         "temporary_bytes": memory,
         "scored_problems_a_second": {
-            name: _scored_rows() / times["median"] * 1e3 for name, times in passes.items()
+            name: _scored_rows(config) / times["median"] * 1e3 for name, times in passes.items()
         },
     }
     if missing:

@@ -120,7 +120,7 @@ def test_results_of_another_run_are_refused(tiny_system, monkeypatch):
     with pytest.raises(InputError, match="train.steps is 12 there and 13 here"):
         run(monkeypatch, f"{WORDS} --seeds 1 train.steps=13")
     (tiny_system / "runs/reproduced-256/tiny/tiny-seed0.json").write_text("{")
-    with pytest.raises(InputError, match="tiny-seed0.json cannot be read as a results file"):
+    with pytest.raises(InputError, match="tiny-seed0.json: not JSON"):
         run(monkeypatch, f"{WORDS} --seeds 1")
 
 
