@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import timing
-from spak_jax import addition, evaluate, models
+from pallas_kernels.tuning import timing
+from spak_jax import models, provenance, tasks
 from spak_jax.command_line import Table, console
 from spak_jax.config import Config, LoopedModel
 from spak_jax.evaluation import generate
+from spak_jax.evaluation.batching import padded_length
 
 # Problems, their digits, and tokens of a row.
 MANY, ONE = (128, 12, 64), (1, 12, 64)
@@ -29,10 +30,10 @@ LAUNCHED, SCANNED = "recomputing, one launch", "recomputing, block by block"
 def measure(config: Config) -> dict[str, Any]:
     """Times of every way that runs here."""
     cases = [MANY, ONE]
-    if LONG_DIGITS in config.evaluation.digits:
-        cases.append((1, LONG_DIGITS, evaluate.padded_length(LONG_DIGITS, config.data.task)))
+    if LONG_DIGITS in config.evaluation.lengths:
+        cases.append((1, LONG_DIGITS, padded_length(LONG_DIGITS, tasks.of(config.data))))
     return {
-        **evaluate.where_and_when(),
+        **provenance.where_and_when(),
         "dtype": models.compute_dtype(config.model.dtype).name,
         "cases": [_timed(config, *case) for case in cases],
     }
@@ -63,16 +64,17 @@ def show(results: dict[str, Any]) -> None:
 
 def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any]:
     """Quartiles of the milliseconds that answers take by each way, taking turns."""
-    problems = addition.sample_exact(jax.random.key(1), digits, rows, config.data.task)
-    text, answer = addition.render(problems, length, config.data.task)
-    network = models.build(config, addition.VOCABULARY_SIZE, jax.random.key(0))
+    task = tasks.of(config.data)
+    problems = task.sample_exact(jax.random.key(1), digits, rows)
+    text, answer = task.render(problems, length)
+    network = models.build(config, jax.random.key(0))
     programs, missing = {}, {}
     for name, make in {CACHES: _caches, LAUNCHED: _launched, SCANNED: _scanned}.items():
         decoder = make(config, network, text)
         if isinstance(decoder, str):
             missing[name] = decoder
         else:
-            programs[name] = _program(decoder, nnx.state(network), text, answer)
+            programs[name] = _program(decoder, task.end, nnx.state(network), text, answer)
     milliseconds = timing.quartiles(programs, ROUNDS, 1e3)
     written = int(answer.sum())
     recomputing = SCANNED if LAUNCHED in missing else LAUNCHED
@@ -91,7 +93,7 @@ def _timed(config: Config, rows: int, digits: int, length: int) -> dict[str, Any
     }
 
 
-def _program(decoder: generate.Decoder, weights, text, answer) -> timing.Program:
+def _program(decoder: generate.Decoder, end: int, weights, text, answer) -> timing.Program:
     """A program that writes the answers once, compiled."""
 
     def decode_step(given, tokens, cache_position, cache):
@@ -105,7 +107,7 @@ def _program(decoder: generate.Decoder, weights, text, answer) -> timing.Program
 
     @jax.jit
     def write(given, prompt, prompt_length):
-        return generate.generate(true, given, prompt, prompt_length)[0]
+        return generate.generate(true, end, given, prompt, prompt_length)[0]
 
     given = ((weights, text), text, answer.argmax(-1))
     executable = write.lower(*given).compile()
@@ -126,21 +128,21 @@ def _launched(config: Config, network, text) -> generate.Decoder | str:
         return "no GPU that it is for"
     if not network.supports_fused(text):
         return "no program holds such rows"
-    return _recomputing(network, lambda network, **told: network.fused_forward(**told)[0])
+    return _recomputing(config, network, lambda network, **told: network.fused_forward(**told)[0])
 
 
 def _scanned(config: Config, network, text) -> generate.Decoder:
     # Asked for an implementation of attention, the model does not take one launch.
     attention = "pallas" if jax.default_backend() == "gpu" else None
-    network = models.build(config, addition.VOCABULARY_SIZE, jax.random.key(0), attention)
-    return _recomputing(network, lambda network, **told: network(**told))
+    network = models.build(config, jax.random.key(0), attention)
+    return _recomputing(config, network, lambda network, **told: network(**told))
 
 
-def _recomputing(network, call: Callable) -> generate.Decoder:
-    definition = nnx.graphdef(network)
+def _recomputing(config: Config, network, call: Callable) -> generate.Decoder:
+    definition, task = nnx.graphdef(network), tasks.of(config.data)
 
     def run(weights, tokens):
-        told = {"tokens": tokens, "position_ids": addition.coupled_ids(tokens)}
+        told = {"tokens": tokens, "position_ids": task.position_ids(tokens)}
         return call(nnx.merge(definition, weights), **told), jnp.zeros(tokens.shape, jnp.int32)
 
     return generate.without_cache(run)

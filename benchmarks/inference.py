@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import compile, targets, timing
-from pallas_kernels.looped_cases import LoopedCase
-from pallas_kernels.shapes import Shape
-from spak_jax import addition, evaluate, models, roofline
+from pallas_kernels import targets
+from pallas_kernels.tuning import aot, timing
+from pallas_kernels.tuning.cases import LOOPED, Case
+from pallas_kernels.tuning.shapes import Shape
+from spak_jax import models, provenance, tasks
 from spak_jax.command_line import InputError, Table, console
 from spak_jax.config import Config, LoopedModel
 from spak_jax.registry import POSITIONS
+from spak_jax.specs import roofline
 
 ROWS, LENGTH = 128, 64
 LOOPS = (12, 24, 30)
@@ -40,7 +42,7 @@ def measure(config: Config) -> dict[str, Any]:
     _check_loops(config)
     dtype = models.compute_dtype(config.model.dtype)
     results = {
-        **evaluate.where_and_when(),
+        **provenance.where_and_when(),
         "dtype": dtype.name,
         "weight_bytes_a_loop": roofline.weights_of_a_block(config) * dtype.itemsize,
         "latency": [_timed(config, ROWS, loops, PASSES) for loops in LOOPS],
@@ -89,19 +91,23 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
 
     Raises:
       InputError: the model does not loop.
-      compile.Unavailable: what compiling for another GPU needs is not installed.
+      aot.Unavailable: what compiling for another GPU needs is not installed.
     """
     _check_loops(config)
     architecture, chip = config.model, targets.TARGETS[target]
     with targets.compiling_for(target):
         dtype = models.compute_dtype(architecture.dtype)
-    case = LoopedCase(
+    biased = POSITIONS.get(architecture.positions).has_ids
+    case = Case(
+        LOOPED,
         Shape(ROWS, LENGTH, architecture.heads, architecture.width // architecture.heads),
         dtype.name,
-        POSITIONS.get(architecture.positions).has_ids,
-        models.hidden_width(architecture),
+        rope=not biased,
+        clip=1 if biased else None,
+        backward=False,
+        hidden=models.hidden_width(architecture),
     )
-    [report] = compile.measure([target], [case])
+    [report] = aot.measure([target], [case])
     # A float32 product is three in tf32, each at half the speed of bfloat16.
     speed = chip.products / (1 if dtype == jnp.bfloat16 else 6)
     seconds = {
@@ -113,7 +119,7 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
         "chip": chip.chip,
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
-        "commit": evaluate.commit(),
+        "commit": provenance.commit(),
         "batch": [ROWS, LENGTH],
         "weight_bytes_a_loop": roofline.weights_of_a_block(config) * dtype.itemsize,
         "kernel": report.as_json(),
@@ -171,8 +177,9 @@ def _program(config: Config, name: str, rows: int, loops: int, passes: int):
     if name == SCANNED and not on_gpu:
         return "needs a GPU: the CPU has no kernels to run"
     attention = "pallas" if name == SCANNED else None
-    network = models.build(config, addition.VOCABULARY_SIZE, jax.random.key(0), attention)
-    tokens = jax.random.randint(jax.random.key(1), (rows, LENGTH), 0, addition.VOCABULARY_SIZE)
+    network = models.build(config, jax.random.key(0), attention)
+    task = tasks.of(config.data)
+    tokens = jax.random.randint(jax.random.key(1), (rows, LENGTH), 0, len(task.vocabulary))
     if name == LAUNCHED and not network.supports_fused(tokens):
         return "no GPU that it is for" if not on_gpu else "no program holds such rows"
     definition, weights = nnx.split(network)
@@ -180,12 +187,12 @@ def _program(config: Config, name: str, rows: int, loops: int, passes: int):
     @jax.jit
     def run(weights, tokens):
         def once(_, tokens):
-            position_ids = addition.coupled_ids(tokens)
+            ids = task.position_ids(tokens)
             merged = nnx.merge(definition, weights)
             if name == LAUNCHED:
-                logits = merged.fused_forward(tokens, loops=loops, position_ids=position_ids)[0]
+                logits = merged.fused_forward(tokens, loops=loops, position_ids=ids)[0]
             else:
-                logits = merged(tokens, loops=loops, position_ids=position_ids)
+                logits = merged(tokens, loops=loops, position_ids=ids)
             # Never true, which the compiler does not know.
             return tokens + (logits.max(-1) > 1e30)
 

@@ -24,9 +24,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import attention, timing
+from pallas_kernels import attention
 from pallas_kernels.programs import Table, console, run_program
-from pallas_kernels.shapes import LONG, TRAINING, Shape, parse_shape
+from pallas_kernels.tuning import timing
+from pallas_kernels.tuning.shapes import LONG, TRAINING, Shape, parse_shape
 
 # The quickstart's shape is no work for a GPU.
 SHAPES = tuple(shape for shape in TRAINING + LONG if shape.head_dim >= 32)

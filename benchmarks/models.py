@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import generation, inference, profiling
-from pallas_kernels import IMPLEMENTATIONS, choose, compile, timing
+from pallas_kernels import IMPLEMENTATIONS, choose
 from pallas_kernels.targets import TARGETS
-from spak_jax import addition, evaluate, models, roofline
+from pallas_kernels.tuning import aot, timing
+from spak_jax import models, provenance, tasks
 from spak_jax.command_line import (
     InputError,
     Table,
@@ -36,7 +37,13 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config import Config, Parallel, add_words, file_and_overrides, read_config
-from spak_jax.train import initial_state, make_supply, make_training, one_by_one
+from spak_jax.data import make_dataset, problem_rows, training_batch
+from spak_jax.evaluation.batching import padded_length, rows_per_call
+from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.score import Scorer, Settings
+from spak_jax.specs import roofline
+from spak_jax.training.runs import per_seed_configs
+from spak_jax.training.step import initial_state, make_training
 
 ROUNDS = 7
 SECONDS_A_ROUND = 0.5
@@ -86,12 +93,12 @@ def main() -> None:
         raise InputError("--target: --generation is measured, not estimated")
     results = {"config": config.name, "overrides": overrides}
     if arguments.target:
-        compile.touch_no_gpu()
+        aot.touch_no_gpu()
         estimating = inference if arguments.inference else roofline
         try:
             with progress("compiling"):
                 results |= estimating.estimate(config, arguments.target)
-        except compile.Unavailable as error:
+        except aot.Unavailable as error:
             raise InputError(f"--target {arguments.target}: {error}") from None
         (inference.show_estimate if arguments.inference else show_estimate)(results)
     elif arguments.inference or arguments.generation:
@@ -134,7 +141,7 @@ def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
     tokens = config.train.batch * config.data.row_length
     operations = roofline.operations_a_step(config)
     results = {
-        **evaluate.where_and_when(),
+        **provenance.where_and_when(),
         "batch": [config.train.batch, config.data.row_length],
         "seeds": seeds,
         "milliseconds_a_step": milliseconds,
@@ -237,26 +244,27 @@ def _milliseconds(runs: dict[str, Callable[[int], None]]) -> dict[str, dict[str,
 
 def _training_steps(config: Config, attention: str) -> tuple[Callable[[int], None], int]:
     """A function that takes training steps, always from the same state, and its memory."""
-    state, supply = initial_state(config), make_supply(config)
+    state, dataset = initial_state(config), make_dataset(config.data)
     run_steps = jax.jit(make_training(config, attention))
-    executable = run_steps.lower(state, supply, jnp.int32(0)).compile()
+    executable = run_steps.lower(state, dataset, jnp.int32(0)).compile()
 
     def run(count: int) -> None:
         # One call of the program takes so many at most.
         most = config.train.steps_per_call
         for start in range(0, count, most):
-            jax.block_until_ready(executable(state, supply, jnp.int32(min(most, count - start))))
+            jax.block_until_ready(executable(state, dataset, jnp.int32(min(most, count - start))))
 
     return run, executable.memory_analysis().temp_size_in_bytes
 
 
 def _scoring_passes(config: Config) -> Callable[[int], None]:
     """A function that scores batches of problems, as `evaluate` does."""
-    one = one_by_one(config)[0]
-    trained = evaluate.Trained(one, initial_state(one).weights, 0)
-    scorer = evaluate.Scorer(trained, evaluate.Settings((SCORED_DIGITS,), 1, 0))
-    rows = _scored_rows()
-    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, rows)
+    one = per_seed_configs(config)[0]
+    scorer = Scorer(
+        LoadedModel(one, initial_state(one).weights, 0), Settings((SCORED_DIGITS,), 1, 0)
+    )
+    rows = _scored_rows(config)
+    problems = scorer.task.sample_exact(jax.random.key(0), SCORED_DIGITS, rows)
 
     def run(count: int) -> None:
         # All in one call, as in `evaluate`: batches are prepared while others are scored.
@@ -273,23 +281,25 @@ def _peer(config: Config) -> tuple[Callable[[int], None], Callable[[int], None]]
         raise _NoPeer(f"PyTorch is not installed ({error})") from None
     if not torch_peer.torch.cuda.is_available():
         raise _NoPeer(f"PyTorch {importlib.metadata.version('torch')} sees no GPU")
-    supply = make_supply(config)
+    dataset = make_dataset(config.data)
     batches = []
     for key in jax.random.split(jax.random.key(0), PEER_BATCHES):
-        batch = addition.training_batch(key, config.data, config.train.batch, supply.training)
+        batch = training_batch(key, config.data, config.train.batch, dataset.training)
         weights = batch.answer / batch.answer.sum()
         batches.append(tuple(map(np.asarray, (batch.tokens, batch.targets, weights))))
-    problems = addition.sample_exact(jax.random.key(0), SCORED_DIGITS, _scored_rows())
-    rows = addition.problem_rows(problems, config.data.row_length)
+    task = tasks.of(config.data)
+    vocabulary = len(task.vocabulary)
+    problems = task.sample_exact(jax.random.key(0), SCORED_DIGITS, _scored_rows(config))
+    rows = problem_rows(problems, config.data.row_length, task)
     return (
-        torch_peer.training_steps(config, addition.VOCABULARY_SIZE, batches),
-        torch_peer.scoring_passes(config, addition.VOCABULARY_SIZE, np.asarray(rows.tokens)),
+        torch_peer.training_steps(config, vocabulary, batches),
+        torch_peer.scoring_passes(config, vocabulary, np.asarray(rows.tokens)),
     )
 
 
-def _scored_rows() -> int:
+def _scored_rows(config: Config) -> int:
     """Problems that one pass scores."""
-    return evaluate.rows_per_call(evaluate.padded_length(SCORED_DIGITS, "addition"))
+    return rows_per_call(padded_length(SCORED_DIGITS, tasks.of(config.data)))
 
 
 def _default_attention(config: Config) -> str:

@@ -17,17 +17,21 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from spak_jax import addition, evaluate, jax_settings
+from spak_jax import jax_settings, tasks
 from spak_jax.command_line import (
     Failure,
     InputError,
+    check_range,
     console,
     progress,
     run_program,
     write_file,
 )
-from spak_jax.config import Config, add_words, file_and_overrides, read_config
-from spak_jax.train import TrainState, compiled, first_state, first_supply
+from spak_jax.config import MAX_LENGTH, Config, add_words, file_and_overrides, read_config
+from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.score import Scorer, Settings
+from spak_jax.evaluation.statistics import summary
+from spak_jax.training.step import TrainState, compiled, init_sharded_state, sharded_dataset
 
 DIGITS, ACCURACY = 100, 0.999
 EXAMPLES = 10_000
@@ -50,19 +54,19 @@ def race(config: Config, digits: int, every: int) -> dict[str, Any]:
     Raises:
       Failure: the training ended before that.
     """
-    state, supply = first_state(config), first_supply(config)
+    state, dataset = init_sharded_state(config), sharded_dataset(config)
     run_steps, _ = compiled(config)
-    settings = evaluate.Settings((digits,), EXAMPLES, config.evaluation.seed)
-    problems = addition.sample_exact(jax.random.key(1), digits, EXAMPLES, config.data.task)
+    settings = Settings((digits,), EXAMPLES, config.evaluation.seed)
+    problems = tasks.of(config.data).sample_exact(jax.random.key(1), digits, EXAMPLES)
     few = jax.tree.map(lambda array: array[:FIRST_EXAMPLES], problems)
     training = scoring = 0.0
     with progress(config.name, config.train.steps, unit="steps") as shown:
         while int(state.step) < config.train.steps:
             before, started = int(state.step), time.perf_counter()
-            state = _advance(run_steps, state, supply, every, config)
+            state = _advance(run_steps, state, dataset, every, config)
             training += time.perf_counter() - started
             started = time.perf_counter()
-            scorer = evaluate.Scorer(evaluate.Trained(config, state.weights, 0), settings)
+            scorer = Scorer(LoadedModel(config, state.weights, 0), settings)
             right = scorer(few).correct.mean()
             if right >= ACCURACY:
                 outcome = scorer(problems)
@@ -71,10 +75,10 @@ def race(config: Config, digits: int, every: int) -> dict[str, Any]:
             shown.advance(int(state.step) - before)
             console.print(f"step {int(state.step):,}: {right:.2%} of {digits} digits right")
             if right >= ACCURACY:
-                trained = evaluate.Trained(config, state.weights, int(state.step))
-                return evaluate.origin(trained) | {
+                loaded = LoadedModel(config, state.weights, int(state.step))
+                return loaded.describe() | {
                     "digits": digits,
-                    **evaluate.summary(outcome),
+                    **summary(outcome),
                     "seconds": time.time() - psutil.Process().create_time(),
                     "training_seconds": training,
                     "scoring_seconds": scoring,
@@ -94,8 +98,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     arguments = parser.parse_intermixed_args()
-    evaluate.check_range("--digits", arguments.digits, 1, evaluate.MAX_DIGITS)
-    evaluate.check_range("--every", arguments.every, 1, 1_000_000)
+    check_range("--digits", arguments.digits, 1, MAX_LENGTH)
+    check_range("--every", arguments.every, 1, 1_000_000)
     config = read_config(*file_and_overrides(arguments))
     if config.train.seeds > 1:
         raise InputError(f"train.seeds = {config.train.seeds}: a race is run by one seed")
@@ -112,12 +116,12 @@ def main() -> None:
         write_file(arguments.json, json.dumps(result, indent=1) + "\n")
 
 
-def _advance(run_steps, state: TrainState, supply, count: int, config: Config) -> TrainState:
+def _advance(run_steps, state: TrainState, dataset, count: int, config: Config) -> TrainState:
     """The state `count` steps on, or at the last step."""
     last = min(int(state.step) + count, config.train.steps)
     while int(state.step) < last:
         steps = min(last - int(state.step), config.train.steps_per_call)
-        state, _ = run_steps(state, supply, jnp.int32(steps))
+        state, _ = run_steps(state, dataset, jnp.int32(steps))
     return jax.block_until_ready(state)
 
 

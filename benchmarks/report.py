@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import CONTENDERS, OURS, against_best_peer, shown_times
+from pallas_kernels.kernel_names import current_name
 from pallas_kernels.programs import run_program
-from pallas_kernels.shapes import Shape, parse_shape
-from pallas_kernels.stream_cases import StreamShape
+from pallas_kernels.tuning.shapes import Shape, StreamShape, parse_shape
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def _compile(results: dict[str, Any]) -> str:
     rows = [
         [
             kernel["target"],
-            kernel["kernel"],
+            current_name(kernel["kernel"]),
             kernel["shape"],
             kernel["extras"],
             str(kernel["registers"]),

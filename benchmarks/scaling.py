@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spak_jax import evaluate, models, train
+from spak_jax import models, provenance
 from spak_jax.command_line import (
     InputError,
     Table,
@@ -36,6 +36,7 @@ from spak_jax.config import (
     parse_config,
     read_config,
 )
+from spak_jax.training import step
 
 ROUNDS = 7
 SECONDS_A_ROUND = 0.5
@@ -83,7 +84,7 @@ def measure(config: Config, devices: int) -> dict[str, Any]:
     return {
         "config": config.name,
         "parameters": models.parameter_count(
-            jax.eval_shape(lambda: train.initial_state(config)).weights
+            jax.eval_shape(lambda: step.initial_state(config)).weights
         ),
         "batch": [config.train.batch, config.data.row_length],
         "milliseconds_a_step": milliseconds,
@@ -111,7 +112,7 @@ def main() -> None:
     configs = [read_config(path, overrides) for path in paths]
     devices = jax.local_device_count()
     if devices < 2:
-        raise InputError(f"there is one device, {evaluate.device_name()}: scaling needs several")
+        raise InputError(f"there is one device, {provenance.device_name()}: scaling needs several")
     for config in configs:
         if config.train.seeds > 1 or config.parallel != Parallel():
             raise InputError(
@@ -120,7 +121,7 @@ def main() -> None:
     if arguments.json:
         writable_folder(arguments.json.parent)
     found = {
-        **evaluate.where_and_when(),
+        **provenance.where_and_when(),
         "devices": devices,
         "overrides": overrides,
         "rounds": ROUNDS,
@@ -155,13 +156,13 @@ def show(found: dict[str, Any], measured: dict[str, Any]) -> None:
 
 def _program(config: Config) -> Callable[[], float]:
     """A function that takes some steps and returns the seconds of one."""
-    run_steps = train.compiled_steps(config)
-    state, supply = train.first_state(config), train.first_supply(config)
+    run_steps = step.compiled_steps(config)
+    state, dataset = step.init_sharded_state(config), step.sharded_dataset(config)
 
     def run(count: int) -> float:
         nonlocal state
         started = time.perf_counter()
-        state, _ = jax.block_until_ready(run_steps(state, supply, np.int32(count)))
+        state, _ = jax.block_until_ready(run_steps(state, dataset, np.int32(count)))
         return (time.perf_counter() - started) / count
 
     run(1)

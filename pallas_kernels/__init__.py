@@ -7,14 +7,14 @@ import importlib
 
 # By name, where each stands.
 _PUBLIC = {
-    "IMPLEMENTATIONS": "dispatch",
-    "Choice": "dispatch",
-    "add_and_norm": "residual",
-    "add_and_score": "readout",
-    "attention": "dispatch",
-    "choose": "dispatch",
-    "gelu": "activation",
-    "looped_block": "looped",
+    "IMPLEMENTATIONS": "ops.attention",
+    "Choice": "ops.attention",
+    "add_layer_norm": "ops.add_layer_norm",
+    "add_layer_norm_cross_entropy": "ops.cross_entropy",
+    "attention": "ops.attention",
+    "choose": "ops.attention",
+    "gelu": "ops.gelu",
+    "looped_block": "ops.looped",
 }
 __all__ = list(_PUBLIC)
 

@@ -5,6 +5,7 @@ tables "Device and Streaming Multiprocessor Information" and "Memory Information
 clocks of the products: as named beside each.
 """
 
+import argparse
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -131,6 +132,19 @@ TARGETS = {
 MOST_CAUTIOUS = "rtx5070"
 
 
+def parse_targets(text: str) -> tuple[str, ...]:
+    """`rtx5070,b200` as names of targets, for a command line.
+
+    Raises:
+      argparse.ArgumentTypeError: one is not in `TARGETS`.
+    """
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in TARGETS:
+            raise argparse.ArgumentTypeError(f"{name!r}: must be of {', '.join(TARGETS)}")
+    return names
+
+
 def name_of(capability: str) -> str | None:
     """The target whose tiles suit a GPU, by its compute capability as JAX gives it, such as "9.0".
 
@@ -164,7 +178,7 @@ def compiling_for(name: str) -> Iterator[None]:
 def _absent(name: str) -> jax.sharding.AbstractMesh:
     """The one GPU of a machine that is not there, as Pallas asks for it while it lowers."""
     target = TARGETS[name]
-    # All as `compile.placed` has it by the target's description: JAX takes no two meshes.
+    # All as `aot.placed` has it by the target's description: JAX takes no two meshes.
     device = jax.sharding.AbstractDevice(
         device_kind=target.known_as, num_cores=target.multiprocessors, platform="gpu"
     )

@@ -11,13 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels import short
-from pallas_kernels.tile import padded_head
+from pallas_kernels.kernel_names import current_name
+from pallas_kernels.padding import padded, padded_head
 
 FILE = Path(str(resources.files("pallas_kernels"))) / "tiles.toml"
-SHORT_KERNELS = ("short_forward", "short_backward")
-LONG_KERNELS = ("long_forward", "long_d_q", "long_d_kv")
-KERNELS = SHORT_KERNELS + LONG_KERNELS
+FUSED_ROW_KERNELS = ("fused_row_forward", "fused_row_backward")
+FLASH_KERNELS = ("flash_forward", "flash_d_q", "flash_d_kv")
+KERNELS = FUSED_ROW_KERNELS + FLASH_KERNELS
 LOOPED = "looped_block"
 
 # With biases, longer whole rows want more registers than there are.
@@ -75,8 +75,8 @@ def whole_row(
 
 def key(kernel: str, length: int, head_dim: int, item_size: int) -> str:
     """Key of a kernel's line for numbers of `item_size` bytes."""
-    if kernel in SHORT_KERNELS:
-        return f"{short.rows_held(length)} rows, head {padded_head(head_dim)}, {8 * item_size} bits"
+    if kernel in FUSED_ROW_KERNELS:
+        return f"{padded(length)} rows, head {padded_head(head_dim)}, {8 * item_size} bits"
     return head_key(head_dim, item_size)
 
 
@@ -104,7 +104,13 @@ def table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
 
 def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """A file that `as_text` gave the form of; a `ValueError` where it is no TOML."""
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    targets = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {
+        target: {current_name(kernel): entries for kernel, entries in kernels.items()}
+        if isinstance(kernels, dict)
+        else kernels
+        for target, kernels in targets.items()
+    }
 
 
 def as_text(table: dict) -> str:

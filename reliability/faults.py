@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reliability.campaigns import found_before, named
-from spak_jax import checkpoint, convert, evaluate, interruption, metrics
+from spak_jax import provenance
 from spak_jax.command_line import (
     Failure,
     InputError,
@@ -37,7 +37,9 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config import Config, read_config
-from spak_jax.train import train
+from spak_jax.interop.torch_checkpoint import read_original
+from spak_jax.training import checkpoint, loggers, signals
+from spak_jax.training.loop import train
 
 CONFIG = "configs/quickstart.toml"
 EVERY = 20
@@ -100,7 +102,7 @@ def asked_to_stop(folder: Path, times: int, moments: Moments) -> Iterator[str]:
     """Each signal that is heeded, one and two of them."""
     run = folder / "asked"
     for i in range(times):
-        number, twice = interruption.HEEDED[i % 3], i // 3 % 2 == 1
+        number, twice = signals.HEEDED[i % 3], i // 3 % 2 == 1
         with _training(run, *ENDLESS) as process:
             _await_checkpoint(run, process)
             time.sleep(moments.uniform(0, 0.5))
@@ -112,7 +114,7 @@ def asked_to_stop(folder: Path, times: int, moments: Moments) -> Iterator[str]:
         _require(status == 128 + number, f"{number.name}: status {status}: {said}")
         newest = checkpoint.restore(run, optimizer=True).step
         if "the same command" in said:
-            last = metrics.read(run)[-1].step
+            last = loggers.read(run)[-1].step
             _require(last == newest, f"{number.name}: step {last} is told, {newest} kept")
             yield "ended with a checkpoint of the last step"
         else:
@@ -270,7 +272,7 @@ def pickled_code(folder: Path, times: int, moments: Moments) -> Iterator[str]:
         else:
             torch.save(content, path, _use_new_zipfile_serialization=i % 3 == 0)
         try:
-            convert.read_original(path)
+            read_original(path)
         except InputError as error:
             _require("\n" not in str(error), f"more than a line: {error}")
         else:
@@ -305,9 +307,9 @@ def lost_process(folder: Path, times: int, moments: Moments) -> Iterator[str]:
             status, said = _end(process)
             _require(status == 128 + signal.SIGTERM, f"status {status}: {said}")
     last = checkpoint.restore(run, optimizer=True).step
-    _require(last == metrics.read(run)[-1].step, "what is told and what is kept differ")
+    _require(last == loggers.read(run)[-1].step, "what is told and what is kept differ")
     train(_config(ENDLESS), folder / "one", EVERY)
-    first = [metrics.read(each)[0].loss for each in (run, folder / "one")]
+    first = [loggers.read(each)[0].loss for each in (run, folder / "one")]
     _require(np.allclose(*first, rtol=1e-6), f"the first losses are {first}")
     yield "a signal to one stopped both, with a checkpoint"
 
@@ -404,7 +406,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = named(arguments.faults, CAMPAIGN)
     found = found_before(arguments.json, CAMPAIGN, TOLD) if arguments.json else {}
-    origin = evaluate.where_and_when() | {"seed": SEED}
+    origin = provenance.where_and_when() | {"seed": SEED}
     for name in names:
         console.print(f"{name} ...")
         with tempfile.TemporaryDirectory() as folder:

@@ -23,28 +23,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels import laws
-from pallas_kernels.specification_files import shipped_configs
 from reliability.campaigns import found_before, named
-from spak_jax import (
-    addition,
-    check,
-    checkpoint,
-    config,
-    convert,
-    evaluate,
-    metrics,
-    results,
-    tables,
-)
+from spak_jax import config, provenance
 from spak_jax.command_line import (
     Failure,
     InputError,
+    check_range,
     console,
+    parse_lengths,
     progress,
     run_program,
     write_file,
 )
+from spak_jax.config_files import shipped_configs
+from spak_jax.evaluation.problems_file import read_problems
+from spak_jax.evaluation.results import read_results
+from spak_jax.evaluation.score import training_curve
+from spak_jax.interop import torch_checkpoint
+from spak_jax.registry import TASKS
+from spak_jax.reports import grouping, tables
+from spak_jax.specs import claims, language
+from spak_jax.tasks import Task
+from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training import checkpoint, loggers
 
 CONFIGS = shipped_configs()
 RESULTS = Path("figures/reproduced-256/results/loop12-seed0.json")
@@ -175,10 +176,10 @@ def overrides(st, folder: Path) -> Reader:
 
 
 def lengths(st, folder: Path) -> Reader:
-    """`--digits`."""
+    """`--lengths`."""
     pieces = st.sampled_from([*"0123456789,,-- ", "12", "1-12", "9" * 10_000, "²", "٣", "\n"])
     texts = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=12)
-    return Reader(texts, evaluate.parse_digits)
+    return Reader(texts, lambda text: parse_lengths("--lengths", text, config.MAX_LENGTH))
 
 
 def problems(st, folder: Path) -> Reader:
@@ -193,13 +194,14 @@ def problems(st, folder: Path) -> Reader:
     ).map(lambda parts: "".join(parts).encode())
     contents = st.lists(lines | st.binary(max_size=8), max_size=4).map(b"".join)
 
-    def read(given: tuple[bytes, str]) -> None:
+    def read(given: tuple[bytes, Task]) -> None:
         content, task = given
         path.write_bytes(content)
-        read = evaluate.read_problems(str(path), task)
-        assert read and all(len(each) == config.OPERANDS[task] for each in read)
+        read = read_problems(str(path), task)
+        assert read and all(len(each) == task.inputs for each in read)
 
-    return Reader(st.tuples(contents, st.sampled_from(list(config.OPERANDS))), read)
+    every = [TASKS.get(name)() for name in TASKS.names()]
+    return Reader(st.tuples(contents, st.sampled_from(every)), read)
 
 
 def results_files(st, folder: Path) -> Reader:
@@ -212,8 +214,12 @@ def results_files(st, folder: Path) -> Reader:
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        evaluated, _ = results.gather([(path, results.read_results(path))] * 2)
-        for families in (results.loop_families, results.training_families, results.scheme_families):
+        evaluated, _ = grouping.gather([(path, read_results(path))] * 2)
+        for families in (
+            grouping.loop_families,
+            grouping.training_families,
+            grouping.scheme_families,
+        ):
             families(evaluated)
         tables.markdown_table(evaluated)
 
@@ -223,14 +229,14 @@ def results_files(st, folder: Path) -> Reader:
 
 def metrics_files(st, folder: Path) -> Reader:
     """The metrics of a run, up to its training curve."""
-    line = metrics.Line(loss=1, step=2, learning_rate=3, seconds_per_step=4, validation_loss=5)
+    line = loggers.Line(loss=1, step=2, learning_rate=3, seconds_per_step=4, validation_loss=5)
     valid = (json.dumps(line.model_dump()) + "\n").encode()
     altered = _altered(st, line.model_dump()).map(lambda each: json.dumps(each).encode() + b"\n")
     contents = st.lists(altered | st.just(valid) | _edited(st, valid), max_size=3).map(b"".join)
 
     def read(content: bytes) -> None:
-        (folder / metrics.METRICS).write_bytes(content)
-        evaluate.training_curve(folder)
+        (folder / loggers.METRICS).write_bytes(content)
+        training_curve(folder)
 
     return Reader(contents, read)
 
@@ -259,9 +265,13 @@ def expressions(st, folder: Path) -> Reader:
     cut = broken.map(lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + 1 :])
 
     def read(text: str) -> None:
-        laws.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
+        language.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
 
-    return Reader(law | whole | cut | st.text(max_size=40), read, (laws.LawError, laws.Impossible))
+    return Reader(
+        law | whole | cut | st.text(max_size=40),
+        read,
+        (language.ExpressionError, language.Impossible),
+    )
 
 
 def evidence(st, folder: Path) -> Reader:
@@ -277,7 +287,7 @@ def evidence(st, folder: Path) -> Reader:
     absolute = st.sampled_from([str(folder / "secret.json"), "/etc/passwd", "~/x", "//", "C:\\x"])
 
     def read(pattern: str) -> None:
-        check.evidence("fuzz", pattern, project / "configs")
+        claims.evidence("fuzz", pattern, project / "configs")
 
     return Reader(patterns | absolute, read)
 
@@ -321,7 +331,7 @@ def original() -> dict[str, Any]:
 
     width = 4
     tensors = {
-        "transformer.wte.weight": torch.ones(addition.VOCABULARY_SIZE, width),
+        "transformer.wte.weight": torch.ones(len(Addition().vocabulary), width),
         "transformer.ln_f.weight": torch.ones(width),
         "step_embedding.weight": torch.ones(1, width),
         "transformer.h.ln_1.weight": torch.ones(width),
@@ -360,8 +370,8 @@ def pytorch(st, folder: Path) -> Reader:
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        original = convert.read_original(path)
-        convert.translate(original, convert.describe(original, "fuzz", False))
+        original = torch_checkpoint.read_original(path)
+        torch_checkpoint.translate(original, torch_checkpoint.describe(original, "fuzz", False))
 
     globals_ = st.sampled_from([b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nload\n", b"\x93"])
     return Reader(
@@ -406,8 +416,8 @@ def main() -> None:
     if importlib.util.find_spec("hypothesis") is None:
         raise InputError("Hypothesis makes the inputs: pip install -c constraints.txt -e '.[test]'")
     names = named(arguments.readers, READERS)
-    evaluate.check_range("--count", arguments.count, 1, 10_000_000)
-    origin = evaluate.where_and_when() | {
+    check_range("--count", arguments.count, 1, 10_000_000)
+    origin = provenance.where_and_when() | {
         "hypothesis": importlib.metadata.version("hypothesis"),
         "seed": arguments.seed,
     }

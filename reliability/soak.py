@@ -16,11 +16,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from spak_jax import checkpoint, evaluate
+from spak_jax import provenance
 from spak_jax.command_line import console, run_program, write_file
 from spak_jax.config import Config, add_words, file_and_overrides, read_config
-from spak_jax.metrics import METRICS
-from spak_jax.train import train
+from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.results import write_results
+from spak_jax.evaluation.score import Settings, score
+from spak_jax.training import checkpoint
+from spak_jax.training.loggers import METRICS
+from spak_jax.training.loop import train
 
 CHECKPOINTS_A_ROUND = 2
 # What is there at first (programs, caches) is no growth.
@@ -40,13 +44,13 @@ def soak(config: Config, minutes: float, run: Path) -> dict[str, Any]:
       What `summary` makes of the rounds, and each of them.
     """
     process, started = psutil.Process(), time.monotonic()
-    settings = evaluate.Settings.of(config.evaluation)
+    settings = Settings.of(config.evaluation)
     rounds: list[dict[str, float]] = []
     while time.monotonic() - started < 60 * minutes:
         step = (len(rounds) + 1) * CHECKPOINTS_A_ROUND * config.train.checkpoint_every
         (state,) = train(config, run, step)
-        trained = evaluate.Trained(config, state.weights, step)
-        evaluate.write_results(run / checkpoint.RESULTS, evaluate.score_run(trained, settings, run))
+        loaded = LoadedModel(config, state.weights, step)
+        write_results(run / checkpoint.RESULTS, score(loaded, settings, run))
         rounds.append(
             {
                 "seconds": time.monotonic() - started,
@@ -98,7 +102,7 @@ def main() -> None:
     config = read_config(*file_and_overrides(arguments))
     with tempfile.TemporaryDirectory() as folder:
         found = soak(config, arguments.minutes, Path(folder) / "run")
-    found |= evaluate.where_and_when()
+    found |= provenance.where_and_when()
     console.print(
         f"{found['minutes']:.1f} minutes, {found['checkpoints']:,} checkpoints,"
         f" {found['scorings']:,} scorings: memory {found['memory_first'] / MIB:,.0f} to"

@@ -34,17 +34,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pallas_kernels.programs import cell_len
+from pallas_kernels.programs.terminal import cell_len
 from reliability import fuzz
 from reliability.campaigns import found_before, named
 from reliability.faults import ALONE_READ_ONLY, Broken, NotTried, alone
-from spak_jax import checkpoint, evaluate, results
+from spak_jax import provenance
 from spak_jax.command_line import (
     Failure,
     console,
     run_program,
     write_file,
 )
+from spak_jax.evaluation.results import read_results
+from spak_jax.training import checkpoint
 
 CODE = Path(__file__).parents[1]
 # For what takes seconds, on a machine that has other work.
@@ -78,7 +80,7 @@ decay_steps = 4
 steps_per_call = 2
 checkpoint_every = 2
 [evaluation]
-digits = [1, 2]
+lengths = [1, 2]
 examples = 5
 [[invariant]]
 name = "small"
@@ -88,7 +90,7 @@ check = "model.width < 17"
 DRAWN = ("generalization.png", "training.pdf", "table.md")
 TRACED = ("trace.json", "trace.png", "trace.pdf")
 # What is read back of a results file.
-SCORES = ("lengths", "seed_columns", "carries", "step", "seed")
+SCORES = ("lengths", "published_columns", "measures", "step", "seed")
 
 # Pieces of names: what shells, patterns, markup, formats, option parsers and URLs take for theirs.
 PIECES = [
@@ -185,13 +187,13 @@ class Surroundings(NamedTuple):
 def _trained(files: Files, said: str) -> Any:
     restored = checkpoint.restore(files.new, optimizer=True)
     kept = json.loads((files.new / checkpoint.RESULTS).read_bytes())
-    results.read_results(files.new / checkpoint.RESULTS)
+    read_results(files.new / checkpoint.RESULTS)
     digests = [checkpoint.digest(each) for each in (restored.weights, restored.optimizer)]
     return [restored.step, {key: kept[key] for key in SCORES}, digests]
 
 
 def _evaluated(files: Files, said: str) -> Any:
-    results.read_results(files.new_json)
+    read_results(files.new_json)
     kept = json.loads(files.new_json.read_bytes())
     return [{key: kept[key] for key in SCORES}, None]
 
@@ -835,7 +837,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = named(arguments.kinds, CAMPAIGN)
     found = found_before(arguments.json, CAMPAIGN, TOLD) if arguments.json else {}
-    origin = evaluate.where_and_when() | {"seed": SEED}
+    origin = provenance.where_and_when() | {"seed": SEED}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         try:

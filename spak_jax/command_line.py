@@ -1,9 +1,14 @@
 """What every program here shares: that of all programs (`pallas_kernels.programs`), and files."""
 
+import contextlib
+import logging
+import sys
 import tempfile
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pallas_kernels import programs
 from pallas_kernels.programs import (
     Failure,
     InputError,
@@ -12,21 +17,29 @@ from pallas_kernels.programs import (
     first_line,
     progress,
     require_devices,
-    run_program,
 )
 
 __all__ = [
     "Failure",
     "InputError",
     "Table",
+    "check_range",
     "console",
     "first_line",
+    "or_a_gpu",
+    "parse_lengths",
     "progress",
     "require_devices",
     "run_program",
     "writable_folder",
     "write_file",
 ]
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs the `main` of a program, as `pallas_kernels.programs` has it, with quiet libraries."""
+    with _quiet_libraries():
+        programs.run_program(main)
 
 
 def writable_folder(path: Path) -> Path:
@@ -62,3 +75,65 @@ def write_file(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def parse_lengths(option: str, text: str, most: int) -> tuple[int, ...]:
+    """`1-12,16,24` as sorted lengths without repeats.
+
+    Raises:
+      InputError: it is written otherwise, or a length is not between 1 and `most`.
+    """
+    return tuple(sorted(set(_lengths(option, text, most))))
+
+
+def check_range(option: str, value: int | None, low: int, high: int) -> None:
+    """Raises `InputError` where an option's number is given and out of bounds."""
+    if value is not None and not low <= value <= high:
+        raise InputError(f"{option} {value}: must be from {low:,} to {high:,}")
+
+
+def or_a_gpu(instead: str) -> str:
+    """What to do instead of waiting; without a GPU also that one would do."""
+    import jax
+
+    return instead if jax.default_backend() == "gpu" else f"{instead}; a GPU is far faster"
+
+
+def _lengths(option: str, text: str, most: int) -> Iterator[int]:
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        numbers = (first, last) if dash else (first, first)
+        if not all(number.isdecimal() for number in numbers):
+            raise InputError(f"{option} {text[:80]!r}: expected lengths such as 1-12,16,24")
+        # Python refuses to read numbers of thousands of digits.
+        bounds = [int(number[:9]) for number in numbers]
+        if not 1 <= bounds[0] <= bounds[1] <= most:
+            raise InputError(
+                f"{option} {text[:80]!r}: {part[:80]!r} must run upwards between 1 and {most}"
+            )
+        yield from range(bounds[0], bounds[1] + 1)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Within it libraries do not tell what our programs say themselves."""
+    # Orbax tells every save, restore and error; of several arrays that cannot be read, one error is
+    # raised, and asyncio would tell the rest.
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, tell = [logger.level for logger in loggers], sys.unraisablehook
+
+    def but_late_answers(unraisable) -> None:
+        # After one array could not be read, TensorStore goes on and answers to an event loop of
+        # Orbax that is closed; nobody waits for it, and nobody can catch the error.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = but_late_answers
+    try:
+        yield
+    finally:
+        sys.unraisablehook = tell
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

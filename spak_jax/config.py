@@ -3,7 +3,7 @@
 A specification says what a system is for and which laws it obeys, and builds a run: prose where a
 person decides, formal where a machine can verify. The part that builds the run is its
 configuration, a frozen value that every checkpoint carries whole. Both know nothing of arrays;
-`addition`, `model` and `train` build what a configuration describes, `check` holds a specification
+`tasks`, `models` and `training` build what a configuration describes, `check` holds a specification
 to its laws.
 """
 
@@ -19,16 +19,14 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pallas_kernels.specification_files import NAMED, specification_file, values_of
 from spak_jax.command_line import InputError, first_line
-from spak_jax.registry import BLOCKS, POSITIONS
+from spak_jax.config_files import NAMED, specification_file, values_of
+from spak_jax.registry import BLOCKS, POSITIONS, TASKS
 
-# The longest operand a training law or a scoring set may ask for, in decimal digits.
-MAX_DIGITS = 10_000
-# Numbers in a problem of each task.
-OPERANDS = {"addition": 2, "three-operands": 3, "subtraction": 2}
+# The longest input that a training law or a scoring set may ask for, in symbols.
+MAX_LENGTH = 10_000
 
-Digits = Annotated[int, Field(ge=1, le=MAX_DIGITS)]
+Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 # Sizes and steps are int32 where they reach arrays.
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -39,10 +37,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-# What keys of the section `model` were called in files from before.
-FORMER_MODEL_KEYS = {"clip": "max_relative_distance", "free_loops": "no_grad_warmup_loops"}
 
 
 class Architecture(Section):
@@ -66,11 +60,6 @@ class Architecture(Section):
     # The type of activations and products; weights and the residual stream stay float32.
     # "auto" is bfloat16 on a GPU and float32 elsewhere.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keys_of_today(cls, values: Any) -> Any:
-        return keys_of_today(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _parts_are_registered(self) -> Self:
@@ -98,18 +87,6 @@ class Architecture(Section):
                 f" none, {', '.join(others)} do"
             )
         return self
-
-
-def keys_of_today(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `model` of a stored file, its keys as they are called now.
-
-    Raises:
-      ValueError: a key stands there by both its names.
-    """
-    both = [f"{old} and {new}" for old, new in FORMER_MODEL_KEYS.items() if {old, new} <= {*model}]
-    if both:
-        raise ValueError(f"model has {both[0]}, two names of one key: give the second alone")
-    return {FORMER_MODEL_KEYS.get(key, key): value for key, value in model.items()}
 
 
 class StaticModel(Architecture):
@@ -148,11 +125,13 @@ class LoopedModel(Architecture):
 class Data(Section):
     """The law that training problems are drawn by, and how they are laid out in rows."""
 
-    task: Literal["addition", "three-operands", "subtraction"] = "addition"
-    max_digits: Digits = 4
-    # With this chance a problem's operands have at most 5 or 6 digits instead, chosen evenly.
+    # The name of a registered task (`spak_jax.tasks`).
+    task: str = "addition"
+    # Inputs have at most so many symbols.
+    max_length: Length = 4
+    # With this chance a problem's inputs have at most 5 or 6 symbols instead, chosen evenly.
     bridge_fraction: Fraction = 0.3
-    bridge_digits: Annotated[tuple[Digits, ...], Field(min_length=1)] = (5, 6)
+    bridge_lengths: Annotated[tuple[Length, ...], Field(min_length=1)] = (5, 6)
     # "packed": problems follow one another in a row; "single": one problem a row, padded.
     layout: Literal["packed", "single"] = "packed"
     row_length: Positive = 64
@@ -162,18 +141,22 @@ class Data(Section):
 
     @property
     def longest(self) -> int:
-        """The most digits that an operand can have in training; longer ones are zero-shot."""
-        bridge = self.bridge_digits if self.bridge_fraction > 0 else ()
-        return max((self.max_digits, *bridge))
+        """The longest that an input can be in training; longer ones are zero-shot."""
+        bridge = self.bridge_lengths if self.bridge_fraction > 0 else ()
+        return max((self.max_length, *bridge))
 
     @model_validator(mode="after")
     def _rows_hold_a_problem(self) -> Self:
-        # The operands, an answer with one more digit, `+` and `=`; the newline is only predicted.
-        needed = (OPERANDS[self.task] + 1) * self.longest + OPERANDS[self.task] + 1
+        try:
+            task = TASKS.get(self.task)()
+        except ValueError as error:
+            raise ValueError(f"data.task: {error}") from None
+        # The newline is only predicted.
+        needed = task.text_length(self.longest) - 1
         if self.row_length < needed:
             raise ValueError(
                 f"data.row_length = {self.row_length} cannot hold a problem of {self.longest}"
-                f" digits: at least {needed} tokens are needed"
+                f" {task.unit}: at least {needed} tokens are needed"
             )
         if 0 < self.examples < 9:
             raise ValueError(
@@ -246,7 +229,7 @@ class Parallel(Section):
 class Evaluation(Section):
     """The zero-shot scoring that ends a training."""
 
-    digits: Annotated[tuple[Digits, ...], Field(min_length=1)] = tuple(range(1, 13))
+    lengths: Annotated[tuple[Length, ...], Field(min_length=1)] = tuple(range(1, 13))
     examples: Positive = 1_000
     seed: Seed = 0
 
@@ -263,7 +246,8 @@ class RunSections(Section):
 
     name: Name
     model: Annotated[StaticModel | LoopedModel, Field(discriminator="kind")]
-    data: Data = Data()
+    # Made when it is asked for: its task is looked up then.
+    data: Annotated[Data, Field(default_factory=Data)]
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     parallel: Annotated[Parallel, Field(exclude=True)] = Parallel()
@@ -283,7 +267,23 @@ class RunSections(Section):
 
 
 class Config(RunSections):
+    """What builds a run, a frozen value: from a file, or from plain values (`parse_config`)."""
+
     system: SystemName
+
+    @classmethod
+    def from_file(cls, name: str | Path, *overrides: str) -> Self:
+        """The configuration of a TOML file, changed by overrides.
+
+        Args:
+          name: the path of a file, or the name of a configuration that comes with the package, such
+            as "loop12".
+          overrides: `key.path=value`, such as "train.steps=2000".
+
+        Raises:
+          InputError: there is no such file, or a key or value is not allowed.
+        """
+        return read_config(specification_file(str(name)), overrides)
 
 
 class System(Section):
@@ -293,16 +293,16 @@ class System(Section):
     objective: Prose | None = None
     hypothesis: Prose | None = None
     rationale: Prose | None = None
-    # The name that the seed's table has for it.
-    seed_name: SystemName | None = None
+    # The name that the baseline's table has for it.
+    baseline_name: SystemName | None = None
     # Specifications beside this one, by name.
     compared_with: tuple[Name, ...] = ()
-    # Lengths that it is to add without having seen them.
-    zero_shot: tuple[Digits, ...] = ()
+    # Lengths that it is to answer without having seen them.
+    zero_shot: tuple[Length, ...] = ()
 
 
 class Invariant(Section):
-    """A law: its name, what it says in prose, and the expression that checks it (`laws`)."""
+    """Its name, what it says in prose, and the expression that checks it (`specs.language`)."""
 
     name: Name
     law: Prose
@@ -360,6 +360,38 @@ class Specification(RunSections):
 
 Whole = TypeVar("Whole", bound=RunSections)
 
+# Keys that were called otherwise before, by section: what checkpoints, results files and
+# specifications of that time hold is read as what it is called now.
+FORMER_NAMES = {
+    "model": {"clip": "max_relative_distance", "free_loops": "no_grad_warmup_loops"},
+    "data": {"max_digits": "max_length", "bridge_digits": "bridge_lengths"},
+    "evaluation": {"digits": "lengths"},
+}
+
+
+def with_present_names(values: Any) -> Any:
+    """The nested values of a configuration, with the names that keys have now.
+
+    Raises:
+      ValueError: a key is given by both its names.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    values = dict(values)
+    for section, names in FORMER_NAMES.items():
+        if not isinstance(values.get(section), Mapping):
+            continue
+        values[section] = dict(values[section])
+        for former, name in names.items():
+            if former not in values[section]:
+                continue
+            if name in values[section]:
+                raise ValueError(
+                    f"{section}.{former} is the former name of {section}.{name}: give one of them"
+                )
+            values[section][name] = values[section].pop(former)
+    return values
+
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the specification in a file; as `read_specification`."""
@@ -367,7 +399,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_specification(path: Path, overrides: Sequence[str] = ()) -> Specification:
-    """The specification in a TOML file and its bases (`specification_files`), changed by overrides
+    """The specification in a TOML file and its bases (`config_files`), changed by overrides
     such as `model.loops=24`.
 
     Args:
@@ -473,7 +505,7 @@ def parse_config(values: Mapping[str, Any], source: str) -> Config:
 def _validated(kind: type[Whole], values: Mapping[str, Any], source: str) -> Whole:
     try:
         # JSON, whose lists pydantic takes for tuples where its strict mode takes no others.
-        return kind.model_validate_json(json.dumps(values, default=str))
+        return kind.model_validate_json(json.dumps(with_present_names(values), default=str))
     except ValidationError as error:
         first, *others = (_explain(problem, kind) for problem in error.errors())
         more = f" (and {len(others)} more)" if others else ""

@@ -8,8 +8,8 @@ training; not the optimizer's state, which is twice as large and only of use to 
 import argparse
 from pathlib import Path
 
-from spak_jax import checkpoint
 from spak_jax.command_line import InputError, console, run_program, write_file
+from spak_jax.training import checkpoint
 
 
 def release(run: Path, out: Path) -> int:

@@ -1,6 +1,7 @@
 """Runs the experiments behind the tables here: `python -m spak_jax.reproduce [--study NAME] ...`.
 
-Without a study's name it makes the seed's whole table. A study (`studies`) trains every system, all
+Without a study's name it makes the baseline's whole table. A study
+(`spak_jax.experiments.studies`) trains every system, all
 seeds in one program, scores each run, and draws figures and tables from all of them.
 
     RUN/SYSTEM[/seedN]/                       the run folder of a training (`checkpoint`)
@@ -18,161 +19,20 @@ of the systems (`--system`); the figures show all that is there.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from spak_jax import addition, evaluate, figures, studies
+from spak_jax import provenance
 from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
-from spak_jax.config import Config, first_difference, parse_config
-from spak_jax.studies import Experiment, Scoring
-from spak_jax.train import move_aside, one_by_one, run_folders, train
+from spak_jax.experiments import studies
+from spak_jax.experiments.reproduce import Account, name_commit, reproduce, results_there
+from spak_jax.experiments.studies import Experiment
+from spak_jax.reports import figures
+from spak_jax.training import signals
+from spak_jax.training.runs import move_aside
 
 TABLE = "table"
 RUNS = Path("runs")
-COMMITS = "commits"
-WAY_OUT = "name another folder with --run, or start over with --fresh"
-
-
-@dataclass
-class Account:
-    """What a reproduction made, and what it found made.
-
-    commit: of the code that runs. made, kept: results files. notes: where other code had a part.
-    left_out: files that figures do not show, and why.
-    """
-
-    commit: str
-    made: list[Path] = field(default_factory=list)
-    kept: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    left_out: dict[Path, str] = field(default_factory=dict)
-
-    def note(self, what: str, commit: str) -> None:
-        """Notes that what is there rests on a commit, if that may be other code than runs now."""
-        if commit != self.commit or commit.endswith("+changes"):
-            changes = "" if commit != self.commit else ", perhaps with other changes"
-            sentence = f"{what} by {commit}; the code here is {self.commit}{changes}"
-            if sentence not in self.notes:
-                self.notes.append(sentence)
-
-    def show(self) -> None:
-        for told, paths in (("made now", self.made), ("kept as it was", self.kept)):
-            if paths:
-                console.print(f"{told}: {len(paths):,} results file{'s' * (len(paths) > 1)}")
-            for path in paths:
-                console.print(f"  {path}")
-        for note in self.notes:
-            console.print(note)
-        if self.notes:
-            console.print("the same command with --fresh makes all of it anew")
-        for why in self.left_out.values():
-            console.print(f"not drawn: {why}")
-
-
-def results_path(folder: Path, config: Config, scoring: Scoring) -> Path:
-    """Where the results of one seed's run are kept: in its run folder."""
-    suffix = "" if scoring.step is None else f"-step{scoring.step}"
-    suffix += "" if scoring.loops is None else f"-loops{scoring.loops}"
-    return folder / f"{config.name}-seed{config.train.seed}{suffix}.json"
-
-
-def reproduce(experiment: Experiment, run_path: Path, account: Account) -> None:
-    """Trains and scores what has not been trained and scored.
-
-    Args:
-      experiment: a system's trainings and scorings.
-      run_path: the run folder of all its seeds.
-      account: is told what was made and what kept.
-
-    Raises:
-      InputError: a run folder or results file there is of another configuration.
-      Failure: the training diverged.
-    """
-    config = experiment.config
-    folders, seeds = run_folders(config, run_path), one_by_one(config)
-    for scoring in experiment.scorings:
-        missing = []
-        for i, (one, folder) in enumerate(zip(seeds, folders, strict=True)):
-            path, settings = results_path(folder, one, scoring), _settings(one, scoring)
-            made_by = _made_by(path, one, scoring.step, settings)
-            if made_by is None:
-                missing.append((i, one, path, settings))
-                continue
-            account.kept.append(path)
-            account.note(f"{path} was made", made_by)
-        if not missing:
-            continue
-        _note_commit(run_path, account)
-        states = train(config, run_path, scoring.step)
-        for i, one, path, settings in missing:
-            trained = evaluate.Trained(one, states[i].weights, int(states[i].step))
-            evaluate.write_results(path, evaluate.score_run(trained, settings, folders[i]))
-            account.made.append(path)
-            console.print(f"wrote {path}")
-
-
-def _settings(config: Config, scoring: Scoring) -> evaluate.Settings:
-    asked = config.evaluation
-    return evaluate.Settings(
-        asked.digits,
-        min(asked.examples, scoring.examples or asked.examples),
-        asked.seed,
-        scoring.loops,
-        kinds=addition.KINDS if scoring.kinds else (),
-    )
-
-
-def _made_by(
-    path: Path, config: Config, step: int | None, settings: evaluate.Settings
-) -> str | None:
-    """The commit that made a results file; None where there is no such file.
-
-    Raises:
-      InputError: it cannot be read, or is of another configuration or scoring.
-    """
-    if not path.exists():
-        return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        difference = first_difference(parse_config(results["config"], str(path)), config)
-        pairs = {
-            "step": (results["step"], step or config.train.steps),
-            "loops": (results["loops"], settings.loops or getattr(config.model, "loops", None)),
-            "examples": (results["examples"], settings.examples),
-            "seed": (results["seed"], settings.seed),
-            "digits": ([int(length) for length in results["lengths"]], [*settings.digits]),
-            "kinds": ([*results["kinds"]], [*settings.kinds]),
-        }
-        commit = _named(results["commit"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as a results file: {error!r}; {WAY_OUT}") from None
-    for name, (there, here) in pairs.items():
-        if there != here:
-            difference = difference or f"{name} is {there} there and {here} here"
-    if difference:
-        raise InputError(f"{path} is of another run: {difference}; {WAY_OUT}")
-    return commit
-
-
-def _note_commit(run_path: Path, account: Account) -> None:
-    """Keeps which commits' code has trained a run, and notes those that are not the present one."""
-    path = writable_folder(run_path) / COMMITS
-    commits = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for commit in commits:
-        account.note(f"{run_path} was trained", commit)
-    if account.commit not in commits:
-        write_file(path, "".join(f"{commit}\n" for commit in [*commits, account.commit]))
-
-
-def _named(commit: str | None) -> str:
-    """As tables show it; None outside a checkout."""
-    if commit is None:
-        return "code without a commit"
-    number, *changes = commit.split("+")
-    return f"commit {'+'.join([number[:12], *changes])}"
 
 
 def main() -> None:
@@ -189,7 +49,7 @@ def main() -> None:
         choices=[TABLE, *named],
         default=TABLE,
         metavar="NAME",
-        help=f"of {', '.join(named)} (the seed's table)",
+        help=f"of {', '.join(named)} (the baseline's table)",
     )
     parser.add_argument("--width", type=int, choices=(256, 768), help="of the table (256)")
     parser.add_argument("--seeds", type=int, help="trainings of each system (the study's)")
@@ -217,7 +77,7 @@ def main() -> None:
         width = arguments.width or 256
         name, run = f"{TABLE}-{width}", f"reproduced-{width}"
     elif arguments.width:
-        raise InputError(f"--width {arguments.width}: of the seed's table, not of {name}")
+        raise InputError(f"--width {arguments.width}: of the baseline's table, not of {name}")
     runs_path = arguments.run or RUNS / run
     experiments = _experiments(name, arguments)
     systems = [experiment.config.name for experiment in experiments]
@@ -231,14 +91,15 @@ def main() -> None:
         for experiment in chosen:
             move_aside(runs_path / experiment.config.name)
     started = time.monotonic()
-    account = Account(_named(evaluate.commit()))
+    account = Account(name_commit(provenance.commit()))
     try:
         for experiment in chosen:
             system = experiment.config.name
             console.print(f"{system}, {experiment.config.train.seeds} seeds")
-            reproduce(experiment, runs_path / system, account)
+            with signals.graceful_shutdown() as request:
+                reproduce(experiment, runs_path / system, account, request)
             # After each system there is a table to look at.
-            found = _results_there(experiments, runs_path, account)
+            found = results_there(experiments, runs_path, account)
             figures.export(found, out)
             if arguments.out:
                 for path in found:
@@ -270,28 +131,6 @@ def _experiments(name: str, arguments: argparse.Namespace) -> list[Experiment]:
             if asked not in (None, given):
                 raise InputError(f"{option} {asked} and the override {key}={given}: name one")
     return experiments
-
-
-def _results_there(
-    experiments: Sequence[Experiment], runs_path: Path, account: Account
-) -> list[Path]:
-    """The results files of the experiments, as far as they have been written.
-
-    Systems that this process leaves to others may have been made otherwise: those files are left
-    out, and noted.
-    """
-    found = []
-    for config, scorings in experiments:
-        folders = run_folders(config, runs_path / config.name)
-        for one, folder in zip(one_by_one(config), folders, strict=True):
-            for scoring in scorings:
-                path, settings = results_path(folder, one, scoring), _settings(one, scoring)
-                try:
-                    if _made_by(path, one, scoring.step, settings) is not None:
-                        found.append(path)
-                except InputError as error:
-                    account.left_out[path] = str(error)
-    return found
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ decay_steps = 12
 steps_per_call = 5
 checkpoint_every = 4
 [evaluation]
-digits = [1, 2, 7]
+lengths = [1, 2, 7]
 examples = 20
 """
 
@@ -116,13 +116,13 @@ def tiny_config(**sections) -> Config:
 
 
 def run_program(*words: str, env=None, input: str = "") -> subprocess.CompletedProcess:
-    """`python -m WORDS...` from the repository's root, its output as text.
+    """`python -m WORDS...`, or `python FILE.py ...`, from the root, its output as text.
 
     In this process, which has imported what takes seconds; with another environment in its own.
     """
     words = list(map(str, words))
     if env:
-        command = [sys.executable, "-m", *words]
+        command = [sys.executable, *([] if words[0].endswith(".py") else ["-m"]), *words]
         return subprocess.run(
             command, cwd=ROOT, env=env, input=input, capture_output=True, text=True
         )
@@ -139,7 +139,10 @@ def run_program(*words: str, env=None, input: str = "") -> subprocess.CompletedP
         # That the module runs although tests have imported it.
         warnings.filterwarnings("ignore", message=".*found in sys.modules after import")
         try:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+            if words[0].endswith(".py"):
+                runpy.run_path(words[0], run_name="__main__")
+            else:
+                runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         except SystemExit as end:
             status = end.code or 0
         except Exception:
@@ -159,12 +162,12 @@ def assert_refused(result: subprocess.CompletedProcess, *said: str) -> None:
 @pytest.fixture(scope="session")
 def half_trained(tmp_path_factory) -> Path:
     """The run folder of a small LoopLM that adds some single digits right and others not."""
-    from spak_jax.train import train
+    from spak_jax.training.loop import train
 
     run = tmp_path_factory.mktemp("runs") / "half-trained"
     config = tiny_config(
         model={"width": 32, "dropout": 0.0},
-        data={"max_digits": 1, "bridge_fraction": 0.0, "row_length": 8, "examples": 0},
+        data={"max_length": 1, "bridge_fraction": 0.0, "row_length": 8, "examples": 0},
         train={
             "steps": 220,
             "batch": 64,

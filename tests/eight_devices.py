@@ -15,13 +15,19 @@ from conftest import tiny_config
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels import add_and_norm, add_and_score, attention, linear, shards
-from spak_jax import addition, checkpoint, metrics, models, parallel, train
+from pallas_kernels import add_layer_norm, add_layer_norm_cross_entropy, attention, shards
+from pallas_kernels.ops import linear
+from spak_jax import models
 from spak_jax.command_line import InputError
 from spak_jax.config import Config, Parallel
+from spak_jax.data import training_batch
 from spak_jax.positions.base import SchemeSettings
 from spak_jax.positions.coupled import offset_ids
 from spak_jax.positions.rope import RandomRope
+from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training import checkpoint, loggers, parallel
+from spak_jax.training.loop import train
+from spak_jax.training.step import compiled, init_sharded_state, loss
 
 
 def config(seeds: int = 1, **devices) -> Config:
@@ -35,14 +41,14 @@ def config(seeds: int = 1, **devices) -> Config:
 
 
 def losses(run: Path) -> list[float]:
-    return [line.loss for line in metrics.read(run)]
+    return [line.loss for line in loggers.read(run)]
 
 
 def gone_on_with(folder: Path) -> dict:
     """One device; and 8 devices, then 2 that share the weights."""
-    train.train(config(), folder / "one")
-    train.train(config(data=8), folder / "several", 2)
-    train.train(config(data=2, shard_weights=True), folder / "several")
+    train(config(), folder / "one")
+    train(config(data=8), folder / "several", 2)
+    train(config(data=2, shard_weights=True), folder / "several")
     one, several = (checkpoint.restore(folder / name).weights for name in ("one", "several"))
     return {
         "one": losses(folder / "one"),
@@ -54,8 +60,8 @@ def gone_on_with(folder: Path) -> dict:
 def seeds_on_devices(folder: Path) -> dict:
     spread = config(seeds=2)
     spread = spread.model_copy(update={"parallel": Parallel(seeds=2)})
-    states = train.train(spread, folder / "seeds")
-    run_steps, _ = train.compiled(spread)
+    states = train(spread, folder / "seeds")
+    run_steps, _ = compiled(spread)
     return {
         "seeds": [losses(folder / "seeds" / name) for name in ("seed0", "seed1")],
         "devices_of_a_result": len(jax.tree.leaves(states[0].weights)[0].devices()),
@@ -65,7 +71,7 @@ def seeds_on_devices(folder: Path) -> dict:
 
 def shares_of_weights() -> dict:
     """How much of each matrix one of 2 devices keeps."""
-    state = train.first_state(config(data=2, shard_weights=True))
+    state = init_sharded_state(config(data=2, shard_weights=True))
     matrices = [x for x in jax.tree.leaves((state.weights, state.optimizer)) if x.ndim == 2]
     return {"shares": [x.addressable_shards[0].data.size / x.size for x in matrices]}
 
@@ -117,8 +123,10 @@ def kernels() -> dict:
         (x, update, qkv), (scale, table) = rows, whole
         told = dict(dropout_rate=0.5, dropout_key=jax.random.key(5), implementation="pallas")
         wanted, weights = jnp.ones(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2])
-        stream, normed = add_and_norm(x, update, scale, **told)
-        stream, score = add_and_score(stream, normed, scale, table, wanted, weights, **told)
+        stream, normed = add_layer_norm(x, update, scale, **told)
+        stream, score = add_layer_norm_cross_entropy(
+            stream, normed, scale, table, wanted, weights, **told
+        )
         return (stream**2).sum() + score + (attention(qkv, **told) ** 3).sum()
 
     differentiated = jax.value_and_grad(summed, argnums=(0, 1))
@@ -141,25 +149,25 @@ def gradients_at_once() -> dict:
         data={"row_length": 64},
         train={"batch": 4},
     )
-    network = models.build(small, addition.VOCABULARY_SIZE, jax.random.key(0))
+    network = models.build(small, jax.random.key(0))
     definition, weights = nnx.split(network)
-    batch = addition.training_batch(jax.random.key(1), small.data, small.train.batch, None)
+    batch = training_batch(jax.random.key(1), small.data, small.train.batch, None)
 
     def objective(weights, batch, key):
-        return train.loss(nnx.merge(definition, weights), batch, key)
+        return loss(nnx.merge(definition, weights), batch, Addition(), key)
 
     def on(devices):
         step = parallel.value_and_grad(objective, devices)
         return jax.tree.leaves(jax.jit(step)(weights, batch, jax.random.key(2)))
 
-    with mock.patch.object(linear, "takes", lambda tokens, *sizes: tokens % 128 == 0):
+    with mock.patch.object(linear, "supports", lambda tokens, *sizes: tokens % 128 == 0):
         pairs = zip(on(Parallel(data=2)), on(Parallel()), strict=True)
         return {"differences": [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]}
 
 
 def too_many_devices() -> dict:
     try:
-        train.first_state(tiny_config(train={"batch": 16}, parallel={"data": 16}))
+        init_sharded_state(tiny_config(train={"batch": 16}, parallel={"data": 16}))
     except InputError as error:
         return {"refused": str(error)}
     return {}

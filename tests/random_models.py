@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spak_jax import addition, checkpoint, models
-from spak_jax.addition import Batch
+from spak_jax import models
 from spak_jax.config import Config, parse_config
+from spak_jax.data import Batch
 from spak_jax.registry import POSITIONS
+from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training import checkpoint
+
+ADDITION = Addition()
 
 WIDTH, HEADS, LENGTH = 32, 2, 14
 
@@ -34,7 +38,7 @@ def make_config(**architecture) -> Config:
 
 def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Weights by name, far larger than initial ones, so that nothing hides in rounding."""
-    _, state = models.abstract(config, addition.VOCABULARY_SIZE)
+    _, state = models.abstract(config)
     random = np.random.default_rng(seed)
     return {
         name: (
@@ -48,7 +52,7 @@ def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 def build(config: Config, weights: dict[str, np.ndarray]):
     """The Flax model with these weights."""
-    definition, state = models.abstract(config, addition.VOCABULARY_SIZE)
+    definition, state = models.abstract(config)
     named = checkpoint.from_named(nnx.to_pure_dict(state), jax.tree.map(jnp.asarray, weights))
     nnx.replace_by_pure_dict(state, named)
     return nnx.merge(definition, state)
@@ -61,7 +65,7 @@ def random_model(**architecture):
 
 def random_batch(seed: int = 0, rows: int = 3, length: int = LENGTH) -> Batch:
     random = np.random.default_rng(seed)
-    text = random.integers(0, addition.VOCABULARY_SIZE, (rows, length + 1))
+    text = random.integers(0, len(ADDITION.vocabulary), (rows, length + 1))
     return Batch(text[:, :-1], text[:, 1:], random.random((rows, length)) < 0.5)
 
 

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from spak_jax.results import Evaluated, Results, gather
+from spak_jax.evaluation.results import Results
+from spak_jax.reports.grouping import Evaluated, gather
 
 COLUMNS = ("1-4", "5-6", "8", "10", "12")
 
@@ -51,7 +52,7 @@ def results(
             "name": name,
             "system": system,
             "model": {"width": 256, **kind, **(model or {})},
-            "data": {"max_digits": 4, "seed": 0},
+            "data": {"max_length": 4, "seed": 0},
             "train": {"steps": 100, "seed": seed},
             "evaluation": {"examples": 1000},
         },
@@ -67,8 +68,10 @@ def results(
         "date": "2026-11-22",
         "commit": "0123456789abcdef+changes",
         "lengths": {str(n): score(1000 - 80 * n, zero_shot=n > 6) for n in range(1, 13)},
-        "seed_columns": {c: score(999 - 111 * i, zero_shot=i > 0) for i, c in enumerate(COLUMNS)},
-        "carries": {"0": {"accuracy": 0.5}},
+        "published_columns": {
+            c: score(999 - 111 * i, zero_shot=i > 0) for i, c in enumerate(COLUMNS)
+        },
+        "measures": {"carries": {"0": score(500)}},
         "training": {},
     }
     return made | changes
@@ -83,8 +86,5 @@ def written(folder: Path, values, name: str = "results.json") -> Path:
 
 def gathered(*contents) -> tuple[list[Evaluated], list[str]]:
     """What `gather` makes of files `0.json`, `1.json` and so on with these contents."""
-    files = [
-        (Path(f"{i}.json"), Results.model_validate_json(json.dumps(values)))
-        for i, values in enumerate(contents)
-    ]
+    files = [(Path(f"{i}.json"), Results.of(values)) for i, values in enumerate(contents)]
     return gather(files)

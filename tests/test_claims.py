@@ -14,8 +14,12 @@ import pytest
 from conftest import ROOT
 from scipy.stats import t as student_t
 
-from spak_jax import addition, evaluate
 from spak_jax.config import leaves, read_config
+from spak_jax.evaluation.forward import forward
+from spak_jax.evaluation.loaded import load
+from spak_jax.tasks.arithmetic import Addition
+
+ADDITION = Addition()
 
 README = " ".join((ROOT / "README.md").read_text().split())
 FIGURES = ROOT / "figures"
@@ -100,14 +104,14 @@ def test_what_differs_between_the_table_and_the_models_with_ids():
         differing = {key for key in own if own[key] != table[key]}
         assert {"data.layout", "data.row_length", "data.examples", "model.dropout"} < differing
         assert {"model.dtype", "train.learning_rate", "train.steps"} < differing
-        lengths = {"data.max_digits", "data.bridge_fraction", "data.bridge_digits"}
+        lengths = {"data.max_length", "data.bridge_fraction", "data.bridge_lengths"}
         assert not lengths & differing
 
 
 @pytest.mark.parametrize("name", ["pointer", "frontier", "frontier-tiny"])
 def test_where_the_first_number_starts_is_given(name):
-    trained = evaluate.load(ROOT / "released" / name)
-    run = jax.jit(evaluate.forward(trained.config))
+    trained = load(ROOT / "released" / name)
+    run = jax.jit(forward(trained.config))
     random = np.random.default_rng(0)
 
     def problem() -> tuple[str, str]:
@@ -120,7 +124,7 @@ def test_where_the_first_number_starts_is_given(name):
         tokens = np.zeros((len(rows), 32), np.int32)
         for row, parts in zip(tokens, rows, strict=True):
             text = "".join(parts)
-            row[: len(text)] = [addition.VOCABULARY.index(symbol) for symbol in text]
+            row[: len(text)] = [ADDITION.vocabulary.index(symbol) for symbol in text]
         best = np.asarray(run(trained.weights, jnp.asarray(tokens))[0].argmax(-1))
         spans = [(len(p + q) - 1, len(p + q + a) - 1) for p, q, a in rows]
         return np.mean(
@@ -137,11 +141,11 @@ def test_gates_start_the_counter_anew_at_first_and_are_decided_at_a_half():
 
     from spak_jax.positions.learned import LearnedCounter
 
-    counter = LearnedCounter(addition.VOCABULARY_SIZE)
+    counter = LearnedCounter(len(ADDITION.vocabulary))
     assert f"({float(counter.soft_gates()[0]):.2f}, where 1 moves it on" in README
     assert not counter.hard_gates().any()
     # One above a half and one below, though both are below the mean of all.
-    logits = jnp.full(addition.VOCABULARY_SIZE, 0.5).at[:2].set(jnp.array([0.1, -0.1]))
+    logits = jnp.full(len(ADDITION.vocabulary), 0.5).at[:2].set(jnp.array([0.1, -0.1]))
     counter.gate_logits = nnx.Param(logits)
     soft = np.asarray(counter.soft_gates())
     assert soft[0] > 0.5 > soft[1] and (soft[:2] < soft.mean()).all()

@@ -20,14 +20,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from pallas_kernels import compilation_cache, programs
-from pallas_kernels.programs import named_file
+from pallas_kernels.programs import compilation_cache, progress_bar
 from spak_jax.command_line import InputError, Table, console, progress, write_file
+from spak_jax.config_files import named_file
 
 INSTALLED = ("spak_jax", "pallas_kernels")
 OF_A_CHECKOUT = ("benchmarks", "reliability")
 # It needs nothing of ours, nor what programs of ours share.
 ALONE = "reliability.orbax_growth"
+# It runs one of the others.
+DISPATCHER = "spak_jax.__main__"
 PROGRAMS = sorted(
     {
         f"{path.parent.name}.{path.stem}"
@@ -35,7 +37,7 @@ PROGRAMS = sorted(
         for path in (ROOT / package).glob("*.py")
         if 'if __name__ == "__main__"' in path.read_text()
     }
-    - {ALONE}
+    - {ALONE, DISPATCHER}
 )
 HOSTILE = "[bold]Größe :smile: 加[/x] ☃"
 
@@ -72,17 +74,30 @@ def test_every_program_is_run_in_the_one_way(program):
     assert not re.search("^(import|from) rich", text, re.M)
 
 
+def test_one_command_runs_the_programs():
+    usage = run_program("spak_jax", "--help")
+    assert (usage.returncode, usage.stderr) == (0, "")
+    commands = [program.partition(".")[2] for program in PROGRAMS if program.startswith("spak_jax")]
+    assert sorted(commands) == sorted(line.split()[0] for line in usage.stdout.splitlines()[2:-2])
+    for command in ("figures", "solve"):
+        told = run_program("spak_jax", command, "--help")
+        assert told.stdout == run_program(f"spak_jax.{command}", "--help").stdout
+    assert_refused(run_program("spak_jax", "trian"), "spak trian: must be of", "train")
+    assert_refused(run_program("spak_jax"), "usage: spak COMMAND")
+    assert_refused(run_program("spak_jax", "solve"), "RUN")
+
+
 def words(text: str) -> set[str]:
     return set(re.sub("[^!-9;-~]", " ", text).split())
 
 
 @pytest.mark.parametrize("columns", [80, 40, 20])
 def test_narrow_output_loses_no_word(half_trained, columns, monkeypatch, tmp_path):
-    monkeypatch.setattr(programs, "FIRST_LINE", 1e6)
+    monkeypatch.setattr(progress_bar, "FIRST_LINE", 1e6)
     problems = tmp_path / "problems"
     problems.write_text("1+2\n99+1\n")
     for command in (
-        ["spak_jax.evaluate", half_trained, "--examples", "9", "--digits", "1,2"],
+        ["spak_jax.evaluate", half_trained, "--examples", "9", "--lengths", "1,2"],
         ["spak_jax.evaluate", half_trained, "--problems", problems],
         ["spak_jax.solve", half_trained, "1+2", "123456789123456789123456789+1"],
         ["spak_jax.check", "quickstart"],
@@ -294,15 +309,15 @@ class Clock:
 def lines_of(work, monkeypatch, *arguments, **more) -> list[str]:
     """What `progress` prints off a terminal while `work(told, clock)` goes on."""
     clock, out = Clock(), io.StringIO()
-    monkeypatch.setattr(programs, "time", clock)
+    monkeypatch.setattr(progress_bar, "time", clock)
     with contextlib.redirect_stdout(out), progress(*arguments, **more) as told:
         work(told, clock)
     return out.getvalue().splitlines()
 
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch):
-    monkeypatch.setattr(programs, "FIRST_LINE", 0.05)
-    monkeypatch.setattr(programs, "BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(progress_bar, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(progress_bar, "BETWEEN_LINES", 0.05)
 
     def work(told, clock):
         for _ in range(4):
@@ -402,7 +417,7 @@ def test_programs_take_names_and_refuse_unknown_ones():
         *("benchmarks.models", "benchmarks.race", "benchmarks.scaling"),
     ):
         assert_refused(run_program(program, "loop13"), "loop13", "did you mean loop")
-    tune = run_program("pallas_kernels.tune", "--spec", "loop13", "--target", "h100")
+    tune = run_program("spak_jax.tune", "loop13", "--target", "h100")
     assert_refused(tune, "did you mean loop")
     assert run_program("spak_jax.brief", "gpt12").stdout.startswith("# GPT-12L")
     assert_refused(run_program("spak_jax.train", "loop12", "gpt12"), "one configuration")

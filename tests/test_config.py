@@ -14,7 +14,6 @@ from conftest import ROOT, TINY, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.specification_files import shipped_configs, specification_file
 from spak_jax.command_line import InputError
 from spak_jax.config import (
     first_difference,
@@ -23,6 +22,7 @@ from spak_jax.config import (
     read_config,
     read_specification,
 )
+from spak_jax.config_files import shipped_configs, specification_file
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -44,7 +44,7 @@ def test_the_five_systems_follow_the_originals_recipe():
         assert (config.model.width, config.model.heads, config.train.steps) == (width, 4, steps)
         assert (config.model.dropout, config.model.mlp) == (0.1, "gelu")
         data, train = config.data, config.train
-        assert (data.max_digits, data.bridge_fraction, data.bridge_digits) == (4, 0.3, (5, 6))
+        assert (data.max_length, data.bridge_fraction, data.bridge_lengths) == (4, 0.3, (5, 6))
         assert (data.layout, data.row_length, data.examples) == ("packed", 64, 180_000)
         assert (train.batch, train.learning_rate, train.final_learning_rate) == (128, 1e-3, 1e-4)
         assert (train.warmup_steps, train.decay_steps, train.betas) == (100, 15_000, (0.9, 0.99))
@@ -62,14 +62,14 @@ def test_a_file_starts_from_others_and_its_own_word_is_the_last(tmp_path):
     write = lambda name, text: (tmp_path / f"{name}.toml").write_text(text)  # noqa: E731
     write("common", "[train]\nsteps = 5\nbatch = 3\n" + law("a") + law("b"))
     write("small", 'base = ["common"]\n[model]\nwidth = 8\nheads = 2\n[train]\nbatch = 4\n')
-    looped = '[model]\nkind = "loop"\nloops = 2\nheads = 4\n[data]\nbridge_digits = [5]\n'
+    looped = '[model]\nkind = "loop"\nloops = 2\nheads = 4\n[data]\nbridge_lengths = [5]\n'
     write("looped", 'base = ["common"]\n' + looped + law("c") + FACT.format("of-looped"))
     own = 'base = ["small", "looped"]\nname = "own"\n[system]\nname = "Own"\n[model]\nloops = 3\n'
     write("own", own + law("b", "parameters > 1") + FACT.format("own"))
     found = read_specification(tmp_path / "own.toml", ["train.steps=7"])
     assert (found.model.width, found.model.heads, found.model.loops) == (8, 4, 3)
     # What `looped` starts from counts after what `small` says.
-    assert (found.train.steps, found.train.batch, found.data.bridge_digits) == (7, 3, (5,))
+    assert (found.train.steps, found.train.batch, found.data.bridge_lengths) == (7, 3, (5,))
     checks = {each.name: each.check for each in found.invariant}
     assert checks == {"a": "parameters > 0", "c": "parameters > 0", "b": "parameters > 1"}
     assert [each.name for each in found.fact] == ["own"]
@@ -139,7 +139,7 @@ def test_a_wheel_holds_them_within_the_package(tmp_path):
     for package in ("spak_jax", "pallas_kernels"):
         shutil.copytree(ROOT / package, tmp_path / package, dirs_exist_ok=True)
     program = (
-        "from pallas_kernels.specification_files import specification_file;"
+        "from spak_jax.config_files import specification_file;"
         " from spak_jax.config import read_config; print(read_config(specification_file('loop12')))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -155,12 +155,21 @@ def test_a_wheel_holds_them_within_the_package(tmp_path):
     assert held == {path.name for path in (ROOT / "configs").rglob("*.toml")}
 
 
+def test_every_package_is_in_a_wheel():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        settings = tomllib.load(file)["tool"]["setuptools"]
+    for package in ("spak_jax", "pallas_kernels"):
+        for folder in (path.parent for path in (ROOT / package).rglob("__init__.py")):
+            name = ".".join(folder.relative_to(ROOT).parts)
+            assert name in settings["packages"], name
+
+
 def test_overrides_are_toml(tiny_toml):
     config = read_config(
         tiny_toml,
-        ["model.loops=24", 'name="trial"', "data.bridge_digits=[7]", "train.betas=[0,0.5]"],
+        ["model.loops=24", 'name="trial"', "data.bridge_lengths=[7]", "train.betas=[0,0.5]"],
     )
-    assert (config.model.loops, config.name, config.data.bridge_digits) == (24, "trial", (7,))
+    assert (config.model.loops, config.name, config.data.bridge_lengths) == (24, "trial", (7,))
     assert config.train.steps == 12
 
 
@@ -213,8 +222,11 @@ def test_any_text_is_itself_as_an_override_or_is_refused(text):
         ('model.positions="sine"', ["model.positions", "'sine'", "rope, random-rope, none"]),
         ('model.block="transformers"', ["model.block", "did you mean transformer?"]),
         ("model.window=true", ["model.window = true", "'rope'", "coupled-bias"]),
-        ("model.no_grad_warmup_loops=3", ["model.no_grad_warmup_loops = 3", "model.shared_step"]),
-        ('data.task="division"', ["data.task", "'subtraction'"]),
+        (
+            "model.no_grad_warmup_loops=3",
+            ["model.no_grad_warmup_loops = 3", "model.shared_step = true"],
+        ),
+        ('data.task="division"', ["data.task", "subtraction"]),
         ('data.task="three-operands"', ["data.row_length = 24", "28 tokens"]),
         ("model.dropout=1", ["model.dropout", "less than 1"]),
         ("model.dropout=nan", ["model.dropout"]),
@@ -224,12 +236,12 @@ def test_any_text_is_itself_as_an_override_or_is_refused(text):
         ("train.seed=-1", ["train.seed = -1"]),
         ("train.decay_steps=2", ["train.decay_steps = 2", "train.warmup_steps = 2"]),
         ("train.betas=[0.9]", ["train.betas"]),
-        ("data.max_digits=9", ["data.row_length = 24", "9", "30"]),
-        ("data.max_digits=10001", ["data.max_digits = 10001", "10000"]),
-        ("data.max_digits=101", ["data.row_length = 24", "101 digits", "306 tokens"]),
-        ("data.bridge_digits=[]", ["data.bridge_digits"]),
+        ("data.max_length=9", ["data.row_length = 24", "9", "30"]),
+        ("data.max_length=10001", ["data.max_length = 10001", "10000"]),
+        ("data.max_length=101", ["data.row_length = 24", "101 digits", "306 tokens"]),
+        ("data.bridge_lengths=[]", ["data.bridge_lengths"]),
         ("data.examples=5", ["data.examples = 5"]),
-        ("evaluation.digits=[0]", ["evaluation.digits.0 = 0"]),
+        ("evaluation.lengths=[0]", ["evaluation.lengths.0 = 0"]),
         ('name="a/b"', ["name = 'a/b'"]),
         ('name=".."', ["name"]),
         ("model=3", ["model = 3"]),

@@ -11,12 +11,19 @@ from conftest import ROOT, tiny_config
 from flax import nnx
 from random_models import LENGTH, build, error, logits_of, make_config, random_batch, random_weights
 
-from spak_jax import addition, checkpoint, evaluate, models
+from spak_jax import models
 from spak_jax.evaluation import generate
+from spak_jax.evaluation.answers import solve
+from spak_jax.evaluation.forward import forward
+from spak_jax.evaluation.loaded import load
+from spak_jax.evaluation.score import Scorer, Settings
 from spak_jax.models import fused
 from spak_jax.registry import BLOCKS
-from spak_jax.solve import solve
-from spak_jax.train import train
+from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training import checkpoint
+from spak_jax.training.loop import train
+
+ADDITION = Addition()
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -45,19 +52,16 @@ def test_it_trains_resumes_scores_and_writes(own, tmp_path):
     one, other = (checkpoint.restore(tmp_path / name).weights for name in ("at once", "run"))
     assert checkpoint.digest(one) == checkpoint.digest(other)
     learned = {"block": "block.q_scale", "scheme": "position_scheme.table.embedding"}[own]
-    start = checkpoint.named_arrays(
-        nnx.state(models.build(config, addition.VOCABULARY_SIZE, jax.random.key(0)))
-    )
+    start = checkpoint.named_arrays(nnx.state(models.build(config, jax.random.key(0))))
     assert start.keys() == one.keys() and not np.array_equal(one[learned], start[learned])
 
-    trained = evaluate.load(tmp_path / "run")
-    problems = addition.sample_exact(jax.random.key(1), 2, 20)
+    trained = load(tmp_path / "run")
+    problems = ADDITION.sample_exact(jax.random.key(1), 2, 20)
     forced, written = (
-        evaluate.Scorer(trained, evaluate.Settings((2,), 20, 0, decode=decode))(problems)
-        for decode in (False, True)
+        Scorer(trained, Settings((2,), 20, 0, decode=decode))(problems) for decode in (False, True)
     )
     np.testing.assert_array_equal(forced.correct, written.correct)
-    assert len(solve(trained, [(1, 2), (34, 5)])) == 2
+    assert len(solve(trained, [("1", "2"), ("34", "5")])) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,11 +72,11 @@ def test_it_writes_what_recomputing_says(own, kind):
     weights = nnx.state(build(config, random_weights(config)))
     picked = generate.pick_decoder(config.model, (3, LENGTH), None)
     assert picked == (generate.WITH_CACHE if own == "scheme" else generate.WITHOUT_CACHE)
-    forward = evaluate.forward(config)
+    run = forward(config)
     prompt = jnp.asarray(random_batch().tokens, jnp.int32)
     prompt_length = jnp.array([3, 5, 1])
     found, expected = (
-        jax.jit(generate.make_generate_fn(config, forward, decoder=decoder))(
+        jax.jit(generate.make_generate_fn(config, run, decoder=decoder))(
             weights, prompt, prompt_length
         )
         for decoder in (None, generate.WITHOUT_CACHE)
@@ -101,7 +105,7 @@ def test_queries_and_keys_are_normed_and_probabilities_shown():
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_block_called_by_hand(kind, monkeypatch):
     """And no fused way is asked for, though all are there."""
-    for name in ("add_and_norm", "attention_inputs", "add_attention", "looped_block"):
+    for name in ("add_layer_norm", "attention_inputs", "add_attention", "looped_block"):
         monkeypatch.setattr(fused, name, None)
     config = make_config(**KINDS[kind], block="qk-norm")
     network, batch = build(config, random_weights(config)), random_batch()

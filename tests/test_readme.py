@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 
-from spak_jax import checkpoint
+from spak_jax.training import checkpoint
 
 README = ROOT / "README.md"
 # What must show life is waited for this long, on a machine that has other work.
@@ -94,8 +94,8 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.evaluate runs/five --json five.json": Lives(SCORES),
     "python -m spak_jax.evaluate runs/loop12 --loops 24 --json loop12-at-24.json": Lives(SCORES),
     "python -m spak_jax.evaluate runs/loop12 --halt": Lives(SCORES),
-    "python -m spak_jax.evaluate runs/loop12 --digits 1-12,16,24 --decode": Lives(SCORES),
-    "python -m spak_jax.evaluate runs/quickstart --digits 100,1000 --kinds": Ends("100.0%"),
+    "python -m spak_jax.evaluate runs/loop12 --lengths 1-12,16,24 --decode": Lives(SCORES),
+    "python -m spak_jax.evaluate runs/quickstart --lengths 100,1000 --kinds": Ends("100.0%"),
     r"printf '123+456\n99+1=100\n' | python -m spak_jax.evaluate runs/loop12 --problems -": Ends(
         "whole answers right"
     ),
@@ -115,14 +115,13 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     # Past the frontier.
     "python -m spak_jax.reproduce --study pointer": Lives(STEPS),
     'python -m spak_jax.solve released/pointer "99999999999999999999+1"': Ends("1" + 20 * "0"),
-    "python -m spak_jax.evaluate released/pointer --digits 2000,5000,10000 --examples 10000": Lives(
-        SCORES
-    ),
+    "python -m spak_jax.evaluate released/pointer --lengths 2000,5000,10000"
+    " --examples 10000": Lives(SCORES),
     "python -m spak_jax.release RUN DIR": Ends(),
     "python -m spak_jax.trace released/frontier 999999999999999999999999+1": Ends(WRITES),
     "python -m spak_jax.evaluate runs/frontier/frontier/seed1 --loops 24"
-    " --digits 1-12,16,24,32,48,64,80,100 --examples 500": Needs("a training of hours"),
-    "python -m benchmarks.race configs/pointer.toml [--digits 12]": Lives(STEPS),
+    " --lengths 1-12,16,24,32,48,64,80,100 --examples 500": Needs("a training of hours"),
+    "python -m benchmarks.race configs/pointer.toml [--lengths 12]": Lives(STEPS),
     # How fast it trains, thinks and writes.
     "python -m benchmarks.models CONFIG": TIMES,
     "python -m benchmarks.models CONFIG [train.seeds=5]": TIMES,
@@ -178,7 +177,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.check configs/quickstart.toml --results runs/quickstart/results.json": Ends(
         "reach"
     ),
-    "python -m pallas_kernels.tune --spec configs/loop12.toml --target rtx5070": Lives("rtx5070"),
+    "python -m spak_jax.tune configs/loop12.toml --target rtx5070": Lives("rtx5070"),
     "python -m spak_jax.brief configs/loop12.toml --target rtx5070 > brief.md": Ends(
         leaves=("brief.md",)
     ),
@@ -186,7 +185,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
 # Where the page leaves something for a user to fill in.
 FILLED = {
     "RUN DIR": "runs/quickstart given-away",
-    "[--digits 12]": "--digits 12",
+    "[--lengths 12]": "--lengths 12",
     "CONFIG [train.seeds=5]": "configs/quickstart.toml train.seeds=5",
     "CONFIG": "configs/quickstart.toml",
 }

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from spak_jax import addition, checkpoint, evaluate, halting, models
-from spak_jax.solve import solve
-from spak_jax.train import train
+from spak_jax import models
+from spak_jax.evaluation import calibration
+from spak_jax.evaluation.answers import solve
+from spak_jax.evaluation.loaded import load
+from spak_jax.evaluation.score import Settings, score
+from spak_jax.training import checkpoint
+from spak_jax.training.loop import train
 
 SETTINGS = {
     "x64": lambda: jax.enable_x64(True),
@@ -26,11 +30,7 @@ AT_ONCE = {
     "keys of old": ("keys of old",),
 }
 # What draws, and has weights beside those of layers.
-SCHEMES = {
-    "random-rope": {},
-    "learned": {"window": True, "max_relative_distance": 2},
-    "coupled-embedding": {},
-}
+SCHEMES = {"random-rope": {}, "learned": {"window": True, "clip": 2}, "coupled-embedding": {}}
 
 
 def config_of(scheme):
@@ -38,7 +38,7 @@ def config_of(scheme):
         model={"positions": scheme, **SCHEMES[scheme]},
         data={"examples": 0, "layout": "single"},
         train={"steps": 4, "checkpoint_every": 4},
-        evaluation={"digits": [1, 3], "examples": 5},
+        evaluation={"lengths": [1, 3], "examples": 5},
     )
 
 
@@ -56,11 +56,11 @@ def outcome(scheme, run):
     """A training's weights, its scores, answers and the threshold it halts by."""
     config = config_of(scheme)
     train(config, run)
-    trained = evaluate.load(run)
+    trained = load(run)
     return (
         checkpoint.digest(checkpoint.restore(run).weights),
-        evaluate.score(trained, evaluate.Settings.of(config.evaluation)),
-        solve(trained, [(1, 2), (10, 345)]),
+        score(trained, Settings.of(config.evaluation)),
+        solve(trained, [("1", "2"), ("10", "345")]),
     )
 
 
@@ -73,17 +73,17 @@ def test_the_same_whatever_the_settings(scheme, settings, as_ever, tmp_path):
             stack.enter_context(SETTINGS[setting]())
         assert outcome(scheme, tmp_path / "run") == expected
         # And a run that was made without it is read.
-        trained = evaluate.load(run)
+        trained = load(run)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(trained.weights)} == {"float32"}
 
 
 def test_calibrating_knows_no_settings(half_trained, monkeypatch):
-    monkeypatch.setattr(halting, "CALIBRATED_ON", 64)
-    trained = evaluate.load(half_trained)
+    monkeypatch.setattr(calibration, "CALIBRATED_ON", 64)
+    trained = load(half_trained)
     found = []
     for setting in (contextlib.nullcontext, SETTINGS["x64"], SETTINGS["no NaN"]):
         with setting():
-            found.append(halting.calibrated(trained, "still"))
+            found.append(calibration.calibrated(trained, "convergence"))
     assert found[0] == found[1] == found[2]
 
 
@@ -91,5 +91,5 @@ def test_a_models_weights_are_float32_under_x64():
     """Of a model that a user's own program builds."""
     for scheme in SCHEMES:
         with jax.enable_x64(True):
-            _, weights = models.abstract(config_of(scheme), addition.VOCABULARY_SIZE)
+            _, weights = models.abstract(config_of(scheme))
         assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {np.dtype(np.float32)}

@@ -1,1 +1,1 @@
-"""Scoring trained models, and letting them write."""
+"""Scoring: what a trained model answers, how often it is right, and how it comes to that."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spak_jax import addition, models
+from spak_jax import models, tasks
 from spak_jax.config import Architecture, Config, LoopedModel
 from spak_jax.models import kv_cache
 from spak_jax.registry import BLOCKS
@@ -49,9 +49,10 @@ def with_cache(
       thresholds: of tokens `[batch, length]`, where each token halts once it is sure; None for
         never.
     """
-    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config)
+    task = tasks.of(config.data)
     given = lambda tokens: {  # noqa: E731
-        "position_ids": addition.coupled_ids(tokens),
+        "position_ids": task.position_ids(tokens),
         "thresholds": None if thresholds is None else thresholds(tokens),
     }
 
@@ -88,15 +89,17 @@ def without_cache(forward: Callable) -> Decoder:
 
 def generate(
     decoder: Decoder,
+    end: int,
     weights: Any,
     prompt: jax.Array,
     prompt_length: jax.Array,
     max_length: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes until each sequence has its newline or may not become longer.
+    """Writes until each sequence has its end or may not become longer.
 
     Args:
       decoder: how.
+      end: the token that ends a text, and fills sequences up.
       weights: of the model.
       prompt: int32 `[batch, length]`, texts up to and with `=`; what follows them is ignored.
       prompt_length: int32 `[batch]`, at least 1.
@@ -108,7 +111,7 @@ def generate(
       that the token before each took to choose it.
     """
     batch, length = jnp.arange(len(prompt)), prompt.shape[1]
-    tokens = jnp.where(jnp.arange(length) < prompt_length[:, None], prompt, addition.NEWLINE)
+    tokens = jnp.where(jnp.arange(length) < prompt_length[:, None], prompt, end)
     max_length = length if max_length is None else jnp.minimum(max_length, length)
 
     def cond_fn(carry):
@@ -123,7 +126,7 @@ def generate(
         tokens = tokens.at[batch, place].set(chosen, mode="drop")
         loops = loops.at[batch, place].set(taken.astype(loops.dtype), mode="drop")
         cache_position = jnp.minimum(cache_position + 1, length - 1)
-        done |= (chosen == addition.NEWLINE) | (cache_position + 1 >= max_length)
+        done |= (chosen == end) | (cache_position + 1 >= max_length)
         return tokens, loops, cache_position, cache, done
 
     cache = decoder.prefill(weights, tokens)
@@ -164,7 +167,9 @@ def make_generate_fn(
             chosen = with_cache(config, loops=loops, thresholds=thresholds)
         else:
             chosen = without_cache(forward)
-        return generate(chosen, weights, prompt, prompt_length, max_length)
+        return generate(
+            chosen, tasks.of(config.data).end, weights, prompt, prompt_length, max_length
+        )
 
     return generate_fn
 

@@ -13,13 +13,13 @@ Weights and the residual stream are float32; products run in the compute dtype. 
 arguments: a call without one is deterministic.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import targets
+from spak_jax import tasks
+from spak_jax.config import Config
 from spak_jax.models.block import Block, BlockSettings
 from spak_jax.models.looped import LoopLM
 from spak_jax.models.stacked import GPT
@@ -40,32 +40,27 @@ __all__ = [
 KINDS = {"gpt": GPT, "loop": LoopLM}
 
 
-def build(
-    config: Any, vocabulary: int, key: jax.Array, attention: str | None = None
-) -> GPT | LoopLM:
-    """The model that a configuration (`spak_jax.config.Config`) describes, freshly initialised.
+def build(config: Config, key: jax.Array, attention: str | None = None) -> GPT | LoopLM:
+    """The model that a configuration describes, freshly initialised.
 
     Args:
-      config: its section `model` is the architecture.
-      vocabulary: number of different tokens.
+      config: its section `model` is the architecture; its task has the vocabulary.
       key: PRNG key of the initial values.
       attention: implementation, as `pallas_kernels.attention` takes it; None the fastest.
     """
-    architecture = config.model
+    architecture, vocabulary = config.model, len(tasks.of(config.data).vocabulary)
     dtype = compute_dtype(architecture.dtype)
     model = KINDS[architecture.kind]
     return model(architecture, vocabulary, dtype, attention, rngs=nnx.Rngs(key))
 
 
-def abstract(config: Any, vocabulary: int, attention: str | None = None):
+def abstract(config: Config, attention: str | None = None):
     """The structure of a configuration's model and its weights as shapes: nothing is computed.
 
     Returns:
       What `nnx.merge` makes a model from: graph definition, and state of `ShapeDtypeStruct`.
     """
-    return nnx.split(
-        nnx.eval_shape(lambda: build(config, vocabulary, jax.random.key(0), attention))
-    )
+    return nnx.split(nnx.eval_shape(lambda: build(config, jax.random.key(0), attention)))
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -23,7 +23,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import attention, gelu, linear, reference
+from pallas_kernels import attention, gelu
+from pallas_kernels import dropout as counter_dropout
+from pallas_kernels.ops import linear, reference
+from pallas_kernels.ops.attention import reference as attention_reference
 from spak_jax.positions.base import PositionInputs
 from spak_jax.registry import BLOCKS
 
@@ -137,7 +140,7 @@ class Attention(nnx.Module):
 
         q, k: `[batch, length, heads, head_dim]`, before any rotation.
         """
-        return reference.attention_weights(
+        return attention_reference.attention_weights(
             q,
             k,
             positions=position_inputs.rope_positions,
@@ -148,7 +151,7 @@ class Attention(nnx.Module):
         )
 
     def scoring(self, position_inputs: PositionInputs, head_dim: int) -> dict[str, Any]:
-        """How `pallas_kernels.reference` is to score keys, positions apart."""
+        """How `pallas_kernels.ops.attention.reference` is to score keys, positions apart."""
         biases = self.biases
         return {
             "bias_table": biases,
@@ -276,4 +279,4 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Sets a share `rate` to zero and scales the rest up; the identity without a key."""
     if key is None or rate == 0:
         return x
-    return reference.dropout(x, rate, key)
+    return counter_dropout.dropout(x, rate, key)

@@ -1,9 +1,10 @@
 """Faster ways through blocks that are known to give the same: everything here knows `Block` itself.
 
 A block leaves its last addition to the stream pending: addition, dropout and the norm behind them
-are then one kernel (`add_and_norm`), or with the loss another (`add_and_score`). The gradients of
-all blocks' matrices are made in one launch each (`with_batched_weight_grads`). A short sequence of
-a narrow looped model goes through all loops of inference in one launch (`fused_forward`).
+are then one kernel (`add_layer_norm`), or with the loss another (`add_layer_norm_cross_entropy`).
+The gradients of all blocks' matrices are made in one launch each (`with_batched_weight_grads`). A
+short sequence of a narrow looped model goes through all loops of inference in one launch
+(`fused_forward`).
 
 A block of any other class, a subclass too, is called as it is, and is not deferred or launched: it
 may differ anywhere.
@@ -17,15 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import (
-    add_and_norm,
-    add_and_score,
+    add_layer_norm,
+    add_layer_norm_cross_entropy,
     derivatives,
-    linear,
-    looped,
     looped_block,
     targets,
 )
-from pallas_kernels.linear import Operands
+from pallas_kernels.ops import linear, looped
+from pallas_kernels.ops.linear import DeferredWeightGrad
 from spak_jax.models.block import Block, dropout
 from spak_jax.positions.base import PositionInputs
 
@@ -44,10 +44,10 @@ class Stream(NamedTuple):
 class BlockWeightGrads(NamedTuple):
     """The gradients of a block's matrices, deferred: the operands of each."""
 
-    qkv: Operands
-    attention_out: Operands
-    mlp_in: Operands
-    mlp_out: Operands
+    qkv: DeferredWeightGrad
+    attention_out: DeferredWeightGrad
+    mlp_in: DeferredWeightGrad
+    mlp_out: DeferredWeightGrad
 
 
 def is_known(block: nnx.Module) -> bool:
@@ -158,11 +158,11 @@ def add_attention(
         return Stream(x, block.feed_forward(normed))
     inner, outer = block.mlp_in.kernel[...], block.mlp_out.kernel[...]
     of_mlp = deferred and deferred[2:]
-    return Stream(x, linear.mlp(normed, inner, outer, dtype=block.dtype, operands=of_mlp))
+    return Stream(x, linear.mlp(normed, inner, outer, dtype=block.dtype, deferred=of_mlp))
 
 
 def _add_layer_norm(block, x, pending, norm: nnx.LayerNorm, key, shift=None):
-    return add_and_norm(
+    return add_layer_norm(
         x,
         pending,
         norm.scale[...],
@@ -173,8 +173,8 @@ def _add_layer_norm(block, x, pending, norm: nnx.LayerNorm, key, shift=None):
     )
 
 
-def _linear(block, x, layer: nnx.Linear, deferred: Operands | None):
-    return linear.linear(x, layer.kernel[...], dtype=block.dtype, operands=deferred)
+def _linear(block, x, layer: nnx.Linear, deferred: DeferredWeightGrad | None):
+    return linear.linear(x, layer.kernel[...], dtype=block.dtype, deferred=deferred)
 
 
 def scan_or_unroll(step, carry, inputs, deferred: list[BlockWeightGrads] | None):
@@ -207,7 +207,7 @@ def add_loss(
       weights: float32 `[batch, length]`.
     """
     x, pending = stream
-    return add_and_score(
+    return add_layer_norm_cross_entropy(
         x,
         jnp.zeros(x.shape, model.dtype) if pending is None else pending,
         model.final_norm.scale[...],
@@ -264,9 +264,11 @@ def _no_grads(block: nnx.Module, tokens: int) -> BlockWeightGrads | None:
     if not is_known(block) or block.gated:
         return None
     sizes = [kernel.shape[-2:] for kernel in _matrices(block)]
-    if not all(linear.takes(tokens, *size, block.dtype) for size in sizes):
+    if not all(linear.supports(tokens, *size, block.dtype) for size in sizes):
         return None
-    return BlockWeightGrads(*(linear.no_operands(tokens, *size, block.dtype) for size in sizes))
+    return BlockWeightGrads(
+        *(linear.DeferredWeightGrad.zeros(tokens, *size, block.dtype) for size in sizes)
+    )
 
 
 def _add_grads(block: Block, deferred: list[BlockWeightGrads]) -> None:
@@ -275,7 +277,7 @@ def _add_grads(block: Block, deferred: list[BlockWeightGrads]) -> None:
     deferred: of each loop; of a stack, whose matrices have an axis for them, of each layer.
     """
     for kernel, pairs in zip(_matrices(block), zip(*deferred, strict=True), strict=True):
-        kernel[...] += linear.gradients(pairs).sum((0, 1) if kernel.ndim == 2 else 1)
+        kernel[...] += linear.weight_grads(pairs).sum((0, 1) if kernel.ndim == 2 else 1)
 
 
 def _matrices(block: Block) -> tuple[nnx.Param, ...]:
@@ -291,7 +293,7 @@ def supports_fused(model: nnx.Module, tokens: jax.Array) -> bool:
     return (
         is_known(block)
         and block.attention_implementation is None
-        and looped.takes(
+        and looped.supports_fused(
             tokens.shape[1],
             model.config.width,
             block.heads,
@@ -309,7 +311,7 @@ def fused_forward(
     *,
     loops: int,
     thresholds: jax.Array | None = None,
-    rule: str = "sure",
+    rule: str = "confidence",
 ) -> tuple[jax.Array, jax.Array]:
     """All loops of a looped model, halting and logits in one launch.
 

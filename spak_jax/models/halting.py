@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import looped
+from pallas_kernels.ops import looped
 
 
 class HaltingState(NamedTuple):
@@ -29,7 +29,7 @@ def update_halting(
     x: jax.Array,
     thresholds: jax.Array | None,
     unembed: Callable[[jax.Array], jax.Array],
-    rule: str = "sure",
+    rule: str = "confidence",
 ) -> HaltingState:
     """The same after one more block: what has halted keeps its state.
 
@@ -42,10 +42,10 @@ def update_halting(
     if thresholds is None:
         return HaltingState(x, state.halted, state.steps + 1)
     x = jnp.where(state.halted[..., None], state.x, x)
-    if rule == "sure":
+    if rule == "confidence":
         halts = jax.nn.softmax(unembed(x)).max(-1) >= thresholds
     else:
         moved, size = ((v * v).sum(-1) for v in (x - state.x, x))
-        settled = looped.has_settled(moved, size, thresholds)
+        settled = looped.has_converged(moved, size, thresholds)
         halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
     return HaltingState(x, state.halted | halts, state.steps + ~state.halted)

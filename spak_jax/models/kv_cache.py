@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import reference
+from pallas_kernels.ops.attention import reference as attention_reference
+from pallas_kernels.ops.attention import rope
 from spak_jax.models import fused
 from spak_jax.models.block import Block
 from spak_jax.models.fused import Stream
@@ -64,7 +65,7 @@ def prefill(
         x, qkv = fused.attention_inputs(block, Stream(x), shift=shift)
         _, k, v = jnp.moveaxis(qkv, 2, 0)
         if position_inputs.rope_positions is not None:
-            k = reference.rotate(k, position_inputs.rope_positions)
+            k = rope.apply_rope(k, position_inputs.rope_positions)
         mixed = block.mix_heads(qkv, position_inputs=position_inputs)
         x = fused.apply_pending(fused.add_attention(block, x, mixed), None, 0.0)
         return update_halting(state, x, thresholds, model.unembed), KVCache(k, v)
@@ -141,10 +142,10 @@ def _decode_block(
     if rope_positions is not None:
         by = jnp.broadcast_to(rope_positions, (len(x), rope_positions.shape[-1]))
         by = jnp.take_along_axis(by, cache_position[:, None], axis=1)
-        q, k = reference.rotate(q, by), reference.rotate(k, by)
+        q, k = rope.apply_rope(q, by), rope.apply_rope(k, by)
     place = depth, jnp.arange(len(x)), cache_position
     keys, values = cache.keys.at[place].set(k[:, 0]), cache.values.at[place].set(v[:, 0])
-    mixed = reference.newest_attention(
+    mixed = attention_reference.decode_attention(
         q[:, 0],
         keys[depth],
         values[depth],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import reference
+from pallas_kernels.ops import reference
 from spak_jax.models import fused
 from spak_jax.models.block import EPSILON, INIT_STD
 from spak_jax.models.fused import Stream
@@ -155,7 +155,7 @@ class LoopLM(Transformer):
         tokens: jax.Array,
         thresholds: jax.Array,
         *,
-        rule: str = "sure",
+        rule: str = "confidence",
         loops: int | None = None,
         positions: jax.Array | None = None,
         position_ids: jax.Array | None = None,
@@ -163,16 +163,16 @@ class LoopLM(Transformer):
         """Logits where each token stops once it has thought enough ("wait to think").
 
         A token that halts after a loop keeps that loop's state from then on; the tokens that go on
-        still attend to it. By the rule "sure" it halts when its largest probability reaches its
-        threshold; by the rule "still", when its state has moved in the loop, as a share of the
-        length that it has now, by no more than its threshold, as have those of all tokens before
-        it. Without these, it would halt before what it looks at has come to rest.
+        still attend to it. By the rule "confidence" it halts when its largest probability reaches
+        its threshold; by the rule "convergence", when its state has moved in the loop, as a share
+        of the length that it has now, by no more than its threshold, as have those of all tokens
+        before it. Without these, it would halt before what it looks at has come to rest.
 
         Args:
           tokens: int `[batch, length]`.
           thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a share
             below 0, never halts.
-          rule: of `pallas_kernels.looped.RULES`.
+          rule: of `pallas_kernels.ops.looped.RULES`.
           loops: the most loops to run; None for as many as in training.
           positions, position_ids: as in a plain call.
 
@@ -199,7 +199,7 @@ class LoopLM(Transformer):
         tokens: jax.Array,
         thresholds: jax.Array | None = None,
         *,
-        rule: str = "sure",
+        rule: str = "confidence",
         loops: int | None = None,
         positions: jax.Array | None = None,
         position_ids: jax.Array | None = None,

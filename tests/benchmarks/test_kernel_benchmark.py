@@ -6,9 +6,8 @@ import pytest
 from conftest import ROOT, assert_refused, run_program
 
 from benchmarks import kernels, report
-from pallas_kernels.shapes import parse_shape
-from pallas_kernels.stream_cases import StreamShape
 from pallas_kernels.targets import TARGETS
+from pallas_kernels.tuning.shapes import StreamShape, parse_shape
 
 
 def test_bench_needs_a_gpu():

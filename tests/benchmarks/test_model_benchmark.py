@@ -10,16 +10,17 @@ from conftest import ROOT, TINY, assert_refused, run_program
 from flax import nnx
 
 from benchmarks import generation, inference, profiling
-from pallas_kernels import compile
-from spak_jax import (
-    addition,
-    checkpoint,
-    models,
-    roofline,
-    train,
-)
+from pallas_kernels.tuning import aot
+from spak_jax import models
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config, read_config
+from spak_jax.data import training_batch
+from spak_jax.specs import roofline
+from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training import checkpoint
+from spak_jax.training.step import initial_state, loss
+
+ADDITION = Addition()
 
 
 def test_training_and_scoring_are_timed(tiny_toml, tmp_path):
@@ -123,12 +124,12 @@ def test_the_peer_is_the_same_model(kind, mlp):
     sizes = {"width": 16, "heads": 2, "mlp": mlp, "dropout": 0.0, "dtype": "float32"}
     values = tomllib.loads(TINY) | {"system": "Tiny", "model": {"kind": kind, **sizes, **depth}}
     config = parse_config(values, "tiny")
-    state = jax.jit(lambda: train.initial_state(config))()
-    peer = torch_peer.Peer(config, addition.VOCABULARY_SIZE)
+    state = jax.jit(lambda: initial_state(config))()
+    peer = torch_peer.Peer(config, len(ADDITION.vocabulary))
     peer.load(jax.tree.map(np.asarray, checkpoint.named_arrays(state.weights)))
-    batch = addition.training_batch(jax.random.key(1), config.data, 8, None)
-    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
-    ours = train.loss(nnx.merge(definition, state.weights), batch, None)
+    batch = training_batch(jax.random.key(1), config.data, 8, None)
+    definition, _ = models.abstract(config)
+    ours = loss(nnx.merge(definition, state.weights), batch, ADDITION, None)
     weights = batch.answer / batch.answer.sum()
     tokens, targets, weights = (
         torch.from_numpy(np.array(x)) for x in (batch.tokens, batch.targets, weights)
@@ -139,9 +140,9 @@ def test_the_peer_is_the_same_model(kind, mlp):
 
 
 try:
-    compile.check_plugin()
+    aot.check_plugin()
     MISSING = None
-except compile.Unavailable as error:
+except aot.Unavailable as error:
     MISSING = str(error)
 
 

@@ -9,7 +9,7 @@ from spak_jax.command_line import Failure
 
 def test_a_race_ends_where_the_digits_are_right(monkeypatch):
     config = tiny_config(
-        model={"width": 32}, data={"max_digits": 1, "bridge_fraction": 0.0, "row_length": 8},
+        model={"width": 32}, data={"max_length": 1, "bridge_fraction": 0.0, "row_length": 8},
         train={"steps": 400, "learning_rate": 1e-2, "batch": 64, "steps_per_call": 50},
     )  # fmt: skip
     monkeypatch.setattr(race, "ACCURACY", 0.01)
@@ -29,4 +29,4 @@ def test_the_race_command_refuses(tmp_path):
     words = ("benchmarks.race", tmp_path / "tiny.toml")
     assert_refused(run_program(*words, "train.seeds=2"), "train.seeds = 2")
     assert_refused(run_program(*words, "--every", "0"), "--every 0")
-    assert_refused(run_program(*words, "--digits", "0"), "--digits 0")
+    assert_refused(run_program(*words, "--lengths", "0"), "--lengths 0")

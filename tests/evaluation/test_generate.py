@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import config_of, weights_of
 
-from spak_jax import addition, evaluate, models
+from spak_jax import models
 from spak_jax.evaluation import generate
+from spak_jax.evaluation.forward import forward
 from spak_jax.registry import POSITIONS
+from spak_jax.tasks.arithmetic import Addition
+
+ADDITION = Addition()
 
 # What is compared must not be rounded to bfloat16.
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -27,7 +31,7 @@ def decoders_of(config, halt=False):
     thresholds = thresholds_of if halt else None
     return [
         generate.with_cache(config, thresholds=thresholds),
-        generate.without_cache(run_of(config) if halt else evaluate.forward(config)),
+        generate.without_cache(run_of(config) if halt else forward(config)),
     ]
 
 
@@ -37,9 +41,9 @@ def thresholds_of(tokens):
 
 
 def run_of(config):
-    definition, _ = models.abstract(config, addition.VOCABULARY_SIZE)
+    definition, _ = models.abstract(config)
     return lambda weights, tokens: nnx.merge(definition, weights).halting_logits(
-        tokens, thresholds_of(tokens), position_ids=addition.coupled_ids(tokens)
+        tokens, thresholds_of(tokens), position_ids=ADDITION.position_ids(tokens)
     )
 
 
@@ -49,7 +53,7 @@ def reading(decoder):
     @jax.jit
     def read(weights, text, prompt_length):
         def upto(at):
-            return jnp.where(jnp.arange(LENGTH) <= at[:, None], text, addition.NEWLINE)
+            return jnp.where(jnp.arange(LENGTH) <= at[:, None], text, ADDITION.end)
 
         def step(carry, _):
             at, cache = carry
@@ -66,9 +70,9 @@ def reading(decoder):
 def drawn(seed):
     """Texts, some of them problems and some nonsense, and prompts of different lengths."""
     random = np.random.default_rng(seed)
-    text = random.integers(0, addition.VOCABULARY_SIZE, (ROWS, LENGTH))
-    problems = addition.sample_exact(jax.random.key(seed), 4, ROWS // 2)
-    text[: ROWS // 2] = addition.render(problems, LENGTH)[0]
+    text = random.integers(0, len(ADDITION.vocabulary), (ROWS, LENGTH))
+    problems = ADDITION.sample_exact(jax.random.key(seed), 4, ROWS // 2)
+    text[: ROWS // 2] = ADDITION.render(problems, LENGTH)[0]
     return jnp.asarray(text, jnp.int32), jnp.asarray(random.integers(1, LENGTH + 1, ROWS))
 
 
@@ -131,15 +135,15 @@ def test_a_bfloat16_cache_is_as_near_as_recomputing():
 
 def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
     """A model that always says 7, then newline after two of them."""
-    tokens = jnp.array([addition.encode("1+2=" + "9" * 6), addition.encode("11+2=" + "9" * 5)])
+    tokens = jnp.array([ADDITION.encode("1+2=" + "9" * 6), ADDITION.encode("11+2=" + "9" * 5)])
 
     def run(weights, tokens):
-        sevens = (tokens == addition.ZERO + 7).cumsum(-1)
-        chosen = jnp.where(sevens < 2, addition.ZERO + 7, addition.NEWLINE)
+        sevens = (tokens == ADDITION.first_symbol + 7).cumsum(-1)
+        chosen = jnp.where(sevens < 2, ADDITION.first_symbol + 7, ADDITION.end)
         return jax.nn.one_hot(chosen, 13), sevens
 
     written, loops = generate.generate(generate.without_cache(run), None, tokens, jnp.array([4, 5]))
-    assert [addition.decode(row) for row in np.asarray(written)] == [
+    assert [ADDITION.decode(row) for row in np.asarray(written)] == [
         "1+2=77\n\n\n\n",
         "11+2=77\n\n\n",
     ]
@@ -153,20 +157,20 @@ def saying(texts):
     def decode_step(weights, tokens, at, cache):
         jax.debug.callback(lambda: calls.append(1))
         chosen = jnp.asarray(texts)[jnp.arange(len(tokens)), at + 1]
-        return jax.nn.one_hot(chosen, addition.VOCABULARY_SIZE), at, cache
+        return jax.nn.one_hot(chosen, len(ADDITION.vocabulary)), at, cache
 
     return generate.Decoder(lambda weights, tokens: (), decode_step), calls
 
 
 def test_generation_ends_with_the_last_row():
-    texts = [addition.encode(text.ljust(30, "\n")) for text in ("1+2=3\n777", "99+1=001\n", "1+1=")]
+    texts = [ADDITION.encode(text.ljust(30, "\n")) for text in ("1+2=3\n777", "99+1=001\n", "1+1=")]
     decoder, calls = saying(texts)
     prompt_length = jnp.array([4, 5, 30])
     written, at = generate.generate(decoder, None, jnp.array(texts), prompt_length)
     jax.effects_barrier()
     # `001` and its newline; the row that is full asks for nothing.
     assert len(calls) == 4
-    assert [addition.decode(row).rstrip("\n") for row in np.asarray(written)] == [
+    assert [ADDITION.decode(row).rstrip("\n") for row in np.asarray(written)] == [
         "1+2=3",
         "99+1=001",
         "1+1=",
@@ -175,7 +179,7 @@ def test_generation_ends_with_the_last_row():
 
 
 def test_generation_ends_with_the_buffer():
-    texts = jnp.full((2, 9), addition.ZERO + 7)
+    texts = jnp.full((2, 9), ADDITION.first_symbol + 7)
     decoder, calls = saying(texts)
     written, _ = generate.generate(decoder, None, texts, jnp.array([3, 8]))
     jax.effects_barrier()

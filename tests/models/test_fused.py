@@ -19,14 +19,18 @@ from random_models import (
 )
 from test_compile import TRITON
 
-from pallas_kernels import looped, targets
-from spak_jax import addition, models
+from pallas_kernels import targets
+from pallas_kernels.ops import looped
+from spak_jax import models
 from spak_jax.evaluation import generate
 from spak_jax.models import fused, kv_cache
 from spak_jax.models.block import Block
 from spak_jax.models.fused import Stream
 from spak_jax.positions.base import PositionInputs
 from spak_jax.registry import BLOCKS
+from spak_jax.tasks.arithmetic import Addition
+
+ADDITION = Addition()
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -68,7 +72,7 @@ def both(**architecture):
 def test_training_is_that_of_the_equations(name):
     batch = random_batch()
     tokens, targets, weights = (jnp.asarray(x) for x in batch)
-    position_ids = addition.coupled_ids(tokens)
+    position_ids = ADDITION.position_ids(tokens)
 
     @nnx.jit
     def losses_and_gradient(network):
@@ -96,7 +100,7 @@ def test_training_is_that_of_the_equations(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_inference_is_that_of_the_equations(name):
     tokens = random_batch().tokens
-    position_ids = addition.coupled_ids(jnp.asarray(tokens))
+    position_ids = ADDITION.position_ids(jnp.asarray(tokens))
     known, other = both(**ARCHITECTURES[name])
     plain = logits_of(other, tokens, position_ids=position_ids)
     assert error(logits_of(known, tokens, position_ids=position_ids), plain) < 1e-6
@@ -137,7 +141,7 @@ def no_fusing(monkeypatch):
     def asked(*_, **__):
         raise AssertionError("a fused way was taken")
 
-    for name in ("add_and_norm", "looped_block", "attention_inputs", "add_attention"):
+    for name in ("add_layer_norm", "looped_block", "attention_inputs", "add_attention"):
         monkeypatch.setattr(fused, name, asked)
     monkeypatch.setattr(fused.linear, "no_operands", asked)
     monkeypatch.setattr(looped, "takes", lambda *_, **__: True)

@@ -28,12 +28,16 @@ from random_models import (
     random_weights,
 )
 
-from spak_jax import addition, checkpoint, models, train
+from spak_jax import models
 from spak_jax.config import Config, read_config
 from spak_jax.models import fused
 from spak_jax.models.block import Block, dropout
 from spak_jax.models.fused import Stream
 from spak_jax.positions.base import PositionInputs
+from spak_jax.tasks.arithmetic import Addition
+from spak_jax.training import checkpoint
+
+ADDITION = Addition()
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IN_ORDER = PositionInputs(rope_positions=jnp.arange(LENGTH))
@@ -100,7 +104,7 @@ def test_logits_loss_and_all_gradients_equal_the_reference(name, reference):
     network = build(config, weights)
 
     def loss_and_logits(network):
-        return train.loss(network, batch, None), network(jnp.asarray(batch.tokens))
+        return loss(network, batch, ADDITION, None), network(jnp.asarray(batch.tokens))
 
     graded = nnx.jit(nnx.value_and_grad(loss_and_logits, has_aux=True))
     (loss, logits), gradients = graded(network)
@@ -212,12 +216,12 @@ def test_halting_knows_positions():
 )
 def test_parameter_counts(file, parameters):
     config = read_config(CONFIGS / f"{file}.toml")
-    _, weights = models.abstract(config, addition.VOCABULARY_SIZE)
+    _, weights = models.abstract(config)
     assert models.parameter_count(weights) == parameters
 
 
 def fresh_model(config: Config):
-    return nnx.jit(lambda: models.build(config, addition.VOCABULARY_SIZE, jax.random.key(0)))()
+    return nnx.jit(lambda: models.build(config, jax.random.key(0)))()
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt-swiglu", "loop", "loop-odd-swiglu"])
@@ -257,7 +261,7 @@ def two_models():
 def test_no_token_sees_the_future(place, shift, seed):
     tokens = random_batch(seed).tokens
     changed = tokens.copy()
-    changed[:, place] = (changed[:, place] + shift) % addition.VOCABULARY_SIZE
+    changed[:, place] = (changed[:, place] + shift) % len(ADDITION.vocabulary)
     for network in two_models():
         before, after = logits_of(network, tokens), logits_of(network, changed)
         np.testing.assert_allclose(after[:, :place], before[:, :place], rtol=0, atol=1e-6)
@@ -494,10 +498,10 @@ TABULATED = {
 def test_flax_tabulates_every_kind_of_model(name):
     """A table with a line for each part; and methods are left as they were."""
     config = make_config(**TABULATED[name])
-    network = models.build(config, addition.VOCABULARY_SIZE, jax.random.key(0))
+    network = models.build(config, jax.random.key(0))
     tokens = jnp.zeros((2, 6), jnp.int32)
     before = Block.__call__
-    table = nnx.tabulate(network, tokens, position_ids=addition.coupled_ids(tokens))
+    table = nnx.tabulate(network, tokens, position_ids=ADDITION.position_ids(tokens))
     assert Block.__call__ is before
     count = models.parameter_count(nnx.state(network))
     assert f"{count:,}" in table

@@ -7,46 +7,53 @@ import numpy as np
 import pytest
 from conftest import ROOT, tiny_config
 
-from spak_jax import checkpoint, evaluate
+from spak_jax import models
 from spak_jax.command_line import InputError
-from spak_jax.config import FORMER_MODEL_KEYS, Config, parse_config
-from spak_jax.results import read_results
-from spak_jax.train import train
+from spak_jax.config import FORMER_NAMES, Config, parse_config
+from spak_jax.evaluation.loaded import load
+from spak_jax.evaluation.results import read_results
+from spak_jax.training import checkpoint
+from spak_jax.training.loop import train
 
 RELEASED = sorted((ROOT / "released").iterdir())
 
 
 def description_of(run) -> dict:
-    newest = checkpoint.steps_in(run)[-1]
-    path = run / "checkpoints" / str(newest) / "description" / "metadata"
-    return json.loads(path.read_text())
+    newest = run / "checkpoints" / str(checkpoint.steps_in(run)[-1])
+    return json.loads((newest / "description" / "metadata").read_text())
 
 
 @pytest.mark.parametrize("run", RELEASED, ids=lambda path: path.name)
 def test_released_checkpoints_are_read(run):
     stored = description_of(run)["config"]["model"]
-    assert FORMER_MODEL_KEYS.keys() <= stored.keys() and "block" not in stored
-    model = evaluate.load(run).config.model
+    assert FORMER_NAMES["model"].keys() <= stored.keys() and "block" not in stored
+    model = load(run).config.model
     assert model.block == "transformer"
-    for old, new in FORMER_MODEL_KEYS.items():
+    for old, new in FORMER_NAMES["model"].items():
         assert getattr(model, new) == stored[old]
     # And as they were stored: the digest that the description has is over names, too.
     weights = checkpoint.restore(run).weights
     assert checkpoint.digest(weights) == description_of(run)["digests"]["weights"]
-    assert checkpoint.named_arrays(evaluate.load(run).weights).keys() == weights.keys()
+    assert checkpoint.named_arrays(load(run).weights).keys() == weights.keys()
 
 
 def test_a_key_by_both_its_names_is_refused():
     values = tiny_config().model_dump(mode="json")
-    with pytest.raises(InputError, match="clip and max_relative_distance, two names of one key"):
+    with pytest.raises(
+        InputError, match="model.clip is the former name of model.max_relative_distance"
+    ):
         parse_config(values | {"model": values["model"] | {"clip": 1}}, "test")
     with pytest.raises(InputError, match="unknown key model.clap"):
         parse_config(values | {"model": values["model"] | {"clap": 1}}, "test")
 
 
-def of_before(model: dict) -> dict:
-    names = {new: old for old, new in FORMER_MODEL_KEYS.items()}
-    return {names.get(key, key): value for key, value in model.items() if key != "block"}
+def of_before(values: dict) -> dict:
+    """A configuration as it was stored before keys had the names that they have now."""
+    stored = values | {"model": {k: v for k, v in values["model"].items() if k != "block"}}
+    for section, names in FORMER_NAMES.items():
+        former = {new: old for old, new in names.items()}
+        stored[section] = {former.get(key, key): x for key, x in stored[section].items()}
+    return stored
 
 
 @pytest.mark.parametrize("scheme", ["learned", "coupled-embedding"])
@@ -57,13 +64,13 @@ def test_a_run_that_was_begun_before_goes_on(scheme, tmp_path, monkeypatch):
     dump = Config.model_dump
 
     def dump_of_before(self, **how):
-        values = dump(self, **how)
-        return values | {"model": of_before(values["model"])}
+        return of_before(dump(self, **how))
 
     with monkeypatch.context() as patch:
         patch.setattr(Config, "model_dump", dump_of_before)
         train(config, tmp_path / "run", 4)
-    assert "clip" in description_of(tmp_path / "run")["config"]["model"]
+    stored = description_of(tmp_path / "run")["config"]
+    assert "clip" in stored["model"] and "max_digits" in stored["data"]
     stored = checkpoint.restore(tmp_path / "run", optimizer=True)
     learned = {"learned": "pointer.gate_logits", "coupled-embedding": "id_embedding.embedding"}
     for arrays, count in ((stored.weights, 1), (stored.optimizer, 2)):
@@ -79,12 +86,12 @@ def test_results_from_before_have_the_keys_of_today(tmp_path):
     assert "free_loops" in json.loads(path.read_text())["config"]["model"]
     model = read_results(path).config.model.model_dump()
     assert model["no_grad_warmup_loops"] == 12 and model["block"] == "transformer"
-    assert not FORMER_MODEL_KEYS.keys() & model.keys()
+    assert not FORMER_NAMES["model"].keys() & model.keys()
 
 
 def test_names_of_weights_are_stored_as_ever():
     config = tiny_config(model={"positions": "learned"})
-    state = evaluate.models.abstract(config, 13)[1]
+    state = models.abstract(config)[1]
     names = checkpoint.named_arrays(state)
     assert "pointer.gate_logits" in names and "block.qkv.kernel" in names
     filled = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in names.items()}

@@ -18,12 +18,14 @@ from random_models import (
     random_weights,
 )
 
-from spak_jax import addition
 from spak_jax.models.fused import attention_weights
 from spak_jax.positions.base import PositionInputs, PositionScheme
 from spak_jax.positions.coupled import EMBEDDED_IDS, offset_ids
 from spak_jax.positions.rope import WIDEST_GAP
 from spak_jax.registry import POSITIONS
+from spak_jax.tasks.arithmetic import Addition
+
+ADDITION = Addition()
 
 ONE_LOOP = LOOP | {"loops": 1}
 
@@ -33,7 +35,7 @@ def seen_by_the_last(network, tokens, **more) -> list[bool]:
     before, seen = logits_of(network, tokens, **more)[:, -1], []
     for place in range(LENGTH):
         changed = tokens.copy()
-        changed[:, place] = (changed[:, place] + 1) % addition.VOCABULARY_SIZE
+        changed[:, place] = (changed[:, place] + 1) % len(ADDITION.vocabulary)
         after = logits_of(network, changed, **more)[:, -1]
         seen.append(bool((np.abs(after - before) > 1e-6).any()))
     return seen
@@ -120,15 +122,15 @@ def learned_model(**architecture):
         **architecture,
     )
     weights = random_weights(config)
-    logits = np.full(addition.VOCABULARY_SIZE, -1, np.float32)
-    logits[addition.ZERO : addition.EQUALS] = 1
+    logits = np.full(len(ADDITION.vocabulary), -1, np.float32)
+    logits[ADDITION.first_symbol : ADDITION.equals] = 1
     weights["pointer.gate_logits"] = logits
     return build(config, weights)
 
 
 def test_a_counter_counts_and_starts_anew():
     counter = learned_model().position_scheme.counter
-    tokens = jnp.array([addition.encode("12+345=6789\n1+")])
+    tokens = jnp.array([ADDITION.encode("12+345=6789\n1+")])
     ids = counter(tokens)
     assert ids.dtype == jnp.int32
     assert ids[0].tolist() == [1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 0]

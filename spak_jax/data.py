@@ -1,0 +1,128 @@
+"""Batches: problems drawn by the training law and laid out in rows of tokens.
+
+All is pure and runs inside `jit`; what is drawn hangs on a key alone.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spak_jax import jax_settings, tasks
+from spak_jax.config import Data
+from spak_jax.tasks import Problems, Task
+
+
+class Batch(NamedTuple):
+    """Next-token prediction: int32 tokens and targets, bool answer mask, all `[batch, length]`.
+
+    `answer[i, t]` is set where the target belongs to an answer: its symbols and its newline.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    answer: jax.Array
+
+
+class FixedDataset(NamedTuple):
+    """Problems drawn once, to train and to validate on; None where every step draws its own."""
+
+    training: Problems | None
+    held_out: Problems | None
+
+
+def sample_training(key: jax.Array, data: Data, shape: tuple[int, ...]) -> Problems:
+    """Problems by the training law: short inputs, and now and then longer "bridge" ones.
+
+    Args:
+      key: PRNG key.
+      data: the law's parameters.
+      shape: of the problems.
+
+    Returns:
+      Problems `data.longest` symbols wide.
+    """
+    task = tasks.of(data)
+    bridge_key, longest_key, *keys = jax.random.split(key, 2 + task.inputs)
+    bridge = jax.random.bernoulli(bridge_key, jnp.float32(data.bridge_fraction), shape)
+    bridges = jnp.array(data.bridge_lengths, jnp.int32)
+    longest = bridges[jax.random.randint(longest_key, shape, 0, bridges.size, dtype=jnp.int32)]
+    at_most = jnp.where(bridge, longest, data.max_length)
+    return task.sample(keys, at_most, data.longest)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def sample_published_columns(key: jax.Array, count: int, task: Task) -> Problems:
+    """`count` problems that a published table's columns divide: the longest of them, or shorter."""
+    longest = max(last for _, last in task.published_columns.values())
+    at_most = jnp.full(count, longest, jnp.int32)
+    return task.sample(jax.random.split(key, task.inputs), at_most, longest)
+
+
+def make_dataset(data: Data) -> FixedDataset:
+    """The fixed problems of a training, drawn once from `data.seed`.
+
+    Nine tenths of what is drawn trains (`data.examples`), one tenth validates, as in the original.
+    """
+    if not data.examples:
+        return FixedDataset(None, None)
+    held_out = data.examples // 9
+    drawn = sample_training(jax_settings.key(data.seed), data, (data.examples + held_out,))
+    part = lambda start, stop: jax.tree.map(lambda array: array[start:stop], drawn)  # noqa: E731
+    return FixedDataset(part(0, data.examples), part(data.examples, None))
+
+
+def training_batch(key: jax.Array, data: Data, size: int, problems: Problems | None) -> Batch:
+    """Rows of training text, made from a key alone.
+
+    Args:
+      key: PRNG key of this batch.
+      data: law and layout.
+      size: of the batch.
+      problems: a fixed set to take them from; None draws fresh ones.
+
+    Returns:
+      A batch of `size` rows of `data.row_length` tokens. Packed rows start at the start of a
+      problem, uniformly chosen; those of a fixed set go on with the problems that follow it
+      there. A problem that the end of a row cuts still counts as far as it goes.
+    """
+    task, packed = tasks.of(data), data.layout == "packed"
+    problems_a_row = -(-(data.row_length + 1) // task.shortest_text) if packed else 1
+    if problems is None:
+        chosen = sample_training(key, data, (size, problems_a_row))
+    else:
+        count = problems.count
+        start = jax.random.randint(key, (size, 1), 0, count, dtype=jnp.int32)
+        chosen = jax.tree.map(
+            lambda array: array[(start + jnp.arange(problems_a_row)) % count], problems
+        )
+    if packed:
+        return _shift(*_pack(chosen, data.row_length + 1, task))
+    one_a_row = jax.tree.map(lambda array: array[:, 0], chosen)
+    return problem_rows(one_a_row, data.row_length, task)
+
+
+def problem_rows(problems: Problems, length: int, task: Task) -> Batch:
+    """One problem a row, then newlines that no loss or score counts: a `[count, length]` batch."""
+    return _shift(*task.render(problems, length + 1))
+
+
+def _pack(problems: Problems, length: int, task: Task):
+    """Texts one after another: problems `[rows, n]` to tokens and mask `[rows, length]`."""
+    width = task.text_length(problems.width)
+    tokens, answer = task.render(problems, width)
+    ends = jnp.cumsum(task.written_lengths(problems), axis=-1)
+    t = jnp.arange(length)
+    which = (t[None, :, None] >= ends[:, None, :]).sum(-1)
+    starts = jnp.pad(ends, [(0, 0), (1, 0)])
+    place = which * width + t - jnp.take_along_axis(starts, which, axis=1)
+
+    def gather(array):
+        return jnp.take_along_axis(array.reshape(array.shape[0], -1), place, axis=1)
+
+    return gather(tokens), gather(answer)
+
+
+def _shift(tokens: jax.Array, answer: jax.Array) -> Batch:
+    return Batch(tokens[..., :-1], tokens[..., 1:], answer[..., 1:])

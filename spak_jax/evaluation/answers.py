@@ -1,0 +1,117 @@
+"""Answers that a model writes, and when each of their symbols was settled."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spak_jax import jax_settings, models
+from spak_jax.config import LoopedModel
+from spak_jax.evaluation import generate
+from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
+from spak_jax.evaluation.forward import Halting, generate_fn
+from spak_jax.evaluation.loaded import LoadedModel
+
+
+class Answer(NamedTuple):
+    """What a model wrote behind `=`, in people's order, and the loops of each symbol.
+
+    loops: that the token that chose it took. settled: after which of them it no longer changed;
+    None where that was not asked for. Both empty for a model that does not loop.
+    """
+
+    text: str
+    loops: list[int]
+    settled: list[int] | None = None
+
+
+@jax_settings.fixed()
+def write_answers(
+    loaded: LoadedModel,
+    asked: Sequence[tuple[str, ...]],
+    loops: int | None = None,
+    halt: Halting | None = None,
+) -> list[Answer]:
+    """Generates the answers to problems greedily, each as if it were asked alone.
+
+    Args:
+      loaded: the model.
+      asked: the inputs of each problem.
+      loops: None for as many as in training.
+      halt: how each token stops; None for never.
+
+    Returns:
+      What was written. A text has room for the longest answer to such operands, its newline, and
+      nothing more: a model that does not stop is cut off there.
+    """
+    config, task = loaded.config, loaded.task
+    looped = isinstance(config.model, LoopedModel)
+    write = jax.jit(generate_fn(config, loops, halt))
+    sizes = np.array([task.length(problem) for problem in asked])
+    most = lambda length: min(  # noqa: E731
+        rows_per_call(length), power_of_two(generate.max_cached_batch(config.model, length, loops))
+    )
+    answers: list[Answer] = [Answer("", [])] * len(asked)
+    for chosen, filled, length in calls(sizes, task, most):
+        prompts = [task.prompt(asked[i]) for i in filled]
+        tokens = np.array([task.encode(prompt.ljust(length, "\n")) for prompt in prompts])
+        starts = np.array([len(prompt) for prompt in prompts], np.int32)
+        room = np.array([task.text_length(sizes[i]) for i in filled], np.int32)
+        written, taken = jax.device_get(
+            write(loaded.weights, tokens.astype(np.int32), starts, room)
+        )
+        for row, i in enumerate(chosen):
+            start, end = starts[row], room[row]
+            text = task.decode(written[row, start:end]).partition("\n")[0]
+            spent = taken[row, start : start + len(text)].tolist() if looped else []
+            order = task.in_written_order
+            answers[i] = Answer(order(text), order(spent))
+    return answers
+
+
+@jax_settings.fixed()
+def solve(loaded: LoadedModel, asked: Sequence[tuple[str, ...]]) -> list[Answer]:
+    """Generates the answers greedily, with all the loops of training.
+
+    Args:
+      loaded: the model.
+      asked: the inputs of each problem.
+
+    Returns:
+      Answers with the loops after which each symbol was settled.
+    """
+    config, task = loaded.config, loaded.task
+    answers = write_answers(loaded, asked)
+    if not isinstance(config.model, LoopedModel):
+        return [answer._replace(settled=[]) for answer in answers]
+    definition, _ = models.abstract(config)
+
+    @jax.jit
+    def choices(weights, tokens):
+        network = nnx.merge(definition, weights)
+        logits, _ = network.forward_with_intermediates(
+            tokens, position_ids=task.position_ids(tokens)
+        )
+        return logits.argmax(-1).astype(jnp.int16)
+
+    order = task.in_written_order
+    prompts = [task.prompt(problem) for problem in asked]
+    texts = [order(answer.text) for answer in answers]
+    sizes = np.array([task.length(problem) for problem in asked])
+    for chosen, filled, length in calls(sizes, task):
+        rows = [task.encode((prompts[i] + texts[i]).ljust(length, "\n")) for i in filled]
+        tokens = np.array(rows, np.int32)
+        after_each = np.asarray(choices(loaded.weights, tokens))
+        for row, i in enumerate(chosen):
+            # The token before each symbol is the one that chose it.
+            start, stop = len(prompts[i]), len(prompts[i]) + len(texts[i])
+            same = after_each[:, row, start - 1 : stop - 1] == tokens[row, start:stop]
+            loops = len(same)
+            # The last loop that says otherwise, and one more; rounding may part the two passes.
+            otherwise = np.where(same, 0, np.arange(1, loops + 1)[:, None]).max(0, initial=0)
+            settled = np.minimum(otherwise + 1, loops).tolist()
+            answers[i] = answers[i]._replace(settled=order(settled))
+    return answers

@@ -1,0 +1,326 @@
+"""Halting: rules that stop a token once it has been looped enough, calibrated, and what they save.
+
+Two rules stop a token (`LoopLM.halting_logits`): by confidence, or by convergence. Each has one
+number here, the doubt that is left: a confident token's largest probability is at least one minus
+the doubt, a converged one's state and those of all before it have moved by no more than that share
+of themselves in a loop. The number is calibrated on problems of the training law alone, as the one
+that saves most loops and loses at most a tenth of a point there, or the least that is tried where
+none loses so little.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.ops.looped import RULES
+from pallas_kernels.tuning import timing
+from spak_jax import jax_settings, models
+from spak_jax.command_line import InputError, or_a_gpu, progress
+from spak_jax.config import Config, LoopedModel
+from spak_jax.data import Batch, problem_rows, sample_training
+from spak_jax.evaluation.batching import padded_length, rows_per_call
+from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting, halting_thresholds
+from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.tasks import Problems, Task
+
+# Tried in the calibration, and drawn.
+DOUBTS = {
+    "confidence": tuple(
+        float(f"{digit}e{power}") for power in range(-1, -8, -1) for digit in (3, 1)
+    ),
+    "convergence": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
+}
+# A share of the answers, against no halting, on problems of the training law.
+MOST_LOST = 0.001
+CALIBRATED_ON = 4_000
+CALIBRATION_SEED = 0
+DRAWN_PROBLEMS = 8
+TIMED_PASSES = 5
+NONE, PUBLISHED, FIXED = "none", "published", "fixed"
+
+NEVER = Halting("confidence", 2.0, 2.0)
+
+
+class HaltingPredictions(NamedTuple):
+    """Of problems: whether each was answered right, and the loops of its tokens.
+
+    correct: bool `[problems]`. steps: int `[problems, tokens]`, of the tokens that are read. read:
+    bool, of the tokens before the newline that ends the problem. answering: bool, of those among
+    them that choose a symbol of the answer.
+    """
+
+    correct: np.ndarray
+    steps: np.ndarray
+    read: np.ndarray
+    answering: np.ndarray
+
+    @property
+    def row_loops(self) -> np.ndarray:
+        """Of each problem's slowest token."""
+        return np.where(self.read, self.steps, 0).max(1)
+
+    def mean(self, of: np.ndarray) -> float:
+        """Loops of some tokens."""
+        return float(self.steps[of].mean())
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "accuracy": float(self.correct.mean()),
+            "answer_steps": self.mean(self.answering),
+            "text_steps": self.mean(self.read),
+            "row_loops": float(self.row_loops.mean()),
+        }
+
+
+class HaltingScorer:
+    """Answers problems with one model under any thresholds, compiling once for each rule."""
+
+    def __init__(self, loaded: LoadedModel, loops: int):
+        config = loaded.config
+        task = self._task = loaded.task
+        self._weights = loaded.weights
+        definition, _ = models.abstract(config)
+
+        def run(weights, batch: Batch, rule: str, before, after):
+            tokens = batch.tokens
+            thresholds = halting_thresholds(tokens, Halting(rule, before, after), task)
+            logits, steps = nnx.merge(definition, weights).halting_logits(
+                tokens, thresholds, rule=rule, loops=loops, position_ids=task.position_ids(tokens)
+            )
+            right = (logits.argmax(-1) == batch.targets) | ~batch.answer
+            return right.all(-1), steps, ~task.after_end(tokens), batch.answer
+
+        def each_loop(weights, batch: Batch):
+            tokens = batch.tokens
+            network, ids = nnx.merge(definition, weights), task.position_ids(tokens)
+            logits, _ = network.forward_with_intermediates(tokens, loops=loops, position_ids=ids)
+            return ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(-1).T
+
+        self._run = jax.jit(run, static_argnames="rule")
+        self._each_loop = jax.jit(each_loop)
+        self._rows = jax.jit(problem_rows, static_argnums=(1, 2))
+
+    def batches(self, problems: Problems) -> list[Batch]:
+        """Rows of problems, as many to a call as scoring takes; the last call is filled up."""
+        length = padded_length(problems.width, self._task)
+        problems, count = self._task.pad(problems, length), problems.count
+        rows = min(rows_per_call(length), count)
+        index = [np.minimum(np.arange(i, i + rows), count - 1) for i in range(0, count, rows)]
+        return [self._rows(Problems(*(x[i] for x in problems)), length, self._task) for i in index]
+
+    def run(self, batches: Iterable[Batch], halting: Halting) -> list[tuple]:
+        """What each batch comes to, still on the device, as `HaltingPredictions` has it."""
+        return [self._run(self._weights, batch, *halting) for batch in batches]
+
+    def after_each_loop(self, problems: Problems) -> list[float]:
+        """Answers right where all tokens stop after so many loops: 1, 2 and so on."""
+        parts = [self._each_loop(self._weights, batch) for batch in self.batches(problems)]
+        return np.concatenate(parts)[: problems.count].mean(0).tolist()
+
+    def __call__(self, problems: Problems, halting: Halting) -> HaltingPredictions:
+        parts = self.run(self.batches(problems), halting)
+        return HaltingPredictions(
+            *(np.concatenate(x)[: problems.count] for x in zip(*parts, strict=True))
+        )
+
+
+@jax_settings.fixed()
+def calibrated(loaded: LoadedModel, rule: str, loops: int | None = None) -> Halting:
+    """A rule with the doubt that `measure` would choose for it, without all that it tries.
+
+    Args:
+      loaded: a looped model.
+      rule: of `RULES`.
+      loops: at most; None for as many as in training.
+
+    Raises:
+      InputError: the model does not loop.
+    """
+    scorer = HaltingScorer(loaded, loops or _looped(loaded.config).loops)
+    trained_on = _training_problems(loaded.config, jax_settings.key(CALIBRATION_SEED))
+    with progress("calibrating", len(DOUBTS[rule]) + 1, unit="thresholds") as told:
+
+        def outcome(way: Halting) -> dict[str, float]:
+            found = scorer(trained_on, way).summary()
+            told.advance()
+            return found
+
+        calibration = {NONE: outcome(NEVER), rule: []}
+        # The less doubt, the more loops: once those that lose little take more, all the others do.
+        for doubt in sorted(DOUBTS[rule], reverse=True):
+            found = {"doubt": doubt, **outcome(Halting.with_doubt(rule, doubt))}
+            calibration[rule].append(found)
+            kept = _keeping(calibration, rule)
+            if kept and found["row_loops"] > min(x["row_loops"] for x in kept):
+                break
+    return Halting.with_doubt(rule, _chosen(calibration, rule))
+
+
+@jax_settings.fixed()
+def measure(
+    loaded: LoadedModel, lengths: Sequence[int], examples: int, seed: int, loops: int | None
+) -> dict[str, Any]:
+    """Calibrates both rules and scores them.
+
+    Args:
+      loaded: a looped model.
+      lengths: of problems to score, all inputs exactly that long; the last is swept and drawn.
+      examples: problems a length.
+      seed: of the problems.
+      loops: at most; None for as many as in training.
+
+    Returns:
+      What `main` writes: `calibration`, `lengths`, `swept`, `drawn`, and where it comes from.
+
+    Raises:
+      InputError: the model does not loop.
+    """
+    config = loaded.config
+    loops = loops or _looped(config).loops
+    scorer = HaltingScorer(loaded, loops)
+    key, task = jax_settings.key(seed), loaded.task
+    trained_on = _training_problems(config, key)
+    scored = {n: task.sample_exact(jax.random.fold_in(key, n), n, examples) for n in lengths}
+    total = 2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(lengths)
+    instead = or_a_gpu("fewer problems (--examples) or shorter ones (--lengths) take less")
+    with progress("halting", total, unit="scorings", instead=instead) as told:
+
+        def outcomes(problems: Problems, ways: Iterable[Halting]) -> list[HaltingPredictions]:
+            found = []
+            for way in ways:
+                found.append(scorer(problems, way))
+                told.advance()
+            return found
+
+        calibration = _swept(scorer, trained_on, outcomes)
+        chosen = {rule: _chosen(calibration, rule) for rule in RULES}
+        ways = {NONE: NEVER, PUBLISHED: PUBLISHED_HALTING} | {
+            rule: Halting.with_doubt(rule, doubt) for rule, doubt in chosen.items()
+        }
+        by_length = {
+            str(n): {
+                name: _scored(outcome, task.measures(problems))
+                for name, outcome in zip(ways, outcomes(problems, ways.values()), strict=True)
+            }
+            for n, problems in scored.items()
+        }
+        swept = _swept(scorer, scored[lengths[-1]], outcomes) | {"length": lengths[-1]}
+    return loaded.describe() | {
+        "loops": loops,
+        "examples": examples,
+        "seed": seed,
+        "ways": {name: way._asdict() for name, way in ways.items()},
+        "calibration": calibration | {"problems": CALIBRATED_ON, "most_lost": MOST_LOST},
+        "length_unit": task.unit,
+        "lengths": by_length,
+        "swept": swept,
+        "drawn": _drawn(scorer, task, lengths[-1], ways, seed),
+        "milliseconds": _milliseconds(scorer, scored[lengths[-1]], ways),
+    }
+
+
+def _looped(config: Config) -> LoopedModel:
+    if not isinstance(config.model, LoopedModel):
+        raise InputError(f"{config.name} is a stack of blocks: it has no loops to stop")
+    return config.model
+
+
+def _training_problems(config: Config, key: jax.Array) -> Problems:
+    """The problems that rules are calibrated on."""
+    return sample_training(jax.random.fold_in(key, 0), config.data, (CALIBRATED_ON,))
+
+
+def _swept(scorer: HaltingScorer, problems: Problems, outcomes: Callable) -> dict[str, Any]:
+    """What every doubt leaves of the answers, and of the loops, by rule; without halting; and with
+    as many loops for all."""
+    [plain] = outcomes(problems, [NEVER])
+    found: dict[str, Any] = {NONE: plain.summary(), FIXED: scorer.after_each_loop(problems)}
+    for rule in RULES:
+        doubts = DOUBTS[rule]
+        tried = outcomes(problems, [Halting.with_doubt(rule, doubt) for doubt in doubts])
+        found[rule] = [
+            {"doubt": doubt, **outcome.summary()}
+            for doubt, outcome in zip(doubts, tried, strict=True)
+        ]
+    return found
+
+
+def _keeping(calibration: dict[str, Any], rule: str) -> list[dict[str, float]]:
+    """What was found of the doubts that lose little."""
+    least = calibration[NONE]["accuracy"] - MOST_LOST
+    # Counts of problems, so that rounding decides nothing.
+    return [x for x in calibration[rule] if x["accuracy"] >= least - 1e-9]
+
+
+def _chosen(calibration: dict[str, Any], rule: str) -> float:
+    """The doubt with the fewest loops of those that lose little; the least of all if none does."""
+    kept = _keeping(calibration, rule)
+    if not kept:
+        return min(DOUBTS[rule])
+    return min(kept, key=lambda x: (x["row_loops"], x["doubt"]))["doubt"]
+
+
+def _scored(outcome: HaltingPredictions, measures: dict[str, Any]) -> dict[str, Any]:
+    """A summary, with loops by token of the text and by what the task measures."""
+    by_token = [
+        float(outcome.steps[outcome.read[:, t], t].mean())
+        for t in range(outcome.read.shape[1])
+        if outcome.read[:, t].any()
+    ]
+    correct, total = int(outcome.correct.sum()), len(outcome.correct)
+    return {
+        "correct": correct,
+        "total": total,
+        **outcome.summary(),
+        "by_token": by_token,
+        "measures": {name: _steps_by(np.asarray(x), outcome) for name, x in measures.items()},
+    }
+
+
+def _steps_by(measure: np.ndarray, outcome: HaltingPredictions) -> dict[str, Any]:
+    """Loops at the tokens that answer, by the value of what was measured."""
+    found = {}
+    for value in np.unique(measure):
+        which = measure == value
+        answering = outcome.answering & which[:, None]
+        found[str(value)] = {"problems": int(which.sum()), "steps": outcome.mean(answering)}
+    return found
+
+
+def _drawn(
+    scorer: HaltingScorer, task: Task, length: int, ways: dict[str, Halting], seed: int
+) -> dict[str, Any]:
+    """Loops of every token of a few problems, under the calibrated rules: from those of which the
+    task measures least to those of which it measures most."""
+    many = task.sample_exact(jax_settings.key(seed + 1), length, 40 * DRAWN_PROBLEMS)
+    [(name, measure), *_] = [*task.measures(many).items(), (task.unit, task.lengths(many))]
+    measure = np.asarray(measure)
+    order = np.argsort(measure, kind="stable")
+    picked = order[np.linspace(0, len(order) - 1, DRAWN_PROBLEMS).astype(int)]
+    problems = Problems(*(np.asarray(x)[picked] for x in many))
+    outcomes = {rule: scorer(problems, ways[rule]) for rule in RULES}
+    width = outcomes[RULES[0]].read.shape[1]
+    batch = problem_rows(problems, width, task)
+    drawn = []
+    for i, value in enumerate(measure[picked].tolist()):
+        count = int(outcomes[RULES[0]].read[i].sum())
+        steps = {rule: outcome.steps[i, :count].tolist() for rule, outcome in outcomes.items()}
+        text = task.decode(np.asarray(batch.tokens[i, :count]))
+        drawn.append({"text": text, "measure": value, "steps": steps})
+    return {"measure": name, "problems": drawn}
+
+
+def _milliseconds(
+    scorer: HaltingScorer, problems: Problems, ways: dict[str, Halting]
+) -> dict[str, float]:
+    """Medians of scoring some problems once, taking turns."""
+    batches = scorer.batches(problems)
+    programs = {
+        name: timing.Program(lambda way=way: jax.block_until_ready(scorer.run(batches, way)), 1)
+        for name, way in ways.items()
+    }
+    times = timing.medians(programs, TIMED_PASSES)
+    return {name: 1e3 * median for name, (_, median, _) in times.items()}

@@ -1,0 +1,96 @@
+"""Compiled passes over a model: logits of whole texts, and answers generated."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.ops.looped import AT_ONCE
+from spak_jax import models, tasks
+from spak_jax.command_line import InputError
+from spak_jax.config import Config, LoopedModel
+from spak_jax.evaluation import generate
+from spak_jax.tasks import Task
+
+# Halting rules, in the order of helps.
+HALTING_RULES = ("convergence", "confidence")
+
+
+class Halting(NamedTuple):
+    """A rule that stops tokens, of `HALTING_RULES`, and its thresholds before the `=` of a problem
+    and from it on."""
+
+    rule: str
+    before: float
+    after: float
+
+    @classmethod
+    def with_doubt(cls, rule: str, doubt: float) -> "Halting":
+        threshold = 1 - doubt if rule == "confidence" else doubt
+        return cls(rule, threshold, threshold)
+
+    @property
+    def rule_name(self) -> str:
+        """The rule by the field's name."""
+        return next(name for name, rule in HALTING_RULES.items() if rule == self.rule)
+
+
+# "Wait to think": the original's thresholds.
+PUBLISHED_HALTING = Halting("confidence", 0.90, 0.999)
+
+
+def forward(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
+    """A pure function of (weights, tokens) that gives logits and the loops each token took.
+
+    Raises:
+      InputError: loops or halting are asked of a model that does not loop.
+    """
+    looped = isinstance(config.model, LoopedModel)
+    if not looped and (loops is not None or halt):
+        asked = "--halt" if halt else "--loops"
+        raise InputError(
+            f"{asked}: {config.name} is a stack of {config.model.layers} blocks;"
+            " only a looped model has loops to choose"
+        )
+    definition, _ = models.abstract(config)
+    task = tasks.of(config.data)
+    depth = (loops or config.model.loops) if looped else 0
+
+    def plain(weights, tokens):
+        network = nnx.merge(definition, weights)
+        more = {"loops": loops} if looped else {}
+        logits = network(tokens, position_ids=task.position_ids(tokens), **more)
+        return logits, jnp.full(tokens.shape, depth, jnp.int32)
+
+    def halting(weights, tokens):
+        return nnx.merge(definition, weights).halting_logits(
+            tokens,
+            halting_thresholds(tokens, halt, task),
+            rule=halt.rule,
+            loops=loops,
+            position_ids=task.position_ids(tokens),
+        )
+
+    return halting if halt else plain
+
+
+def generate_fn(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
+    """`generate.make_generate_fn` for a model, with loops and halting as `forward` takes them."""
+    sure, task = None, tasks.of(config.data)
+    if halt:
+        sure = functools.partial(halting_thresholds, halting=halt, task=task)
+    # Whether a token has converged hangs on all before it, of which a cache keeps nothing.
+    decoder = generate.WITHOUT_CACHE if halt and halt.rule == "convergence" else None
+    return generate.make_generate_fn(
+        config, forward(config, loops, halt), loops=loops, thresholds=sure, decoder=decoder
+    )
+
+
+def halting_thresholds(tokens: jax.Array, halting: Halting, task: Task) -> jax.Array:
+    """Of each token, float32 `[rows, length]`."""
+    asked = jnp.where(task.answering(tokens), halting.after, halting.before)
+    # What fills a row up after its problem is not waited for; nothing before it sees it.
+    return jnp.where(task.after_end(tokens), AT_ONCE[halting.rule], asked).astype(jnp.float32)

@@ -1,0 +1,311 @@
+"""Zero-shot scores: how many answers of a model are right, whole answers only.
+
+A problem counts only where the whole answer is right, its closing newline included. Greedy
+generation is right exactly when the largest logit is right at every step along the true answer:
+as long as all earlier choices were right, the model has read the true text. So one forward pass
+over the true text scores all steps at once; decoding generates for real and must agree.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spak_jax import data, jax_settings
+from spak_jax.command_line import or_a_gpu, progress
+from spak_jax.config import Config, Evaluation, LoopedModel, Train
+from spak_jax.data import Batch
+from spak_jax.evaluation import generate
+from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
+from spak_jax.evaluation.forward import Halting, forward, generate_fn
+from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.results import Results
+from spak_jax.evaluation.statistics import Predictions, summary
+from spak_jax.tasks import Problems
+from spak_jax.training import loggers
+
+# Beyond this length fewer problems are scored, so that their symbols are as many.
+FULL_LENGTH = 100
+# Published columns split one draw; 10 times as many problems leave each about enough.
+COLUMNS_FACTOR = 10
+CURVE_POINTS = 400
+MAX_LOOPS = 10_000
+# Of waiting for scores.
+INSTEAD = (
+    "fewer problems (--examples; evaluation.examples of a training) or shorter ones (--lengths;"
+    " evaluation.lengths) take less"
+)
+
+_problem_rows = jax.jit(data.problem_rows, static_argnums=(1, 2))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to score and how.
+
+    lengths: of problems, all inputs exactly that long. examples: problems for each; of a length
+    n > 100, 100 / n times as many. seed: of the problems. loops: None for as many as in training.
+    halt: how each token stops; None for never. decode: generate instead of teacher forcing. kinds:
+    of the task's hard problems (`Task.kinds`), scored at each length too.
+    """
+
+    lengths: tuple[int, ...]
+    examples: int
+    seed: int
+    loops: int | None = None
+    halt: Halting | None = None
+    decode: bool = False
+    kinds: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> "Settings":
+        return cls(evaluation.lengths, evaluation.examples, evaluation.seed)
+
+
+class Scorer:
+    """Answers problems with one model and settings, compiling once for each padded length.
+
+    What a problem comes to does not depend on those it is answered with.
+
+    task: that the model learned.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: Settings):
+        self.task, self._weights = loaded.task, loaded.weights
+        # What the model computes does not depend on how it was trained: one program for all seeds.
+        config = loaded.config.model_copy(update={"train": Train()})
+        self._config, self._settings = config, settings
+        self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
+
+    @jax_settings.fixed()
+    def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
+        """Scores problems.
+
+        Args:
+          problems: any number, as arrays of device or host.
+          advance: told after each call how many problems it scored.
+
+        Returns:
+          Their `Predictions`, in their order.
+        """
+        task = self.task
+        problems = Problems(*map(np.asarray, problems))
+        sizes = np.asarray(task.lengths(problems))
+        parts = []
+        for chosen, filled, length in calls(sizes, task, self._rows_per_call):
+            rows = task.pad(Problems(*(array[filled] for array in problems)), length)
+            parts.append((chosen, self._rows(self._weights, _problem_rows(rows, length, task))))
+            advance(len(chosen))
+        predictions = Predictions(np.empty(len(sizes), bool), np.empty(len(sizes), np.float32))
+        for chosen, found in parts:
+            for whole, part in zip(predictions, found, strict=True):
+                whole[chosen] = np.asarray(part)[: len(chosen)]
+        return predictions
+
+    def _rows_per_call(self, length: int) -> int:
+        rows = rows_per_call(length)
+        if self._settings.decode:
+            # So that caches hold them; the row that is scored is one token longer.
+            held = generate.max_cached_batch(self._config.model, length + 1, self._settings.loops)
+            rows = min(rows, power_of_two(held))
+        return rows
+
+
+@functools.lru_cache
+def _compiled_rows(
+    config: Config, loops: int | None, halt: Halting | None, decode: bool
+) -> Callable:
+    if decode:
+        write = generate_fn(config, loops, halt)
+        return jax.jit(lambda weights, batch: _decoded(write, weights, batch))
+    run = forward(config, loops, halt)
+    return jax.jit(lambda weights, batch: _teacher_forced(run, weights, batch))
+
+
+@jax_settings.fixed()
+def score(loaded: LoadedModel, settings: Settings, run: Path | None = None) -> Results:
+    """Scores a model at every asked length, by published columns and by the task's measures.
+
+    Args:
+      loaded: the model.
+      settings: what to score and how.
+      run: the run folder whose training curve the results hold; None for none.
+    """
+    scorer, task = Scorer(loaded, settings), loaded.task
+    key, longest = jax_settings.key(settings.seed), loaded.config.data.longest
+    columns = None
+    if task.published_columns:
+        of_columns = jax.random.fold_in(key, 0)
+        count = COLUMNS_FACTOR * settings.examples
+        columns = data.sample_published_columns(of_columns, count, task)
+    counts = {length: _problems_of(settings.examples, length) for length in settings.lengths}
+    of_kind = {
+        kind: {n: task.kind_count(kind, count) for n, count in counts.items()}
+        for kind in settings.kinds
+    }
+    lengths, kinds, parts, measures = {}, {kind: {} for kind in settings.kinds}, [], []
+    total = sum(sum(each.values()) for each in (counts, *of_kind.values()))
+    total += columns.count if columns else 0
+    with progress("scoring", total, unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+        advance = told.advance
+        for length, count in counts.items():
+            problems = task.sample_exact(jax.random.fold_in(key, length), length, count)
+            predictions = scorer(problems, advance)
+            lengths[str(length)] = summary(predictions, zero_shot=length > longest)
+            parts.append(predictions)
+            measures.append(task.measures(problems))
+            for i, kind in enumerate(settings.kinds):
+                random = np.random.default_rng((settings.seed, length, i))
+                drawn = task.sample_kind(random, kind, length, of_kind[kind][length])
+                of_length = summary(scorer(drawn, advance), zero_shot=length > longest)
+                kinds[kind][str(length)] = of_length
+        in_columns = _by_column(scorer, columns, longest, advance) if columns else {}
+    whole = Predictions(*map(np.concatenate, zip(*parts, strict=True)))
+    return Results.of(
+        _description(loaded, settings)
+        | {
+            "lengths": lengths,
+            "published_columns": in_columns,
+            "kinds": kinds,
+            "measures": {
+                name: _group_by(np.concatenate([each[name] for each in measures]), whole)
+                for name in measures[0]
+            },
+            "training": training_curve(run) if run else {},
+        }
+    )
+
+
+def score_own_problems(
+    loaded: LoadedModel,
+    settings: Settings,
+    own: Sequence[tuple[str, ...]],
+    source: str,
+    run: Path | None = None,
+) -> tuple[Results, list[tuple[str, ...]]]:
+    """Scores the user's own problems, grouped by their length.
+
+    Args:
+      loaded, settings, run: as of `score`.
+      own: the inputs of each problem.
+      source: where they come from, in words.
+
+    Returns:
+      The results, and the problems answered wrong.
+    """
+    task, longest = loaded.task, loaded.config.data.longest
+    sizes = np.array([task.length(problem) for problem in own])
+    predictions = Predictions(np.empty(len(own), bool), np.empty(len(own), np.float32))
+    measures: dict[str, np.ndarray] = {}
+    scorer = Scorer(loaded, settings)
+    with progress("scoring", len(own), unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+        # A few at a time: as arrays all are as wide as the longest.
+        for chosen, _, _ in calls(sizes, task):
+            problems = task.arrays([own[i] for i in chosen])
+            predictions.correct[chosen], predictions.steps[chosen] = scorer(problems, told.advance)
+            for name, found in task.measures(problems).items():
+                measures.setdefault(name, np.empty(len(own), np.int32))[chosen] = found
+    results = Results.of(
+        _description(loaded, settings)
+        | {
+            "examples": len(own),
+            "problems": source,
+            "lengths": _group_by(sizes, predictions, longest),
+            "published_columns": {},
+            "measures": {name: _group_by(found, predictions) for name, found in measures.items()},
+            "training": training_curve(run) if run else {},
+        }
+    )
+    wrong = [each for each, right in zip(own, predictions.correct, strict=True) if not right]
+    return results, wrong
+
+
+def training_curve(run: Path) -> dict[str, list[float]]:
+    """Losses over steps, thinned for drawing, and the median seconds that a step took.
+
+    Returns:
+      `step` and `loss` (the mean over the compiled call that ended there), `validation_step` and
+      `validation_loss`, and `seconds_per_step`.
+    """
+    lines = loggers.read(run)
+    if not lines:
+        return {}
+    every = -(-len(lines) // CURVE_POINTS)
+    # Counted from the end, so that the last point is always there.
+    thinned = lines[::-every][::-1]
+    validated = [line for line in lines if line.validation_loss is not None]
+    return {
+        "step": [line.step for line in thinned],
+        "loss": [line.loss for line in thinned],
+        "validation_step": [line.step for line in validated],
+        "validation_loss": [line.validation_loss for line in validated],
+        "seconds_per_step": float(np.median([line.seconds_per_step for line in lines])),
+    }
+
+
+def _teacher_forced(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    logits, steps = run(weights, batch.tokens)
+    right = (logits.argmax(-1) == batch.targets) | ~batch.answer
+    return right.all(-1), steps.mean(-1, jnp.float32, where=batch.answer)
+
+
+def _decoded(write: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    # The whole rows; the answer's mask, which speaks of targets, moves one place on with them.
+    tokens = jnp.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
+    answer = jnp.pad(batch.answer, [(0, 0), (1, 0)])
+    generated, steps = write(weights, tokens, answer.argmax(-1))
+    right = (generated == tokens) | ~answer
+    return right.all(-1), steps.mean(-1, jnp.float32, where=answer)
+
+
+def _problems_of(examples: int, length: int) -> int:
+    """How many problems of a length are scored."""
+    return max(1, examples * FULL_LENGTH // max(length, FULL_LENGTH))
+
+
+def _group_by(
+    group: np.ndarray, predictions: Predictions, longest: int | None = None
+) -> dict[str, Any]:
+    """Summaries of the problems of each group, a non-negative number, in order."""
+    summaries = {}
+    for value in np.unique(group):
+        chosen = group == value
+        more = {} if longest is None else {"zero_shot": bool(value > longest)}
+        summaries[str(value)] = summary(predictions.of(chosen), **more)
+    return summaries
+
+
+def _by_column(
+    scorer: Scorer, problems: Problems, longest: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Summaries of the problems in each published column that holds some."""
+    predictions = scorer(problems, advance)
+    sizes = np.asarray(scorer.task.lengths(problems))
+    columns = {}
+    for name, (first, last) in scorer.task.published_columns.items():
+        chosen = (first <= sizes) & (sizes <= last)
+        if chosen.any():
+            columns[name] = summary(
+                predictions.of(chosen),
+                zero_shot=bool((sizes[chosen] > longest).all()),
+                trained_share=float((sizes[chosen] <= longest).mean()),
+            )
+    return columns
+
+
+def _description(loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
+    looped = isinstance(loaded.config.model, LoopedModel)
+    return loaded.describe() | {
+        "loops": (settings.loops or loaded.config.model.loops) if looped else None,
+        "halting": list(settings.halt[1:]) if settings.halt else None,
+        "halting_rule": settings.halt.rule if settings.halt else None,
+        "method": "decoding" if settings.decode else "teacher forcing",
+        "examples": settings.examples,
+        "seed": settings.seed,
+        "length_unit": loaded.task.unit,
+    }

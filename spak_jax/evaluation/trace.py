@@ -1,0 +1,98 @@
+"""How a looped model comes to an answer: where each loop looks, and how sure it is."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spak_jax import jax_settings, models
+from spak_jax.command_line import InputError
+from spak_jax.config import LoopedModel
+from spak_jax.data import problem_rows
+from spak_jax.evaluation.loaded import LoadedModel
+
+# What a picture can show, a pixel or two a token.
+LONGEST_TEXT = 400
+DECIMALS = 4
+
+
+class Trace(NamedTuple):
+    """What every loop does with a problem and its true answer.
+
+    problem: as people write it. text: as the model reads it, its newline included; what follows
+    are of all its tokens but the last. first: the place that chooses the answer's first symbol.
+    logits: float32 `[loops, length, vocabulary]`. attention: the weights of attention, float32
+    `[loops, heads, length, length]`, keys last. confidence: the probability of the true next
+    token, float32 `[loops, length]`. chosen: what each place from `first` on chooses after the
+    last loop.
+    """
+
+    problem: str
+    text: str
+    first: int
+    logits: np.ndarray
+    attention: np.ndarray
+    confidence: np.ndarray
+    chosen: str
+
+
+@jax_settings.fixed()
+def trace(loaded: LoadedModel, problem: tuple[str, ...], loops: int | None = None) -> Trace:
+    """Runs a looped model over a problem and its true answer, and keeps what every loop gives.
+
+    Args:
+      loaded: the model.
+      problem: its inputs.
+      loops: None for as many as in training.
+
+    Raises:
+      InputError: the model does not loop, or the text is too long to draw.
+    """
+    config, task = loaded.config, loaded.task
+    if not isinstance(config.model, LoopedModel):
+        raise InputError(f"{config.name} is a stack of blocks: it has no loops to trace")
+    text = task.text(problem)
+    if len(text) > LONGEST_TEXT:
+        raise InputError(f"a text of {len(text)} symbols: at most {LONGEST_TEXT} can be traced")
+    batch = problem_rows(task.arrays([problem]), len(text) - 1, task)
+    definition, _ = models.abstract(config)
+
+    @jax.jit
+    def run(weights, batch):
+        network = nnx.merge(definition, weights)
+        ids = task.position_ids(batch.tokens)
+        logits, attention = network.forward_with_intermediates(
+            batch.tokens, loops=loops, position_ids=ids
+        )
+        if attention is None:
+            raise InputError(f"model.block = {config.model.block!r} shows no weights of attention")
+        probs = jax.nn.softmax(logits[:, 0])
+        true = jnp.broadcast_to(batch.targets[0, :, None], (*probs.shape[:2], 1))
+        right = jnp.take_along_axis(probs, true, axis=-1)[..., 0]
+        return logits[:, 0], attention[:, 0], right
+
+    logits, attention, confidence = map(np.asarray, run(loaded.weights, batch))
+    first = text.index("=")
+    chosen = task.decode(logits[-1, first:].argmax(-1))
+    return Trace(task.format(problem), text, first, logits, attention, confidence, chosen)
+
+
+def as_json(traced: Trace) -> dict[str, Any]:
+    """What pictures show of it, as plain values.
+
+    `problem`, `text`, `first`, `chosen`, `loops`; for each loop and each token from `first` on
+    `confidence`, and `looked`, the weights of attention over the text, the mean over heads.
+    """
+    first = traced.first
+    rounded = lambda array: np.round(array.astype(float), DECIMALS).tolist()  # noqa: E731
+    return {
+        "problem": traced.problem,
+        "loops": len(traced.logits),
+        "text": traced.text,
+        "first": first,
+        "chosen": traced.chosen,
+        "confidence": rounded(traced.confidence[:, first:]),
+        "looked": rounded(traced.attention.mean(1)[:, first:]),
+    }

@@ -1,0 +1,216 @@
+"""Sums and differences of decimal numbers, written least significant digit first.
+
+123 + 456 = 579 is the text `321+654=975` and a newline. Beside addition there are the addition of
+three numbers and subtraction, `321-12=003`, where the first number is never the smaller one and the
+answer has as many digits as it has.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spak_jax import baseline
+from spak_jax.registry import TASKS
+from spak_jax.tasks.base import Problems, Task, Written, uniform_symbols
+
+
+class Arithmetic(Task):
+    """A number, and others that are added to it or taken from it."""
+
+    symbols = "0123456789"
+    inputs = 2
+    operator = "+"
+    unit = "digits"
+    # Of what the first number is changed by each of the others.
+    sign = 1
+    published_columns = baseline.COLUMNS
+    # Of a sum of two, whatever the task: what seeds have always drawn hangs on it.
+    shortest_text = 6
+
+    def answers(self, problems: Problems):
+        """The sums, or differences: uint8 digits `[..., width + 1]` and int32 lengths `[...]`."""
+        places, carried = self._places_and_carries(problems)
+        pad = [(0, 0)] * (places.ndim - 1)
+        total = jnp.pad(places, [*pad, (0, 1)]) + jnp.pad(carried, [*pad, (1, 0)])
+        total = (total % 10).astype(jnp.uint8)
+        return total, problems.lengths[..., 0] if self.sign < 0 else significant(total)
+
+    def solve(self, problem: tuple[str, ...]) -> str:
+        """The answer; differences with the digits of the first number."""
+        digits, carries = zip(*self._by_place(problem), strict=True)
+        highest = [carries[-1]] if carries[-1] else []
+        return "".join(map(str, [*highest, *reversed(digits)]))
+
+    def answer_length(self, length: int) -> int:
+        return length + 1
+
+    def measures(self, problems: Problems) -> dict[str, jax.Array]:
+        return {"carries": self.carries(problems)}
+
+    def carries(self, problems: Problems):
+        """The number of places that carry into the next, or borrow from it, int32 `[...]`.
+
+        Place by place: on arrays of the host nothing is compiled.
+        """
+        places = self._places(problems)
+        carry, count = 0, np.int32(0)
+        for place in range(places.shape[-1]):
+            carry = (places[..., place] + carry) // 10
+            count = count + (carry != 0).astype(np.int32)
+        return count
+
+    def sample_input(self, key: jax.Array, at_most: jax.Array, width: int):
+        """A number of at most `at_most` digits: first a length, uniform, then a number, uniform.
+
+        Uniform digits make a uniform number; its length is without leading zeros.
+        """
+        number, _ = super().sample_input(key, at_most, width)
+        return number, significant(number)
+
+    def exact_input(self, key: jax.Array, length: int, count: int) -> np.ndarray:
+        rest_key, first_key = jax.random.split(key)
+        rest = uniform_symbols(rest_key, 0, 10, (count, length - 1))
+        first = uniform_symbols(first_key, 0 if length == 1 else 1, 10, (count, 1))
+        return np.concatenate([rest, first], axis=1)
+
+    def position_ids(self, tokens: jax.Array) -> jax.Array:
+        """Ids that tell which digits belong together (position coupling, Cho et al. 2024).
+
+        Digits of equal significance share an id, of operands and answer alike, 2, 3, 4 ... from the
+        least; `=`, which chooses the first digit of the answer, has 1, as each digit has one less
+        than the next. The operator and newlines have none, 0.
+        """
+        t = jnp.arange(tokens.shape[-1])
+        digit = (tokens >= self.first_symbol) & (tokens < self.equals)
+        before = jax.lax.cummax(jnp.where(digit, -1, t), axis=tokens.ndim - 1)
+        ids = jnp.where(digit, t - before + 1, jnp.where(tokens == self.equals, 1, 0))
+        return ids.astype(jnp.int32)
+
+    def in_written_order(self, sequence: Written) -> Written:
+        return sequence[::-1]
+
+    @property
+    def example(self) -> tuple[str, ...]:
+        return ("456", "123", "789")[: self.inputs]
+
+    def check(self, problem: tuple[str, ...]) -> None:
+        for number in problem:
+            if len(number) > 1 and number[0] == "0":
+                raise ValueError(f"{number} has a leading zero: the models never write one")
+
+    def count_carries(self, problem: Sequence[str]) -> int:
+        """How many places carry into the next, or borrow from it: the twin of `carries`."""
+        return sum(carry != 0 for _, carry in self._by_place(problem))
+
+    def _by_place(self, problem: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """From the least significant place on, the answer's digit and what is carried."""
+        carry = 0
+        for place in range(max(map(len, problem))):
+            first, *others = (int(n[-1 - place]) if place < len(n) else 0 for n in problem)
+            carry, digit = divmod(first + self.sign * sum(others) + carry, 10)
+            yield digit, carry
+
+    def _places(self, problems: Problems):
+        """Of each place the operands' digits added up, or subtracted: int32 `[..., width]`."""
+        signs = np.array([1] + [self.sign] * (self.inputs - 1), np.int32)
+        return (problems.inputs.astype(np.int32) * signs[:, None]).sum(-2, dtype=np.int32)
+
+    def _places_and_carries(self, problems: Problems):
+        """`_places`, and what each carries into the next: int32 `[..., width]`."""
+        places = self._places(problems)
+        least = min(self.sign, 0)
+        # Carry look-ahead: a place is a map from what comes in to what goes out, maps of neighbours
+        # make the map of both.
+        come_in = least + jnp.arange(self.inputs)
+        maps = jnp.floor_divide(places[..., None] + come_in, 10) - least
+
+        def join(low, high):
+            return jnp.take_along_axis(high, low, axis=-1)
+
+        maps = jax.lax.associative_scan(join, maps, axis=maps.ndim - 2)
+        return places, maps[..., -least] + least
+
+
+@TASKS.register("addition")
+class Addition(Arithmetic):
+    """`123+456`, with kinds of problems that chance leaves out: `sample_kind`."""
+
+    kinds = ("nines", "all-carry", "no-carry", "lopsided")
+
+    def sample_kind(
+        self, random: np.random.Generator, kind: str, length: int, count: int
+    ) -> Problems:
+        """`count` additions of one kind: arrays of the host.
+
+        Args:
+          random: draws them.
+          kind: "nines", 99...9 + 1 and 1 + 99...9 in turns; "all-carry", where every place carries
+            into the next; "no-carry", where none does; "lopsided", where the other number has at
+            most 3 digits; of the last three, both orders.
+          length: digits of the longer number; of both, for all-carry and no-carry.
+          count: of problems.
+        """
+        shape, place = (count, length), np.arange(length)
+        top, low = (place == length - 1) & (length > 1), place == 0
+        if kind == "nines":
+            a, b = np.full(shape, 9), np.broadcast_to(low, shape)
+        elif kind == "lopsided":
+            a, b = random.integers(np.broadcast_to(top, shape), 10), random.integers(0, 10, shape)
+            b = np.where(place < random.integers(1, min(3, length) + 1, (count, 1)), b, 0)
+        elif kind == "all-carry":
+            # At the lowest place nothing comes in, and 0 + 9 would not do.
+            a = random.integers(np.broadcast_to(top | low, shape), 10)
+            b = random.integers(np.maximum(9 - a + low, top), 10)
+        elif kind == "no-carry":
+            a = random.integers(np.broadcast_to(top, shape), np.where(top, 9, 10))
+            b = random.integers(np.broadcast_to(top, shape), 10 - a)
+        else:
+            return super().sample_kind(random, kind, length, count)
+        swap = (np.arange(count) % 2 == 1)[:, None]
+        inputs = np.stack([np.where(swap, b, a), np.where(swap, a, b)], -2).astype(np.uint8)
+        lengths = np.maximum(1, np.where(inputs > 0, place + 1, 0).max(-1)).astype(np.int32)
+        return Problems(inputs, lengths)
+
+    def kind_count(self, kind: str, count: int) -> int:
+        # 99...9 + 1 can be written in two ways.
+        return min(count, 2) if kind == "nines" else super().kind_count(kind, count)
+
+
+@TASKS.register("three-operands")
+class ThreeOperands(Arithmetic):
+    """`123+456+789`."""
+
+    inputs = 3
+
+
+@TASKS.register("subtraction")
+class Subtraction(Arithmetic):
+    """`456-123`, never below zero."""
+
+    operator = "-"
+    sign = -1
+
+    def arrange(self, inputs, lengths, xp=jnp) -> Problems:
+        """The larger number first."""
+        a, b = inputs[..., 0, :], inputs[..., 1, :]
+        # The highest place where they differ decides.
+        highest = xp.where(a != b, xp.arange(1, a.shape[-1] + 1), 0).argmax(-1)[..., None]
+        smaller = xp.take_along_axis(a, highest, -1) < xp.take_along_axis(b, highest, -1)
+        inputs = xp.where(smaller[..., None], inputs[..., ::-1, :], inputs)
+        return Problems(inputs, xp.where(smaller, lengths[..., ::-1], lengths))
+
+    def check(self, problem: tuple[str, ...]) -> None:
+        super().check(problem)
+        first, second = problem
+        if (len(first), first) < (len(second), second):
+            raise ValueError(
+                f"{self.format(problem)}: the first number must not be the smaller one"
+            )
+
+
+def significant(number: jax.Array) -> jax.Array:
+    """Digits of numbers `[..., digits]` without leading zeros, at least 1: int32 `[...]`."""
+    place = jnp.arange(1, number.shape[-1] + 1)
+    return jnp.maximum(1, jnp.where(number > 0, place, 0).max(-1)).astype(jnp.int32)

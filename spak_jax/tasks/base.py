@@ -1,0 +1,368 @@
+"""What a task is: problems drawn, written as tokens, read from people and shown to them.
+
+A problem has one or more inputs, each a sequence of symbols, and an answer that follows from them.
+Its text is the inputs with the operator between them, `=`, the answer and a newline:
+`321+654=975`. On the device problems are arrays of symbols, so one code serves any length; for
+people a problem is a tuple of strings, `("123", "456")`.
+
+A task of one's own says which symbols there are and what the answer is, on arrays and in plain
+Python; everything else has a default that it may replace:
+
+    @TASKS.register("copying")
+    class Copying(Task):
+        symbols = "abcdefgh"
+
+        def answers(self, problems):
+            return problems.inputs[..., 0, :], problems.lengths[..., 0]
+
+        def solve(self, problem):
+            return problem[0]
+"""
+
+import abc
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spak_jax.registry import TASKS
+
+Written = TypeVar("Written", str, list)
+
+# Symbols that one program draws at least.
+LEAST_DRAWN = 2**14
+
+
+class Problems(NamedTuple):
+    """Problems as symbols, in the order in which they are written, zeros behind an input's end.
+
+    inputs: uint8 `[..., inputs, width]`, indices into the task's symbols. lengths: int32
+    `[..., inputs]`, at least 1.
+    """
+
+    inputs: jax.Array
+    lengths: jax.Array
+
+    @property
+    def count(self) -> int:
+        return self.inputs.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Symbols that every input has room for."""
+        return self.inputs.shape[-1]
+
+
+class Task(abc.ABC):
+    """One kind of problem.
+
+    A task has no state: all that is drawn comes from keys. Array functions are pure and run inside
+    `jit`, but for those that scoring calls, `sample_exact` and `sample_kind`: they give arrays of
+    the host, so that nothing is compiled for each length. A key draws the same whatever JAX's
+    default integers, floats and keys are.
+    """
+
+    # The name it is registered by.
+    name: ClassVar[str]
+    # What inputs and answers consist of, a character each.
+    symbols: ClassVar[str]
+    # Inputs of a problem, and the character between two of them.
+    inputs: ClassVar[int] = 1
+    operator: ClassVar[str] = ""
+    # What lengths count, for messages, tables and figures.
+    unit: ClassVar[str] = "symbols"
+    # Problems that chance leaves out, or that try one thing, by name: `sample_kind`.
+    kinds: ClassVar[tuple[str, ...]] = ()
+    # Columns of a published table, by name: lengths from and to, both included.
+    published_columns: ClassVar[Mapping[str, tuple[int, int]]] = {}
+
+    # ---- What every task must say. ----
+
+    @abc.abstractmethod
+    def answers(self, problems: Problems) -> tuple[jax.Array, jax.Array]:
+        """The right answers: uint8 symbols `[..., width]`, and int32 lengths `[...]`.
+
+        The width is at least that of the longest answer.
+        """
+
+    @abc.abstractmethod
+    def solve(self, problem: tuple[str, ...]) -> str:
+        """The right answer in plain Python: the truth that `answers` is tested against."""
+
+    # ---- What a task may say otherwise: sizes. ----
+
+    def answer_length(self, length: int) -> int:
+        """Symbols of the longest answer to a problem of a length."""
+        return length
+
+    def lengths(self, problems: Problems) -> jax.Array:
+        """The size of each problem, int32 `[...]`: symbols of its longest input."""
+        return problems.lengths.max(-1)
+
+    def measures(self, problems: Problems) -> dict[str, jax.Array]:
+        """What else scores are grouped by, each int32 `[...]`, by name."""
+        return {}
+
+    def text_length(self, length: int) -> int:
+        """Tokens that the longest problem of a length takes, its newline included."""
+        return self.inputs * length + self.inputs + 1 + self.answer_length(length)
+
+    @property
+    def shortest_text(self) -> int:
+        """Tokens of the shortest problem."""
+        return 2 * self.inputs + 2
+
+    # ---- What is drawn. ----
+
+    def sample(self, keys: jax.Array, at_most: jax.Array, width: int) -> Problems:
+        """Problems of the training law: every input a length first, uniform, then its symbols.
+
+        Args:
+          keys: PRNG keys, one an input.
+          at_most: int32 `[...]`, the longest that each problem's inputs may be.
+          width: of the arrays, at least every `at_most`.
+        """
+        return self._stack([self.sample_input(key, at_most, width) for key in keys])
+
+    def sample_exact(self, key: jax.Array, length: int, count: int) -> Problems:
+        """`count` problems whose inputs all have exactly a length: arrays of the host."""
+        keys = jax.random.split(key, self.inputs)
+        lengths = np.full(count, length, np.int32)
+        return self._stack([(self.exact_input(key, length, count), lengths) for key in keys], np)
+
+    def sample_kind(
+        self, random: np.random.Generator, kind: str, length: int, count: int
+    ) -> Problems:
+        """`count` problems of one of `kinds`, of a length: arrays of the host."""
+        raise ValueError(f"kind = {kind!r}: one of {self.kinds}")
+
+    def kind_count(self, kind: str, count: int) -> int:
+        """How many problems of a kind are scored where there are `count` plain ones."""
+        return -(-count // 10)
+
+    def sample_input(
+        self, key: jax.Array, at_most: jax.Array, width: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """One input of each problem, as `sample` draws it.
+
+        Returns:
+          uint8 `[..., width]`, and int32 lengths `[...]`.
+        """
+        length_key, symbol_key = jax.random.split(key)
+        drawn = jax.random.randint(length_key, at_most.shape, 1, at_most + 1, dtype=jnp.int32)
+        shape, base = (*at_most.shape, width), len(self.symbols)
+        symbols = jax.random.randint(symbol_key, shape, 0, base, dtype=jnp.uint8)
+        return jnp.where(jnp.arange(width) < drawn[..., None], symbols, 0).astype(jnp.uint8), drawn
+
+    def exact_input(self, key: jax.Array, length: int, count: int) -> np.ndarray:
+        """One input of each problem of exactly a length, uint8 `[count, length]`, on the host."""
+        return uniform_symbols(key, 0, len(self.symbols), (count, length))
+
+    def arrange(self, inputs, lengths, xp=jnp) -> Problems:
+        """Problems of inputs as they were drawn, in the order that the task asks for.
+
+        Args:
+          inputs, lengths: as of `Problems`.
+          xp: the module of the arrays, `jnp` or `np`.
+        """
+        return Problems(inputs, lengths)
+
+    # ---- What a model reads. ----
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """A character for each token: newline, operator, symbols and `=`."""
+        return f"\n{self.operator}{self.symbols}="
+
+    @property
+    def end(self) -> int:
+        """The newline: it ends a problem, and fills rows up."""
+        return 0
+
+    @property
+    def equals(self) -> int:
+        """The token behind which the answer stands."""
+        return len(self.vocabulary) - 1
+
+    @property
+    def first_symbol(self) -> int:
+        """The token of the first of `symbols`; the others follow."""
+        return 1 + len(self.operator)
+
+    def position_ids(self, tokens: jax.Array) -> jax.Array | None:
+        """Ids that say which tokens belong together, int32 `[..., length]`, 0 for no place.
+
+        None where the task has none to give.
+
+        Args:
+          tokens: int32 `[..., length]`, one problem a row.
+        """
+        return None
+
+    def render(self, problems: Problems, length: int) -> tuple[jax.Array, jax.Array]:
+        """The text of each problem in a row of its own, cut or filled with newlines to `length`.
+
+        Returns:
+          int32 tokens and the bool mask of answer tokens (the answer and the first newline behind
+          it), both `[..., length]`.
+        """
+        answer, answer_length = self.answers(problems)
+        parts = [*jnp.moveaxis(problems.inputs, -2, 0), answer]
+        lengths = [*jnp.moveaxis(problems.lengths, -1, 0), answer_length]
+        closing = [*[1] * (len(parts) - 2), self.equals, self.end]
+        t = jnp.arange(length)
+        tokens = jnp.full((*answer_length.shape, length), self.end, jnp.int32)
+        start = jnp.zeros((*answer_length.shape, 1), jnp.int32)
+        for part, part_length, symbol in zip(parts, lengths, closing, strict=True):
+            stop = start + part_length[..., None]
+            place = jnp.clip(t - start, 0, part.shape[-1] - 1)
+            written = jnp.take_along_axis(part, place, axis=-1).astype(jnp.int32)
+            tokens = jnp.where((start <= t) & (t < stop), self.first_symbol + written, tokens)
+            tokens = jnp.where(t == stop, symbol, tokens)
+            mask = (start <= t) & (t <= stop)
+            start = stop + 1
+        return tokens, mask
+
+    def written_lengths(self, problems: Problems) -> jax.Array:
+        """Tokens of each problem's text, int32 `[...]`."""
+        return problems.lengths.sum(-1) + self.answers(problems)[1] + self.inputs + 1
+
+    def answering(self, tokens: jax.Array) -> jax.Array:
+        """Where an answer is being written: from each `=` up to its newline, bool
+        `[..., length]`."""
+        t = jnp.arange(tokens.shape[-1])
+        last = lambda token: jax.lax.cummax(  # noqa: E731
+            jnp.where(tokens == token, t, -1), axis=tokens.ndim - 1
+        )
+        return last(self.equals) > last(self.end)
+
+    def after_end(self, tokens: jax.Array) -> jax.Array:
+        """Where a row's first problem is over, from its newline on, bool `[..., length]`."""
+        return jax.lax.cummax((tokens == self.end).astype(jnp.int32), axis=tokens.ndim - 1) > 0
+
+    # ---- What people read and write. ----
+
+    def in_written_order(self, sequence: Written) -> Written:
+        """An input or answer, or what belongs to its symbols, in the order that the model writes it
+        in, given that of people; and back."""
+        return sequence
+
+    def check(self, problem: tuple[str, ...]) -> None:
+        """Raises ValueError for inputs that no problem of the task has, saying why."""
+        return None
+
+    @property
+    def example(self) -> tuple[str, ...]:
+        """A problem for messages and help."""
+        return (self.symbols[: 1 + min(3, len(self.symbols) - 1)],) * self.inputs
+
+    def parse(self, text: str, longest: int) -> tuple[str, ...]:
+        """The problem that a person writes, `123+456` or `123+456=579`.
+
+        Args:
+          text: what was written.
+          longest: symbols that an input may have.
+
+        Raises:
+          ValueError: saying what is wrong with the text.
+        """
+        one, operator = f"[{re.escape(self.symbols)}]+", re.escape(self.operator)
+        problem = one + f"{operator}{one}" * (self.inputs - 1)
+        match = re.fullmatch(rf"({problem})(?:=([{re.escape(self.symbols)}]*))?", text)
+        if not match:
+            shown = text if len(text) <= 40 else text[:37] + "..."
+            raise ValueError(f"{shown!r} is not a problem such as {self.format(self.example)}")
+        inputs = tuple(match[1].split(self.operator)) if self.operator else (match[1],)
+        for each in inputs:
+            if len(each) > longest:
+                raise ValueError(f"an input of {len(each)} {self.unit}: at most {longest}")
+        self.check(inputs)
+        right = self.solve(inputs)
+        if match[2] is not None and match[2] != right:
+            raise ValueError(f"{match[1]}={match[2]} is wrong: it is {right}")
+        return inputs
+
+    def format(self, problem: Sequence[str]) -> str:
+        """`123+456`."""
+        return self.operator.join(problem)
+
+    def prompt(self, problem: Sequence[str]) -> str:
+        """`321+654=`, what a model is asked to go on from."""
+        return self.operator.join(map(self.in_written_order, problem)) + "="
+
+    def text(self, problem: tuple[str, ...]) -> str:
+        """`321+654=975` and a newline."""
+        return f"{self.prompt(problem)}{self.in_written_order(self.solve(problem))}\n"
+
+    def length(self, problem: Sequence[str]) -> int:
+        """The size of one problem, as `lengths` gives it."""
+        return max(map(len, problem))
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text. Raises ValueError for a character outside the vocabulary."""
+        return [self.vocabulary.index(character) for character in text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+        return "".join(self.vocabulary[token] for token in tokens)
+
+    def arrays(self, problems: Sequence[Sequence[str]]) -> Problems:
+        """Host arrays of people's problems, wide enough for the longest input."""
+        width = max(len(each) for problem in problems for each in problem)
+        index = {symbol: i for i, symbol in enumerate(self.symbols)}
+
+        def symbols(text: str) -> list[int]:
+            written = [index[symbol] for symbol in self.in_written_order(text)]
+            return written + [0] * (width - len(written))
+
+        return Problems(
+            np.array([list(map(symbols, problem)) for problem in problems], np.uint8),
+            np.array([list(map(len, problem)) for problem in problems], np.int32),
+        )
+
+    def pad(self, problems: Problems, width: int) -> Problems:
+        """Host arrays for inputs of `width` symbols, with zeros behind, or without so many:
+        programs are compiled for their width."""
+        inputs = np.asarray(problems.inputs)[..., :width]
+        inputs = np.pad(inputs, [(0, 0)] * 2 + [(0, width - inputs.shape[-1])])
+        return Problems(inputs, np.asarray(problems.lengths))
+
+    def _stack(self, inputs, xp=jnp) -> Problems:
+        stacked = xp.stack([symbols for symbols, _ in inputs], -2)
+        return self.arrange(stacked, xp.stack([length for _, length in inputs], -1), xp)
+
+    # A task is known by its class: programs that are compiled for one serve all its instances.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+def of(data) -> Task:
+    """The task that a configuration's section `data` names."""
+    return TASKS.get(data.task)()
+
+
+def uniform_symbols(key: jax.Array, lowest: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 symbols from `lowest` to below `stop`, as `jax.random.randint` gives them for the
+    shape: an array of the host.
+
+    With partitionable keys a symbol depends on its place in the flat array alone: the start of a
+    longer one is the shorter one, and a program for each power of two serves all shapes.
+    """
+    size = math.prod(shape)
+    with jax.threefry_partitionable(True):
+        rounded = max(LEAST_DRAWN, 1 << (size - 1).bit_length())
+        drawn = _flat_symbols(key, lowest, stop, rounded)
+    return np.asarray(drawn)[:size].reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _flat_symbols(key: jax.Array, lowest, stop, size: int) -> jax.Array:
+    return jax.random.randint(key, (size,), lowest, stop, dtype=jnp.uint8)

@@ -1,0 +1,227 @@
+"""The kernels compile for GPUs that are not there, and what does not fit them is found out."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import ROOT, assert_refused, run_program
+from jax import export
+
+from pallas_kernels import programs, targets, tiles
+from pallas_kernels.tuning import aot, stream_cases
+from pallas_kernels.tuning.cases import (
+    ATTENTION,
+    Case,
+    looped_standard_cases,
+    standard_cases,
+    stream_standard_cases,
+)
+from pallas_kernels.tuning.shapes import (
+    LONG,
+    SCORING,
+    TRAINING,
+    WINDOWED_SCORING,
+    WINDOWED_TRAINING,
+    Shape,
+)
+
+pytestmark = pytest.mark.usefixtures("optimized")
+
+try:
+    aot.check_plugin()
+    aot.find_assembler()
+    MISSING = None
+except aot.Unavailable as error:
+    MISSING = str(error)
+needs_compiler = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+NO_PRODUCT = tuple(
+    name
+    for operation in stream_cases.WITHOUT_PRODUCTS
+    for name in stream_cases.OPERATIONS[operation]
+)
+TRITON = "__gpu$xla.gpu.triton"
+# Keys and values of two stages alone fill more shared memory than an RTX 5070 has.
+TOO_LARGE = {"block_q": 64, "block_k": 256, "num_warps": 8, "num_stages": 3}
+
+
+@needs_compiler
+def test_all_kernels_compile_and_fit(tmp_path):
+    kernels = _compiled("rtx5070", tmp_path)
+    streams = {(kernel["kernel"], kernel["shape"]) for kernel in kernels}
+    others = stream_standard_cases() + looped_standard_cases()
+    for case in others:
+        assert {(name, str(case.shape)) for name in case.kernels("rtx5070")} <= streams
+    names = {name for case in others for name in case.kernels("rtx5070")}
+    compiled = {
+        (kernel["kernel"], *_sizes(kernel["shape"]))
+        for kernel in kernels
+        if kernel["kernel"] not in names
+    }
+    forward = {tuple(sizes) for name, *sizes in compiled if name.endswith("forward")}
+    trained, scored = TRAINING + LONG + WINDOWED_TRAINING, SCORING + WINDOWED_SCORING
+    assert forward == {_sizes(shape) for shape in trained + scored}
+    for sizes in (_sizes(shape) for shape in trained):
+        whole_row = ("fused_row_forward", *sizes) in compiled
+        names = ("fused_row_backward",) if whole_row else ("flash_d_q", "flash_d_kv")
+        assert {(name, *sizes) for name in names} <= compiled
+
+
+@needs_compiler
+def test_kernels_of_each_kind_compile_for_the_data_centre_too(tmp_path):
+    kinds = {"add_layer_norm_cross_entropy_backward", "looped_block"}
+    words = [word for kind in kinds for word in ("--kernel", kind)]
+    assert kinds <= {kernel["kernel"] for kernel in _compiled("b200", tmp_path, *words)}
+
+
+def _compiled(target, tmp_path, *words):
+    """Reports of kernels that all fit."""
+    file = tmp_path / "kernels.json"
+    # In its own process: what its workers send back must be of the module that they have imported.
+    words = ["--target", target, "--json", file, *words]
+    result = run_program("pallas_kernels.compile", *words, env=os.environ)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 with a problem" in result.stdout
+    kernels = json.loads(file.read_text())["kernels"]
+    for kernel in kernels:
+        assert kernel["ok"] and kernel["target"] == target, kernel
+        assert 0 <= kernel["shared_memory_bytes"] <= kernel["shared_memory_limit_bytes"]
+        assert kernel["shared_memory_limit_bytes"] == targets.TARGETS[target].shared_memory
+        assert 0 < kernel["registers"] <= 255
+        has_products = kernel["kernel"] not in NO_PRODUCT
+        assert bool(kernel["tensor_core_instructions"]) or not has_products
+    return kernels
+
+
+@needs_compiler
+def test_a_tile_that_does_not_fit_is_reported():
+    case = Case(ATTENTION, Shape(1, 512, 1, 64), kernel="flash_forward", settings=TOO_LARGE)
+    [report] = aot.measure(["rtx5070"], [case])
+    assert "hared memory" in report.problem
+    assert report.shared_memory > targets.TARGETS["rtx5070"].shared_memory
+    assert report.registers is None
+
+
+@needs_compiler
+def test_a_spilling_kernel_is_reported():
+    case = Case(
+        ATTENTION, Shape(1, 64, 1, 128), kernel="fused_row_forward", settings={"num_warps": 1}
+    )
+    [report] = aot.measure(["rtx5070"], [case])
+    assert report.problem == f"spills {report.spilled} B a thread, more than {aot.MOST_SPILLED}"
+
+
+@needs_compiler
+def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
+    shutil.copytree(ROOT / "pallas_kernels", tmp_path / "pallas_kernels")
+    table = copy.deepcopy(tiles.table())
+    table["rtx5070"]["flash_forward"]["head 64, 16 bits"] |= TOO_LARGE
+    (tmp_path / "pallas_kernels" / tiles.FILE.name).write_text(tiles.as_text(table))
+    command = "-m pallas_kernels.compile --target rtx5070 --shape 1x512x1x64 --json found.json"
+    result = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Exception ignored" not in result.stderr
+    kernels = json.loads((tmp_path / "found.json").read_text())["kernels"]
+    problems = {kernel["kernel"]: kernel["problem"] for kernel in kernels}
+    assert "hared memory" in problems["flash_forward"]
+    assert "hared memory" not in str([problems["flash_d_q"], problems["flash_d_kv"]])
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+@pytest.mark.parametrize(
+    "case",
+    standard_cases(),
+    ids=lambda c: f"{c.operation} {c.shape} {c.asked()}",
+)
+def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
+    function, arguments = case.program(target)
+    with targets.compiling_for(target):
+        exported = export.export(
+            jax.jit(function),
+            platforms=["cuda"],
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
+        )(*arguments)
+    # Forward, and backward in one kernel or in two; an MLP's two products, and four backward.
+    expected = (6,) if case.operation == "mlp" else (2, 3) if case.backward else (1,)
+    assert exported.mlir_module().count(TRITON) in expected
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--target rtx9999", ("--target", "'rtx9999'", "rtx5070, b200, h100")),
+        ("--target rtx5070,", ("--target", "''")),
+        ("--shape 64x4x64", ("--shape", "'64x4x64'", "BATCHxLENGTHxHEADSxHEAD_DIM")),
+        ("--shape 1x0x4x64", ("--shape", "'1x0x4x64'")),
+        ("--shape 1x64x4x13", ("--shape 1x64x4x13", "even")),
+        ("--shape 1x64x4x1024", ("--shape 1x64x4x1024", "too large")),
+        ("--kernel nothing", ("--kernel", "'nothing'", tiles.LOOPED)),
+        ("--kernel fused_row_forward --shape 1x64x4x64", ("--shape: not allowed", "--kernel")),
+        ("--json no/such/folder/file.json", ("--json no/such/folder/file.json",)),
+    ],
+)
+def test_bad_command_lines_are_refused(words, said):
+    assert_refused(run_program("pallas_kernels.compile", *words.split()), *said)
+
+
+def test_a_missing_plugin_is_named(tmp_path):
+    _package(tmp_path / "jax_plugins")
+    result = run_program("pallas_kernels.compile", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert_refused(result, "plugin", "pip install 'spak-jax[aot]'")
+
+
+def test_a_missing_assembler_is_named(tmp_path):
+    for name in ("jax_plugins", "jax_plugins/xla_cuda13", "nvidia"):
+        _package(tmp_path / name)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": str(tmp_path)}
+    assert_refused(run_program("pallas_kernels.compile", env=environment), "ptxas")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "pallas_kernels.tune"),
+        ("-m", "benchmarks.kernels"),
+        ("-c", "import jax; from spak_jax import command_line as c; c.run_program(jax.devices)"),
+    ],
+    ids=["tune", "benchmark", "run_program"],
+)
+@pytest.mark.skipif(
+    any(map(os.path.exists, programs.DEVICE_FILES)), reason="needs a machine without a GPU"
+)
+def test_no_program_misses_libraries_of_a_gpu_that_is_not_there(command):
+    chosen_by_jax = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
+    chosen_by_jax.pop("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", None)
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=chosen_by_jax, capture_output=True, text=True
+    )
+    assert "Traceback" not in result.stderr and "plugin" not in result.stderr
+    refused = "JAX's backend here is cpu" in result.stderr
+    assert refused if command[0] == "-m" else not result.stderr
+
+
+def test_chips_get_the_tiles_of_their_own_target_or_the_most_cautious():
+    named = {capability: targets.name_of(capability) for capability in ("9.0", "10.0", "12.0")}
+    assert named == {"9.0": "h100", "10.0": "b200", "12.0": "rtx5070"}
+    assert targets.name_of("8.9") == targets.MOST_CAUTIOUS
+    smallest = min(targets.TARGETS.values(), key=lambda target: target.shared_memory)
+    assert targets.TARGETS[targets.MOST_CAUTIOUS] == smallest
+
+
+def _sizes(shape: Shape | str) -> tuple[int, int]:
+    """Length and head_dim."""
+    _, length, _, head_dim = map(int, str(shape).split("x"))
+    return length, head_dim
+
+
+def _package(folder) -> None:
+    """An empty package, which hides an installed one of its name."""
+    folder.mkdir()
+    (folder / "__init__.py").touch()

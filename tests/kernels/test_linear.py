@@ -1,0 +1,193 @@
+"""A block's products as kernels, and gradients of all blocks' matrices in one launch."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_stream import with_gradients
+
+from pallas_kernels import targets
+from pallas_kernels.ops import linear, matmul
+from spak_jax import models, tasks
+from spak_jax.config import read_config
+from spak_jax.data import make_dataset, training_batch
+from spak_jax.training.step import loss
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
+
+SIZES = st.sampled_from([64, 128, 192])
+SUPPORTS = linear.supports
+
+
+@pytest.fixture(scope="module", autouse=True)
+def taken():
+    """The kernels run wherever sizes allow, interpreted where there is no GPU, in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "supports", lambda tokens, *sizes: tokens % 128 == 0)
+        yield patch
+
+
+@settings(deadline=None, max_examples=6)
+@given(st.sampled_from([(128,), (2, 64), (3, 128)]), SIZES, SIZES, st.integers(0, 2**31 - 1))
+def test_a_product_and_its_gradients(leading, inputs, outputs, seed):
+    draw = drawer(seed)
+    plain = lambda x, weights: x @ weights  # noqa: E731
+    kernels = lambda x, weights: linear.linear(x, weights, dtype=jnp.float32)  # noqa: E731
+    assert_same(kernels, plain, (draw(*leading, inputs), draw(inputs, outputs)), draw)
+
+
+@settings(deadline=None, max_examples=6)
+@given(st.sampled_from([(128,), (4, 64)]), SIZES, SIZES, st.integers(0, 2**31 - 1))
+def test_an_mlp_and_its_gradients(leading, width, hidden, seed):
+    draw = drawer(seed)
+
+    def plain(x, inner, outer):
+        return jax.nn.gelu(x @ inner, approximate=False) @ outer
+
+    def kernels(*given):
+        return linear.mlp(*given, dtype=jnp.float32)
+
+    arguments = (
+        draw(*leading, width),
+        draw(width, hidden) / width**0.5,
+        draw(hidden, width) / hidden**0.5,
+    )
+    assert_same(kernels, plain, arguments, draw)
+    # What is not differentiated is computed by other kernels.
+    np.testing.assert_allclose(kernels(*arguments), plain(*arguments), atol=1e-4)
+
+
+@settings(deadline=None, max_examples=5)
+@given(
+    st.integers(1, 3),
+    SIZES,
+    SIZES,
+    st.sampled_from([128, 384]),
+    st.integers(0, 2**31 - 1),
+)
+def test_gradients_of_several_matrices(count, inputs, outputs, tokens, seed):
+    draw = drawer(seed)
+    pairs = [
+        linear.DeferredWeightGrad(draw(tokens, inputs), draw(tokens, outputs)) for _ in range(count)
+    ]
+    for made, (x, d_y) in zip(linear.weight_grads(pairs).sum(1), pairs, strict=True):
+        np.testing.assert_allclose(made, x.T @ d_y, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [512, 1024])
+def test_long_sums_leave_nothing_out(inner):
+    draw = drawer(inner)
+    # Later channels weigh more: a sum that ends early is far off.
+    a = draw(128, inner) * (1 + jnp.arange(inner) // 64)
+    b, by = draw(inner, 128) / inner, draw(128, 128)
+    on_cpu = jax.default_backend() == "cpu"
+    for made, plain in (
+        (matmul.matmul(a, b, interpret=on_cpu), a @ b),
+        (matmul.matmul(a, b.T, transpose_b=True, interpret=on_cpu), a @ b),
+        (matmul.matmul_mul(a, b.T, by, interpret=on_cpu), (a @ b) * by),
+        (
+            matmul.matmul_gelu(a, b, slopes=False, interpret=on_cpu)[0],
+            jax.nn.gelu(a @ b, approximate=False),
+        ),
+    ):
+        np.testing.assert_allclose(made, plain, atol=2e-5 * float(jnp.abs(plain).max()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        ({}, True),
+        ({"dtype": jnp.float16}, True),
+        ({"tokens": matmul.MOST_TOKENS, "inputs": 64, "outputs": matmul.LONGEST}, True),
+        ({"dtype": jnp.float32}, False),
+        ({"tokens": 0}, False),
+        ({"tokens": 8192 + 64}, False),
+        ({"tokens": matmul.MOST_TOKENS + 128}, False),
+        ({"inputs": 96}, False),
+        ({"outputs": 13}, False),
+        ({"inputs": matmul.LONGEST + 64}, False),
+        ({"outputs": matmul.LONGEST + 64}, False),
+    ],
+)
+def test_which_products_are_kernels(changed, taken, monkeypatch):
+    sizes = {"tokens": 8192, "inputs": 256, "outputs": 768, "dtype": jnp.bfloat16} | changed
+    for runs in (True, False):
+        monkeypatch.setattr(targets, "kernels_run", lambda: runs)  # noqa: B023
+        assert SUPPORTS(**sizes) == (taken and runs)
+
+
+def test_bfloat16_is_added_up_in_float32():
+    draw = drawer(0)
+    x, weights = draw(128, 192), draw(192, 64)
+    made = linear.linear(x, weights, dtype=jnp.bfloat16)
+    assert made.dtype == jnp.bfloat16
+    x, weights = (y.astype(jnp.bfloat16).astype(jnp.float32) for y in (x, weights))
+    # Half a unit in the last of bfloat16's eight bits.
+    np.testing.assert_allclose(made.astype(jnp.float32), x @ weights, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["loop12", "gpt12"])
+def test_a_training_step_has_the_same_gradients(name, taken):
+    """With all gradients of matrices made at once, as with no kernel at all."""
+    layers = "layers" if name == "gpt12" else "loops"
+    config = small(name, f"model.{layers}=3")
+    kernels = value_and_gradient(config)
+    taken.setattr(linear, "supports", lambda *sizes: False)
+    plain = value_and_gradient(config)
+    taken.setattr(linear, "supports", lambda tokens, *sizes: tokens % 128 == 0)
+    for one, other in zip(*map(jax.tree.leaves, (kernels, plain)), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6 + 2e-5 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("most", [2 * 128, 128])
+def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
+    """Whether the products of two are kernels, as those of one, or XLA's."""
+    monkeypatch.setattr(linear, "MOST_OF_A_PRODUCT", most)
+    config = small("loop12", "model.loops=2")
+    draw = drawer(0)
+    weights = nnx.state(models.build(config, jax.random.key(0)))
+    several = jax.tree.map(lambda x: jnp.stack([x, x + 0.01 * draw(*x.shape)]), weights)
+    together = jax.vmap(lambda weights: value_and_gradient(config, weights)[1])(several)
+    for i in range(2):
+        _, alone = value_and_gradient(config, jax.tree.map(lambda x: x[i], several))  # noqa: B023
+        for a, b in zip(*map(jax.tree.leaves, (together, alone)), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-5)
+
+
+def small(name: str, *overrides: str):
+    sizes = ["model.width=64", "model.heads=2", 'model.dtype="float32"', "train.batch=2"]
+    return read_config(Path(f"configs/{name}.toml"), [*sizes, *overrides])
+
+
+def value_and_gradient(config, weights=None):
+    """Of the training loss, with dropout."""
+    network = models.build(config, jax.random.key(1))
+    definition, drawn = nnx.split(network)
+    dataset = make_dataset(config.data)
+    key = jax.random.key(2)
+    batch = training_batch(key, config.data, config.train.batch, dataset.training)
+
+    @jax.jit
+    def objective(weights):
+        return loss(
+            nnx.merge(definition, weights), batch, tasks.of(config.data), jax.random.key(3), 0.5
+        )
+
+    return jax.value_and_grad(objective)(drawn if weights is None else weights)
+
+
+def drawer(seed: int):
+    keys = iter(jax.random.split(jax.random.key(seed), 100))
+    return lambda *shape: jax.random.normal(next(keys), shape)
+
+
+def assert_same(kernels, plain, given, draw):
+    d_out = draw(*jax.eval_shape(plain, *given).shape)
+    results = (jax.tree.leaves(with_gradients(f, given, d_out)) for f in (kernels, plain))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * float(jnp.abs(other).max()))

@@ -1,0 +1,135 @@
+"""What every task keeps to, whoever wrote it: its arrays against its plain Python."""
+
+import runpy
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spak_jax.config import MAX_LENGTH
+from spak_jax.data import sample_training
+from spak_jax.registry import TASKS
+from spak_jax.tasks import Task
+
+with mock.patch("spak_jax.__main__.main"):
+    runpy.run_path(str(ROOT / "examples" / "copying.py"), run_name="__main__")
+EVERY = [TASKS.get(name)() for name in TASKS.names()]
+WIDTH = 12
+
+render = jax.jit(
+    lambda problems, length, task: task.render(problems, length), static_argnums=(1, 2)
+)
+answers = jax.jit(lambda problems, task: task.answers(problems), static_argnums=1)
+
+
+def problems_of(task: Task, problems) -> list[tuple[str, ...]]:
+    """Arrays as people write them, by their symbols alone."""
+    found = []
+    for inputs, lengths in zip(*map(np.asarray, problems), strict=True):
+        parts = zip(inputs, lengths, strict=True)
+        symbols = ("".join(task.symbols[i] for i in each[:length]) for each, length in parts)
+        found.append(tuple(map(task.in_written_order, symbols)))
+    return found
+
+
+def drawn(task: Task, seed: int, count: int = 16):
+    keys = jax.random.split(jax.random.key(seed), task.inputs)
+    return task.sample(keys, jnp.full(count, WIDTH), WIDTH)
+
+
+@pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_arrays_are_what_plain_python_says(task, seed):
+    problems = drawn(task, seed)
+    texts = list(map(task.text, problems_of(task, problems)))
+    length = task.text_length(WIDTH)
+    tokens, mask = map(np.asarray, render(problems, length, task))
+    for row, is_answer, text in zip(tokens, mask, texts, strict=True):
+        assert len(text) <= length
+        assert task.decode(row) == text.ljust(length, "\n")
+        assert np.flatnonzero(is_answer).tolist() == [*range(text.index("=") + 1, len(text))]
+    assert np.asarray(task.written_lengths(problems)).tolist() == list(map(len, texts))
+    symbols, lengths = map(np.asarray, answers(problems, task))
+    for row, count, problem in zip(symbols, lengths, problems_of(task, problems), strict=True):
+        answer = "".join(task.symbols[i] for i in row[:count])
+        assert task.in_written_order(answer) == task.solve(problem)
+    sizes = np.asarray(task.lengths(problems)).tolist()
+    assert sizes == list(map(task.length, problems_of(task, problems)))
+
+
+@pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_what_people_write_is_read_back(task, seed):
+    problems = problems_of(task, drawn(task, seed))
+    for problem in problems:
+        text = task.format(problem)
+        assert task.parse(text, WIDTH) == problem
+        assert task.parse(f"{text}={task.solve(problem)}", WIDTH) == problem
+        with pytest.raises(ValueError, match="is wrong: it is"):
+            task.parse(f"{text}={task.solve(problem)}{task.symbols[0]}", WIDTH)
+    arrays = task.arrays(problems)
+    assert problems_of(task, arrays) == problems
+    wide = task.pad(arrays, WIDTH + 7)
+    assert problems_of(task, wide) == problems and wide.width == WIDTH + 7
+
+
+@pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
+def test_texts_have_room_and_are_as_long_as_is_said(task):
+    assert task.parse(task.format(task.example), WIDTH) == task.example
+    for length in (1, 2, 9):
+        problems = task.sample_exact(jax.random.key(0), length, 50)
+        texts = list(map(task.text, problems_of(task, problems)))
+        assert {task.length(problem) for problem in problems_of(task, problems)} == {length}
+        assert max(map(len, texts)) <= task.text_length(length)
+        assert min(map(len, texts)) >= task.shortest_text
+    assert task.length(task.example) <= WIDTH
+    for text in ("", "=", "!", "\n"):
+        with pytest.raises(ValueError, match="is not a problem such as"):
+            task.parse(text, WIDTH)
+    with pytest.raises(ValueError, match=f"{WIDTH + 1} {task.unit}: at most {WIDTH}"):
+        task.parse(task.operator.join([task.symbols[-1] * (WIDTH + 1)] * task.inputs), WIDTH)
+    with pytest.raises(ValueError, match="kind = 'odd'"):
+        task.sample_kind(np.random.default_rng(0), "odd", 3, 4)
+
+
+@pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
+def test_training_shows_nothing_longer_than_its_law_says(task):
+    data = tiny_config(data={"task": task.name, "row_length": 40}).data
+    sizes = np.asarray(task.lengths(sample_training(jax.random.key(0), data, (2_000,))))
+    assert sizes.max() == data.longest == 6 and sizes.min() == 1
+
+
+@pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
+def test_ids_do_not_depend_on_what_follows(task):
+    """Decoding gives ids of a text that is not whole yet."""
+    tokens, _ = task.render(drawn(task, 5), task.text_length(WIDTH))
+    whole = task.position_ids(tokens)
+    if whole is None:
+        return
+    for length in range(1, tokens.shape[-1] + 1):
+        rest = jnp.where(jnp.arange(tokens.shape[-1]) < length, tokens, task.end)
+        np.testing.assert_array_equal(task.position_ids(rest)[:, :length], whole[:, :length])
+
+
+def test_a_task_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="task 'adition': did you mean addition"):
+        TASKS.get("adition")
+    with pytest.raises(Exception, match=r"data.task: task 'adition': did you mean addition\?"):
+        tiny_config(data={"task": "adition"})
+
+
+def test_a_name_is_given_once():
+    with pytest.raises(ValueError, match="task 'addition' is spak_jax.tasks.arithmetic.Addition"):
+        TASKS.register("addition")(type("Other", (), {}))
+
+
+def test_the_longest_problem_is_solved():
+    task = TASKS.get("addition")()
+    assert task.solve(("9" * MAX_LENGTH, "1")) == "1" + "0" * MAX_LENGTH
