@@ -1,6 +1,7 @@
-"""A position scheme of one's own: a learned embedding of each place, as GPT-2 has it.
+r"""A position scheme of one's own: a learned embedding of each place, as GPT-2 has it.
 
-    python examples/absolute_positions.py train quickstart model.positions=absolute name=absolute
+    python examples/absolute_positions.py train quickstart \
+        model.positions=absolute model.window=false name=absolute
 
 What it learns is one table; what it gives the model, a vector to add to each token.
 """

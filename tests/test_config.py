@@ -219,7 +219,7 @@ def test_any_text_is_itself_as_an_override_or_is_refused(text):
         ("model.heads=16", ["model.heads = 16", "even"]),
         ('model.kind="rnn"', ["model.kind = 'rnn'", "gpt", "loop"]),
         ('model.mlp="relu"', ["model.mlp", "'gelu'", "'swiglu'"]),
-        ('model.positions="sine"', ["model.positions", "'sine'", "rope, random-rope, none"]),
+        ('model.positions="sine"', ["model.positions", "'sine'", "random-rope"]),
         ('model.block="transformers"', ["model.block", "did you mean transformer?"]),
         ("model.window=true", ["model.window = true", "'rope'", "coupled-bias"]),
         (

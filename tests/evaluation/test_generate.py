@@ -83,7 +83,10 @@ def programs(scheme, kind, halt=False):
     return (
         weights_of(config),
         [reading(decoder) for decoder in decoders],
-        [jax.jit(functools.partial(generate.generate, decoder)) for decoder in decoders],
+        [
+            jax.jit(functools.partial(generate.generate, decoder, ADDITION.end))
+            for decoder in decoders
+        ],
     )
 
 
@@ -142,7 +145,9 @@ def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
         chosen = jnp.where(sevens < 2, ADDITION.first_symbol + 7, ADDITION.end)
         return jax.nn.one_hot(chosen, 13), sevens
 
-    written, loops = generate.generate(generate.without_cache(run), None, tokens, jnp.array([4, 5]))
+    written, loops = generate.generate(
+        generate.without_cache(run), ADDITION.end, None, tokens, jnp.array([4, 5])
+    )
     assert [ADDITION.decode(row) for row in np.asarray(written)] == [
         "1+2=77\n\n\n\n",
         "11+2=77\n\n\n",
@@ -166,7 +171,7 @@ def test_generation_ends_with_the_last_row():
     texts = [ADDITION.encode(text.ljust(30, "\n")) for text in ("1+2=3\n777", "99+1=001\n", "1+1=")]
     decoder, calls = saying(texts)
     prompt_length = jnp.array([4, 5, 30])
-    written, at = generate.generate(decoder, None, jnp.array(texts), prompt_length)
+    written, at = generate.generate(decoder, ADDITION.end, None, jnp.array(texts), prompt_length)
     jax.effects_barrier()
     # `001` and its newline; the row that is full asks for nothing.
     assert len(calls) == 4
@@ -181,7 +186,7 @@ def test_generation_ends_with_the_last_row():
 def test_generation_ends_with_the_buffer():
     texts = jnp.full((2, 9), ADDITION.first_symbol + 7)
     decoder, calls = saying(texts)
-    written, _ = generate.generate(decoder, None, texts, jnp.array([3, 8]))
+    written, _ = generate.generate(decoder, ADDITION.end, None, texts, jnp.array([3, 8]))
     jax.effects_barrier()
     assert (written == texts).all() and len(calls) == 6
 

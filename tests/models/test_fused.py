@@ -17,7 +17,6 @@ from random_models import (
     random_batch,
     random_weights,
 )
-from test_compile import TRITON
 
 from pallas_kernels import targets
 from pallas_kernels.ops import looped
@@ -35,6 +34,8 @@ ADDITION = Addition()
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 KEY = jax.random.key(5)
+# What a kernel is in a program for a GPU.
+TRITON = "__gpu$xla.gpu.triton"
 WINDOWED = {"positions": "coupled-bias", "window": True, "max_relative_distance": 2}
 ARCHITECTURES = {
     "gpt": GPT | {"dropout": 0.2},
@@ -143,8 +144,8 @@ def no_fusing(monkeypatch):
 
     for name in ("add_layer_norm", "looped_block", "attention_inputs", "add_attention"):
         monkeypatch.setattr(fused, name, asked)
-    monkeypatch.setattr(fused.linear, "no_operands", asked)
-    monkeypatch.setattr(looped, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(fused.DeferredWeightGrad, "zeros", asked)
+    monkeypatch.setattr(looped, "supports_fused", lambda *_, **__: True)
 
 
 @pytest.mark.parametrize("kind", [GPT, LOOP], ids=["gpt", "loop"])

@@ -35,7 +35,7 @@ from spak_jax.models.block import Block, dropout
 from spak_jax.models.fused import Stream
 from spak_jax.positions.base import PositionInputs
 from spak_jax.tasks.arithmetic import Addition
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, step
 
 ADDITION = Addition()
 
@@ -104,7 +104,7 @@ def test_logits_loss_and_all_gradients_equal_the_reference(name, reference):
     network = build(config, weights)
 
     def loss_and_logits(network):
-        return loss(network, batch, ADDITION, None), network(jnp.asarray(batch.tokens))
+        return step.loss(network, batch, ADDITION, None), network(jnp.asarray(batch.tokens))
 
     graded = nnx.jit(nnx.value_and_grad(loss_and_logits, has_aux=True))
     (loss, logits), gradients = graded(network)

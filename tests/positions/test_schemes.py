@@ -19,8 +19,10 @@ from random_models import (
 )
 
 from spak_jax.models.fused import attention_weights
+from spak_jax.positions.base import PositionInputs, PositionScheme
 from spak_jax.positions.coupled import EMBEDDED_IDS, offset_ids
 from spak_jax.positions.rope import WIDEST_GAP
+from spak_jax.registry import POSITIONS
 from spak_jax.tasks.arithmetic import Addition
 
 ADDITION = Addition()
@@ -186,3 +188,24 @@ def test_learned_ids_reach_attention_and_gradients_reach_them():
 
     assert jnp.abs(of_gates(0.1)).max() > 1e-5
     assert (of_gates(0.9) == 0).all()
+
+
+def test_a_scheme_is_held_to_what_its_class_says(monkeypatch):
+    """Only an annealed one is given the training's progress; slack is for training alone."""
+    known = {name: POSITIONS.get(name) for name in POSITIONS.names()}
+    monkeypatch.setattr(POSITIONS, "_classes", known)
+    met = []
+
+    @POSITIONS.register("slack")
+    class Slack(PositionScheme):
+        def inputs(self, tokens, *, positions, position_ids=None, key=None, progress=None):
+            met.append(progress)
+            return PositionInputs(window_slack=jnp.float32(1))
+
+    network, tokens = random_model(**LOOP | {"positions": "slack"}), random_batch().tokens
+    network._position_inputs(tokens, progress=0.5)
+    Slack.anneals_until = 0.2
+    network._position_inputs(tokens, progress=0.5)
+    assert met == [None, 0.5]
+    with pytest.raises(ValueError, match="'slack' gives window_slack outside training"):
+        network(tokens)
