@@ -1,12 +1,15 @@
 """What every program here shares: that of all programs (`pallas_kernels.programs`), and files."""
 
 import contextlib
+import functools
 import logging
+import os
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pallas_kernels import programs
 from pallas_kernels.programs import (
@@ -28,6 +31,7 @@ __all__ = [
     "first_line",
     "or_a_gpu",
     "parse_lengths",
+    "prepare_drawing",
     "progress",
     "require_devices",
     "run_program",
@@ -38,8 +42,32 @@ __all__ = [
 
 def run_program(main: Callable[[], None]) -> None:
     """Runs the `main` of a program, as `pallas_kernels.programs` has it, with quiet libraries."""
-    with _quiet_libraries():
-        programs.run_program(main)
+    _quiet_libraries()
+    programs.run_program(main)
+
+
+def prepare_drawing() -> None:
+    """Imports Matplotlib for a program, before anything that draws.
+
+    As it is imported it looks for a backend, of which files need none, and for a folder of its own.
+
+    Raises:
+      InputError: it finds no folder that it can write.
+    """
+    os.environ.pop("MPLBACKEND", None)
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        # Relative ones do not count, by their specification; Matplotlib would make them here.
+        if not os.path.isabs(os.environ.get(name, os.sep)):
+            del os.environ[name]
+    # Where it has no folder it makes one for the time being, and warns.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    try:
+        import matplotlib.font_manager  # noqa: F401
+    except OSError as error:
+        raise InputError(
+            f"Matplotlib needs a folder of its own ({error.strerror}): set MPLCONFIGDIR to one that"
+            " can be written"
+        ) from None
 
 
 def writable_folder(path: Path) -> Path:
@@ -74,6 +102,8 @@ def write_file(path: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -114,26 +144,21 @@ def _lengths(option: str, text: str, most: int) -> Iterator[int]:
         yield from range(bounds[0], bounds[1] + 1)
 
 
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Within it libraries do not tell what our programs say themselves."""
+def _quiet_libraries() -> None:
+    """Until the program ends libraries do not tell what our programs say themselves."""
     # Orbax tells every save, restore and error; of several arrays that cannot be read, one error is
     # raised, and asyncio would tell the rest.
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, tell = [logger.level for logger in loggers], sys.unraisablehook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = functools.partial(_but_late_answers, sys.unraisablehook)
 
-    def but_late_answers(unraisable) -> None:
-        # After one array could not be read, TensorStore goes on and answers to an event loop of
-        # Orbax that is closed; nobody waits for it, and nobody can catch the error.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            tell(unraisable)
 
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = but_late_answers
-    try:
-        yield
-    finally:
-        sys.unraisablehook = tell
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def _but_late_answers(tell: Callable[[Any], None], unraisable: Any) -> None:
+    """Tells of errors that nobody can catch, but not of those of arrays that nobody waits for.
+
+    After one array could not be read, TensorStore goes on and answers to an event loop of Orbax
+    that is closed; one for which there was no file left cannot be closed.
+    """
+    told = str(unraisable.exc_value)
+    if told != "Event loop is closed" and not told.endswith("has no attribute '_ssock'"):
+        tell(unraisable)

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from spak_jax.command_line import run_program
-from spak_jax.reports.figures import export
+from spak_jax.command_line import prepare_drawing, run_program
 
 
 def main() -> None:
@@ -17,6 +16,9 @@ def main() -> None:
         "--out", type=Path, metavar="DIR", default=Path("runs") / "figures", help="(%(default)s)"
     )
     arguments = parser.parse_args()
+    prepare_drawing()
+    from spak_jax.reports.figures import export
+
     export(arguments.results, arguments.out)
 
 

@@ -11,14 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from pallas_kernels.ops.looped import RULES
 from spak_jax.command_line import (
     Table,
     check_range,
     console,
     parse_lengths,
+    prepare_drawing,
     run_program,
     writable_folder,
     write_file,
@@ -27,8 +26,6 @@ from spak_jax.config import MAX_LENGTH
 from spak_jax.evaluation.calibration import CALIBRATED_ON, measure
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.score import MAX_LOOPS
-from spak_jax.reports import figures
-from spak_jax.reports.halting_figure import draw
 from spak_jax.reports.scores import warn_of_loops
 
 
@@ -56,6 +53,12 @@ def main() -> None:
     show(found)
     warn_of_loops(found["config"]["model"], found["loops"])
     files = {"halting.json": json.dumps(found, indent=1) + "\n"}
+    prepare_drawing()
+    import matplotlib
+
+    from spak_jax.reports import figures
+    from spak_jax.reports.halting_figure import draw
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(figures.STYLE)

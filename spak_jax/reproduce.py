@@ -23,11 +23,17 @@ import time
 from pathlib import Path
 
 from spak_jax import provenance
-from spak_jax.command_line import InputError, console, run_program, writable_folder, write_file
+from spak_jax.command_line import (
+    InputError,
+    console,
+    prepare_drawing,
+    run_program,
+    writable_folder,
+    write_file,
+)
 from spak_jax.experiments import studies
 from spak_jax.experiments.reproduce import Account, name_commit, reproduce, results_there
 from spak_jax.experiments.studies import Experiment
-from spak_jax.reports import figures
 from spak_jax.training import signals
 from spak_jax.training.runs import move_aside
 
@@ -90,6 +96,9 @@ def main() -> None:
     if arguments.fresh:
         for experiment in chosen:
             move_aside(runs_path / experiment.config.name)
+    prepare_drawing()
+    from spak_jax.reports import figures
+
     started = time.monotonic()
     account = Account(name_commit(provenance.commit()))
     try:

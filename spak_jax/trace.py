@@ -8,12 +8,11 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
 from spak_jax.command_line import (
     InputError,
     check_range,
     console,
+    prepare_drawing,
     progress,
     run_program,
     writable_folder,
@@ -23,9 +22,7 @@ from spak_jax.config import MAX_LENGTH
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.score import MAX_LOOPS
 from spak_jax.evaluation.trace import as_json, trace
-from spak_jax.reports import figures
 from spak_jax.reports.scores import warn_of_loops
-from spak_jax.reports.trace_figure import draw
 
 
 def main() -> None:
@@ -49,6 +46,12 @@ def main() -> None:
     with progress("tracing"):
         traced = loaded.describe() | as_json(trace(loaded, problem, arguments.loops))
     files = {"trace.json": json.dumps(traced) + "\n"}
+    prepare_drawing()
+    import matplotlib
+
+    from spak_jax.reports import figures
+    from spak_jax.reports.trace_figure import draw
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(figures.STYLE)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from collections.abc import Iterator
 
 import rich.console
@@ -33,6 +34,9 @@ class Console(rich.console.Console):
             width = int(columns)
         elif not self.is_terminal:
             width = OFF_TERMINAL
+        elif width < 1:
+            # rich takes COLUMNS=0 at its word.
+            width = shutil.get_terminal_size().columns
         return rich.console.ConsoleDimensions(width, height)
 
 

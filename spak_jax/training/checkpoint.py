@@ -397,7 +397,9 @@ def _cause(error: Exception) -> str:
             return "out of memory"
         case OSError(strerror=str(what), filename=str(name)):
             return f"{name}: {what}"
-    return first_line(error)
+    # TensorStore gives the system's error as a number, behind all that it was doing.
+    by_system = re.search(r"os_error_code='([0-9]+)'", str(error))
+    return os.strerror(int(by_system[1])) if by_system else first_line(error)
 
 
 def _remove(folder: Path) -> None:

@@ -139,7 +139,7 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
         == {"none", "published", "confidence", "convergence"}
     )
     assert (tmp_path / "out" / "halting.png").stat().st_size > 10_000
-    assert "still: threshold" in capsys.readouterr().out
+    assert "convergence: threshold" in capsys.readouterr().out
     run = shutil.copytree(half_trained, tmp_path / "run")
     command(run, "--lengths", "1", "--examples", "5")
     assert (run / "halting" / "halting.json").is_file()
