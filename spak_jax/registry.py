@@ -11,12 +11,12 @@ import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
-Registered = TypeVar("Registered", bound=type)
+Registered = TypeVar("Registered", bound=type[Any])
 
 
-class Registry(Generic[Registered]):
+class Registry:
     """Classes of one kind, by name.
 
     Modules and entry points are loaded when a name is first asked for, so that nothing here
@@ -32,7 +32,7 @@ class Registry(Generic[Registered]):
         self.kind = kind
         self._group, self._modules = group, modules
         self._loaded = False
-        self._classes: dict[str, Registered] = {}
+        self._classes: dict[str, type[Any]] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
         """A decorator that adds a class; in a notebook a class of the same module replaces its
@@ -44,11 +44,10 @@ class Registry(Generic[Registered]):
 
         def add(registered: Registered) -> Registered:
             known = self._classes.get(name)
-            whose = lambda of: (of.__module__, of.__qualname__)  # noqa: E731
-            if known is not None and whose(known) != whose(registered):
+            if known is not None and _whose(known) != _whose(registered):
                 raise ValueError(f"{self.kind} {name!r} is {known.__module__}.{known.__qualname__}")
             self._classes[name] = registered
-            registered.name = name
+            setattr(registered, "name", name)  # noqa: B010
             return registered
 
         return add
@@ -58,7 +57,7 @@ class Registry(Generic[Registered]):
         self._load()
         return tuple(self._classes)
 
-    def get(self, name: str) -> Registered:
+    def get(self, name: str) -> type[Any]:
         """The class of a name.
 
         Raises:
@@ -82,10 +81,14 @@ class Registry(Generic[Registered]):
                 self.register(point.name)(point.load())
 
 
-TASKS: Registry = Registry("task", "spak_jax.tasks", ("spak_jax.tasks.arithmetic",))
-POSITIONS: Registry = Registry(
+def _whose(registered: type[Any]) -> tuple[str, str]:
+    return registered.__module__, registered.__qualname__
+
+
+TASKS = Registry("task", "spak_jax.tasks", ("spak_jax.tasks.arithmetic",))
+POSITIONS = Registry(
     "position scheme",
     "spak_jax.positions",
     tuple(f"spak_jax.positions.{module}" for module in ("rope", "order", "coupled", "learned")),
 )
-BLOCKS: Registry = Registry("block", "spak_jax.blocks", ("spak_jax.models.block",))
+BLOCKS = Registry("block", "spak_jax.blocks", ("spak_jax.models.block",))

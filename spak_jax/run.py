@@ -54,22 +54,26 @@ class Run:
     @overload
     def solve(self, problem: str, *, loops: int | None = None) -> str: ...
     @overload
-    def solve(self, problem: Sequence[str], *, loops: int | None = None) -> list[str]: ...
-    def solve(self, problem, *, loops=None):
+    def solve(
+        self, problem: list[str] | tuple[str, ...], *, loops: int | None = None
+    ) -> list[str]: ...
+    def solve(
+        self, problem: str | list[str] | tuple[str, ...], *, loops: int | None = None
+    ) -> str | list[str]:
         """The answer that the model writes to a problem such as "123+456", or to each of several.
 
         Args:
-          problem: as people write it; one, or a sequence.
+          problem: as people write it; one, or several.
           loops: of a looped model; None for as many as in training.
 
         Raises:
           ValueError: a problem is none of the task's, or `loops` is out of bounds.
         """
-        several = not isinstance(problem, str)
-        asked = [self.task.parse(each, MAX_LENGTH) for each in (problem if several else [problem])]
+        texts = [problem] if isinstance(problem, str) else problem
+        asked = [self.task.parse(text, MAX_LENGTH) for text in texts]
         _require_loops(loops)
         answers = [answer.text for answer in write_answers(self._loaded, asked, loops)]
-        return answers if several else answers[0]
+        return answers[0] if isinstance(problem, str) else answers
 
     def trace(self, problem: str, *, loops: int | None = None) -> Trace:
         """Logits, attention and confidence of every loop, for a problem and its true answer.

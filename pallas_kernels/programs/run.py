@@ -19,8 +19,11 @@ class Failure(Exception):
     label = "error"
 
 
-class InputError(Failure):
-    """What the user gave cannot be used: the message names the field, the value and a way out."""
+class InputError(Failure, ValueError):
+    """What the user gave cannot be used: the message names the field, the value and a way out.
+
+    A ValueError, too, for whoever calls from Python.
+    """
 
     status = 2
 

@@ -100,6 +100,8 @@ def evidence(name: str, pattern: str, folder: Path) -> Callable[[language.Path],
                 f"the claim {name}: {pattern} is larger than {LARGEST_EVIDENCE:,} bytes"
             )
         contents = [json.loads(path.read_bytes()) for path in paths]
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the claim {name}: {pattern} cannot be read as JSON ({error})") from None
     if all(isinstance(content, dict) and "lengths" in content for content in contents):

@@ -370,7 +370,8 @@ def _damage(folder: Path, error: Exception) -> str | None:
         written = None
     if not isinstance(written, dict):
         # From before files had digests, or their list is damaged too.
-        ours = isinstance(error, OF_DAMAGE) and not OF_SURROUNDINGS.search(str(error))
+        damage = isinstance(error, OF_DAMAGE) and not isinstance(error, InputError)
+        ours = damage and not OF_SURROUNDINGS.search(str(error))
         return first_line(error) if ours else None
     changed = [name for name in written if found.get(name) != written[name]]
     if not changed:
