@@ -45,7 +45,7 @@ def attending(implementation, rate, odd):
 
     def f(qkv, table):
         return attention(
-            qkv, positions=jnp.arange(length), position_ids=ids if masks else None,
+            qkv, positions=jnp.arange(length), ids=ids if masks else None,
             bias_table=table if masks else None, window=1 if masks else None,
             dropout_rate=rate, dropout_key=KEY, implementation=implementation,
         )  # fmt: skip
@@ -218,7 +218,7 @@ def test_what_only_goes_backward_is_differentiated_on_by_plain_code():
 
 
 def loss(network, how, tokens, thresholds):
-    told = {"ids": ADDITION.position_ids(tokens)}
+    told = {"position_ids": ADDITION.position_ids(tokens)}
     if how == "launched":
         logits, _ = network.fused_forward(tokens, thresholds, **told)
     elif thresholds is None:
@@ -261,7 +261,7 @@ def a_training_loss(network, tokens):
 def test_models_lower_for_a_gpu(function, order):
     """To Triton's code, differentiated never, once and twice; a mere call to one launch."""
     network = network_of(width=64, heads=4, loops=2, dtype="bfloat16")
-    network.block.attention = None
+    network.block.attention_implementation = None
     definition, weights = nnx.split(network)
     tokens = jax.ShapeDtypeStruct((128, 64), jnp.int32)
 

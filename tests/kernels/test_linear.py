@@ -147,7 +147,7 @@ def test_a_training_step_has_the_same_gradients(name, taken):
 @pytest.mark.parametrize("most", [2 * 128, 128])
 def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
     """Whether the products of two are kernels, as those of one, or XLA's."""
-    monkeypatch.setattr(linear, "MOST_OF_A_PRODUCT", most)
+    monkeypatch.setattr(matmul, "MOST_OF_A_PRODUCT", most)
     config = small("loop12", "model.loops=2")
     draw = drawer(0)
     weights = nnx.state(models.build(config, jax.random.key(0)))
