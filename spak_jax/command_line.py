@@ -62,7 +62,14 @@ def prepare_drawing() -> None:
     # Where it has no folder it makes one for the time being, and warns.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
-        import matplotlib.font_manager  # noqa: F401
+        # Where a umask forbids even us to enter what we make, it would end in tracebacks.
+        probe = tempfile.mkdtemp()
+        try:
+            os.listdir(probe)
+        finally:
+            os.rmdir(probe)
+        import matplotlib.font_manager
+        import matplotlib.style  # noqa: F401
     except OSError as error:
         raise InputError(
             f"Matplotlib needs a folder of its own ({error.strerror}): set MPLCONFIGDIR to one that"
