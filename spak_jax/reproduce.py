@@ -34,7 +34,6 @@ from spak_jax.command_line import (
 from spak_jax.experiments import studies
 from spak_jax.experiments.reproduce import Account, name_commit, reproduce, results_there
 from spak_jax.experiments.studies import Experiment
-from spak_jax.training import signals
 from spak_jax.training.runs import move_aside
 
 TABLE = "table"
@@ -105,8 +104,7 @@ def main() -> None:
         for experiment in chosen:
             system = experiment.config.name
             console.print(f"{system}, {experiment.config.train.seeds} seeds")
-            with signals.graceful_shutdown() as request:
-                reproduce(experiment, runs_path / system, account, request)
+            reproduce(experiment, runs_path / system, account)
             # After each system there is a table to look at.
             found = results_there(experiments, runs_path, account)
             figures.export(found, out)

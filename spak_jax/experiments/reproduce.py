@@ -67,16 +67,13 @@ def results_path(folder: Path, config: Config, scoring: Scoring) -> Path:
     return folder / f"{config.name}-seed{config.train.seed}{suffix}.json"
 
 
-def reproduce(
-    experiment: Experiment, run_path: Path, account: Account, request: signals.Request
-) -> None:
+def reproduce(experiment: Experiment, run_path: Path, account: Account) -> None:
     """Trains and scores what has not been trained and scored.
 
     Args:
       experiment: a system's trainings and scorings.
       run_path: the run folder of all its seeds.
       account: is told what was made and what kept.
-      request: asks a training to stop.
 
     Raises:
       InputError: a run folder or results file there is of another configuration.
@@ -97,7 +94,9 @@ def reproduce(
         if not missing:
             continue
         _note_commit(run_path, account)
-        states = train(config, run_path, scoring.step, request=request)
+        # A scoring keeps nothing on the way: a signal ends it at once.
+        with signals.graceful_shutdown() as request:
+            states = train(config, run_path, scoring.step, request=request)
         for i, one, path, settings in missing:
             loaded = LoadedModel(one, states[i].weights, int(states[i].step))
             write_results(path, score(loaded, settings, folders[i]))

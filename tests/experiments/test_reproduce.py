@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -226,6 +227,24 @@ def test_code_with_changes_is_never_taken_for_the_same():
     account = Account("commit 1")
     account.note("x was made", "commit 1")
     assert account.notes == []
+
+
+def test_a_signal_is_kept_waiting_by_a_training_alone(tiny_system, undrawn, monkeypatch):
+    """A scoring that waited for its end, which may take hours, was what a Ctrl-C met."""
+    handlers = {}
+
+    def noting(name, function):
+        def noted(*given, **more):
+            handlers.setdefault(name, set()).add(signal.getsignal(signal.SIGINT))
+            return function(*given, **more)
+
+        return noted
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(reproducing, "train", noting("train", train))
+    monkeypatch.setattr(reproducing, "score", noting("score", reproducing.score))
+    run(monkeypatch, f"{WORDS} --seeds 1")
+    assert handlers["score"] == {before} and before not in handlers["train"]
 
 
 def test_what_was_made_is_said_of_a_run_that_stops(tiny_system, undrawn, monkeypatch, capsys):
