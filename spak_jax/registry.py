@@ -77,8 +77,7 @@ class Registry:
         for module in self._modules:
             importlib.import_module(module)
         for point in importlib.metadata.entry_points(group=self._group):
-            if point.name not in self._classes:
-                self.register(point.name)(point.load())
+            self.register(point.name)(point.load())
 
 
 def _whose(registered: type[Any]) -> tuple[str, str]:

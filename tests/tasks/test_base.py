@@ -1,6 +1,8 @@
 """What every task keeps to, whoever wrote it: its arrays against its plain Python."""
 
+import importlib.metadata
 import runpy
+import types
 from unittest import mock
 
 import jax
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from spak_jax.config import MAX_LENGTH
 from spak_jax.data import sample_training
-from spak_jax.registry import TASKS
+from spak_jax.registry import TASKS, Registry
 from spak_jax.tasks import Task
 
 with mock.patch("spak_jax.__main__.main"):
@@ -128,6 +130,18 @@ def test_a_task_that_is_not_there_is_named():
 def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="task 'addition' is spak_jax.tasks.arithmetic.Addition"):
         TASKS.register("addition")(type("Other", (), {}))
+
+
+def test_an_installed_package_adds_tasks(monkeypatch):
+    point = lambda added: types.SimpleNamespace(name="more", load=lambda: added)  # noqa: E731
+    one, other = type("One", (), {}), type("Other", (), {})
+    points = [point(one)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    registry = Registry("task", "tasks", ())
+    assert registry.names() == ("more",) and registry.get("more") is one and one.name == "more"
+    points.append(point(other))
+    with pytest.raises(ValueError, match=r"task 'more' is .*\bOne"):
+        Registry("task", "tasks", ()).names()
 
 
 def test_the_longest_problem_is_solved():
