@@ -49,21 +49,17 @@ def main() -> None:
     check_range("--loops", arguments.loops, 1, MAX_LOOPS)
     loaded = load(arguments.run)
     out = writable_folder(arguments.out or arguments.run / "halting")
+    # Before the work, as the folder is.
+    prepare_drawing()
+    from spak_jax.reports import figures
+    from spak_jax.reports.halting_figure import draw
+
     found = measure(loaded, lengths, arguments.examples, arguments.seed, arguments.loops)
     show(found)
     warn_of_loops(found["config"]["model"], found["loops"])
     files = {"halting.json": json.dumps(found, indent=1) + "\n"}
-    prepare_drawing()
-    import matplotlib
-
-    from spak_jax.reports import figures
-    from spak_jax.reports.halting_figure import draw
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(figures.STYLE)
-        drawn = draw(found)
-        files |= {f"halting.{kind}": figures.saved(drawn, kind) for kind in ("png", "pdf")}
+    with figures.style():
+        files |= figures.saved("halting", draw(found))
     for name, content in files.items():
         write_file(out / name, content)
         console.print(f"wrote {out / name}")

@@ -43,20 +43,16 @@ def main() -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     out = writable_folder(arguments.out or arguments.run / "trace")
-    with progress("tracing"):
-        traced = loaded.describe() | as_json(trace(loaded, problem, arguments.loops))
-    files = {"trace.json": json.dumps(traced) + "\n"}
+    # Before the work, as the folder is.
     prepare_drawing()
-    import matplotlib
-
     from spak_jax.reports import figures
     from spak_jax.reports.trace_figure import draw
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(figures.STYLE)
-        drawn = draw(traced)
-        files |= {f"trace.{kind}": figures.saved(drawn, kind) for kind in ("png", "pdf")}
+    with progress("tracing"):
+        traced = loaded.describe() | as_json(trace(loaded, problem, arguments.loops))
+    files = {"trace.json": json.dumps(traced) + "\n"}
+    with figures.style():
+        files |= figures.saved("trace", draw(traced))
     for name, content in files.items():
         write_file(out / name, content)
         console.print(f"wrote {out / name}")

@@ -3,10 +3,11 @@
 All input is checked and all output is built in memory before the first file is written.
 """
 
+import contextlib
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +253,7 @@ def render(evaluated: Sequence[Evaluated]) -> dict[str, str | bytes]:
     only the user's own problems.
     """
     files: dict[str, str | bytes] = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+    with style():
         schemes = draw_schemes(evaluated)
         is_crowded = schemes is not None and len(evaluated) > MOST_LINES
         drawings = {
@@ -265,8 +264,7 @@ def render(evaluated: Sequence[Evaluated]) -> dict[str, str | bytes]:
         }
         for name, figure in drawings.items():
             if figure:
-                files[f"{name}.png"] = saved(figure, "png")
-                files[f"{name}.pdf"] = saved(figure, "pdf")
+                files |= saved(name, figure)
     if table_rows(evaluated):
         files["table.md"] = markdown_table(evaluated)
         files["table.tex"] = latex_table(evaluated)
@@ -291,12 +289,30 @@ def export(paths: Sequence[Path], out: Path) -> None:
         console.print(f"wrote {path}")
 
 
-def saved(figure: Figure, kind: str) -> bytes:
-    """The file of a figure, "png" or "pdf": the same for the same figure, whenever it is drawn."""
-    buffer = io.BytesIO()
-    metadata = {"CreationDate": None} if kind == "pdf" else {}
-    figure.savefig(buffer, format=kind, metadata=metadata)
-    return buffer.getvalue()
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Within it Matplotlib draws and saves as all figures here are, whatever its settings are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def saved(name: str, figure: Figure) -> dict[str, bytes]:
+    """The files of a figure, `NAME.png` and `NAME.pdf`: the same whenever it is drawn."""
+    files = {}
+    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata=metadata)
+        files[f"{name}.{kind}"] = buffer.getvalue()
+    return files
+
+
+def write_caption(figure: Figure, caption: str) -> None:
+    """In small print at the foot of a figure of one wide panel."""
+    width, height = figure.get_size_inches()
+    text = "\n".join(lines_of(caption, 150))
+    figure.text(PAD / width, PAD / height, text, color=GREY, fontsize=6)
 
 
 def _aside(index: int, count: int, logarithmic: bool) -> float:

@@ -69,11 +69,5 @@ def draw(found: dict[str, Any]) -> Figure:
         f"{found['system']}: {found['examples']:,} problems a length; circles: calibrated on the"
         f" training law. {found['device']}, {found['date']}."
     )
-    figure.text(
-        figures.PAD / width,
-        figures.PAD / height,
-        "\n".join(figures.lines_of(caption, 150)),
-        color=figures.GREY,
-        fontsize=6,
-    )
+    figures.write_caption(figure, caption)
     return figure

@@ -57,13 +57,7 @@ def draw(traced: dict[str, Any]) -> Figure:
         f" last loop, behind the right symbols before it{WRONG if chosen != right else ''}."
         f" {traced['device']}, {traced['date']}."
     )
-    figure.text(
-        figures.PAD / width,
-        figures.PAD / height,
-        "\n".join(figures.lines_of(caption, 150)),
-        color=figures.GREY,
-        fontsize=6,
-    )
+    figures.write_caption(figure, caption)
     return figure
 
 
