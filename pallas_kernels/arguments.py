@@ -36,6 +36,18 @@ def whole_numbers(name: str, array) -> jax.Array:
     return jnp.asarray(array).astype(jnp.int32)
 
 
+def token_positions(positions, batch: int, length: int) -> jax.Array:
+    """The positions of tokens as int32, one for each token of a sequence or of every sequence.
+
+    Raises:
+      ValueError: they have another shape than `[length]` or `[batch, length]`, or are no integers.
+    """
+    shapes = (length,), (1, length), (batch, length)
+    words = f"[{length}] or [batch, length]"
+    require_shape("positions", positions, *shapes, words=words)
+    return whole_numbers("positions", positions)
+
+
 def require_one_of(name: str, value, allowed: Sequence) -> None:
     """Raises ValueError for a value that is not allowed."""
     if value not in allowed:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from spak_jax.command_line import InputError, first_line
 from spak_jax.config_files import NAMED, specification_file, values_of
-from spak_jax.registry import BLOCKS, POSITIONS, TASKS
+from spak_jax.registry import BLOCKS, POSITIONS, TASKS, Registry
 
 # The longest input that a training law or a scoring set may ask for, in symbols.
 MAX_LENGTH = 10_000
@@ -37,6 +37,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _registered(registry: Registry, key: str, name: str) -> type[Any]:
+    """The class that a key names; raises ValueError, with the key, where there is none."""
+    try:
+        return registry.get(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 class Architecture(Section):
@@ -63,11 +71,8 @@ class Architecture(Section):
 
     @model_validator(mode="after")
     def _parts_are_registered(self) -> Self:
-        for key, registry in (("block", BLOCKS), ("positions", POSITIONS)):
-            try:
-                registry.get(getattr(self, key))
-            except ValueError as error:
-                raise ValueError(f"model.{key}: {error}") from None
+        _registered(BLOCKS, "model.block", self.block)
+        _registered(POSITIONS, "model.positions", self.positions)
         return self
 
     @model_validator(mode="after")
@@ -147,10 +152,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _rows_hold_a_problem(self) -> Self:
-        try:
-            task = TASKS.get(self.task)()
-        except ValueError as error:
-            raise ValueError(f"data.task: {error}") from None
+        task = _registered(TASKS, "data.task", self.task)()
         # The newline is only predicted.
         needed = task.text_length(self.longest) - 1
         if self.row_length < needed:

@@ -7,6 +7,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from pallas_kernels.ops.looped import RULES
 from spak_jax.command_line import (
     InputError,
     check_range,
@@ -18,7 +19,7 @@ from spak_jax.command_line import (
 from spak_jax.config import MAX_LENGTH
 from spak_jax.evaluation.answers import write_answers
 from spak_jax.evaluation.calibration import calibrated
-from spak_jax.evaluation.forward import HALTING_RULES, PUBLISHED_HALTING, Halting
+from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting
 from spak_jax.evaluation.loaded import LoadedModel, load, seed_folders
 from spak_jax.evaluation.problems_file import read_problems
 from spak_jax.evaluation.results import write_results
@@ -43,7 +44,7 @@ def main() -> None:
         "--halt",
         nargs="?",
         const="convergence",
-        choices=[*HALTING_RULES, "published"],
+        choices=[*reversed(RULES), "published"],
         help="stop each token by a rule: convergence (the default), once its state has come to"
         " rest; confidence, once it is sure; both calibrated on trained lengths first; published:"
         " once it is sure by the original's thresholds, which lose answers",

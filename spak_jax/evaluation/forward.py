@@ -15,13 +15,10 @@ from spak_jax.config import Config, LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.tasks import Task
 
-# Halting rules, in the order of helps.
-HALTING_RULES = ("convergence", "confidence")
-
 
 class Halting(NamedTuple):
-    """A rule that stops tokens, of `HALTING_RULES`, and its thresholds before the `=` of a problem
-    and from it on."""
+    """A rule that stops tokens, of `pallas_kernels.ops.looped.RULES`, and its thresholds before the
+    `=` of a problem and from it on."""
 
     rule: str
     before: float
@@ -31,11 +28,6 @@ class Halting(NamedTuple):
     def with_doubt(cls, rule: str, doubt: float) -> "Halting":
         threshold = 1 - doubt if rule == "confidence" else doubt
         return cls(rule, threshold, threshold)
-
-    @property
-    def rule_name(self) -> str:
-        """The rule by the field's name."""
-        return next(name for name, rule in HALTING_RULES.items() if rule == self.rule)
 
 
 # "Wait to think": the original's thresholds.

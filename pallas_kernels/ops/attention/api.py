@@ -312,10 +312,7 @@ def _checked(qkv, positions, segment_ids, ids, bias_table, window):
     if head_dim % 2 or head_dim == 0:
         raise ValueError(f"head_dim = {head_dim}: must be even, and at least 2")
     if positions is not None:
-        shapes = (length,), (1, length), (batch, length)
-        words = f"[{length}] or [batch, length]"
-        arguments.require_shape("positions", positions, *shapes, words=words)
-        positions = arguments.whole_numbers("positions", positions)
+        positions = arguments.token_positions(positions, batch, length)
     if segment_ids is not None:
         arguments.require_shape("segment_ids", segment_ids, (batch, length))
         segment_ids = arguments.whole_numbers("segment_ids", segment_ids)

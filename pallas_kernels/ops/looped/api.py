@@ -168,10 +168,7 @@ def _checked(x, weights: Weights, heads, loops, positions, ids, window, threshol
                 f"window = {window}: must be the clip of bias_table, {columns // 2 - 1}"
             )
     if positions is not None:
-        shapes = (length,), (1, length), (batch, length)
-        words = f"[{length}] or [batch, length]"
-        arguments.require_shape("positions", positions, *shapes, words=words)
-        positions = arguments.whole_numbers("positions", positions)
+        positions = arguments.token_positions(positions, batch, length)
     if ids is not None:
         arguments.require_shape("ids", ids, (batch, length))
         ids = arguments.whole_numbers("ids", ids)
