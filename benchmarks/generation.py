@@ -15,7 +15,8 @@ from flax import nnx
 from pallas_kernels.tuning import timing
 from spak_jax import models, provenance, tasks
 from spak_jax.command_line import Table, console
-from spak_jax.config import Config, LoopedModel
+from spak_jax.config import Config
+from spak_jax.config_sections import LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import padded_length
 

@@ -20,7 +20,8 @@ from pallas_kernels.tuning.cases import LOOPED, Case
 from pallas_kernels.tuning.shapes import Shape
 from spak_jax import models, provenance, tasks
 from spak_jax.command_line import InputError, Table, console
-from spak_jax.config import Config, LoopedModel
+from spak_jax.config import Config
+from spak_jax.config_sections import LoopedModel
 from spak_jax.registry import POSITIONS
 from spak_jax.specs import roofline
 

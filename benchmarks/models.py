@@ -36,7 +36,9 @@ from spak_jax.command_line import (
     writable_folder,
     write_file,
 )
-from spak_jax.config import Config, Parallel, add_words, file_and_overrides, read_config
+from spak_jax.config import Config, read_config
+from spak_jax.config_sections import Parallel
+from spak_jax.config_words import add_words, file_and_overrides
 from spak_jax.data import make_dataset, problem_rows, training_batch
 from spak_jax.evaluation.batching import padded_length, rows_per_call
 from spak_jax.evaluation.loaded import LoadedModel

@@ -27,7 +27,9 @@ from spak_jax.command_line import (
     run_program,
     write_file,
 )
-from spak_jax.config import MAX_LENGTH, Config, add_words, file_and_overrides, read_config
+from spak_jax.config import Config, read_config
+from spak_jax.config_sections import MAX_LENGTH
+from spak_jax.config_words import add_words, file_and_overrides
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.score import Scorer, Settings
 from spak_jax.evaluation.statistics import summary

@@ -28,14 +28,9 @@ from spak_jax.command_line import (
     writable_folder,
     write_file,
 )
-from spak_jax.config import (
-    Config,
-    Parallel,
-    add_words,
-    files_and_overrides,
-    parse_config,
-    read_config,
-)
+from spak_jax.config import Config, parse_config, read_config
+from spak_jax.config_sections import Parallel
+from spak_jax.config_words import add_words, files_and_overrides
 from spak_jax.training import step
 
 ROUNDS = 7

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from spak_jax.config import Config, StaticModel
+from spak_jax.config import Config
+from spak_jax.config_sections import StaticModel
 
 ROPE_BASE = 10_000.0
 

@@ -36,6 +36,7 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config_files import shipped_configs
+from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation.problems_file import read_problems
 from spak_jax.evaluation.results import read_results
 from spak_jax.evaluation.score import training_curve
@@ -179,7 +180,7 @@ def lengths(st, folder: Path) -> Reader:
     """`--lengths`."""
     pieces = st.sampled_from([*"0123456789,,-- ", "12", "1-12", "9" * 10_000, "²", "٣", "\n"])
     texts = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=12)
-    return Reader(texts, lambda text: parse_lengths("--lengths", text, config.MAX_LENGTH))
+    return Reader(texts, lambda text: parse_lengths("--lengths", text, MAX_LENGTH))
 
 
 def problems(st, folder: Path) -> Reader:

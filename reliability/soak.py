@@ -18,7 +18,8 @@ import psutil
 
 from spak_jax import provenance
 from spak_jax.command_line import console, run_program, write_file
-from spak_jax.config import Config, add_words, file_and_overrides, read_config
+from spak_jax.config import Config, read_config
+from spak_jax.config_words import add_words, file_and_overrides
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.results import write_results
 from spak_jax.evaluation.score import Settings, score

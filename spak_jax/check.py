@@ -14,7 +14,8 @@ from pathlib import Path
 from pallas_kernels.targets import TARGETS, parse_targets
 from pallas_kernels.tuning import aot
 from spak_jax.command_line import Failure, InputError, Table, console, progress, run_program
-from spak_jax.config import Specification, add_words, files_and_overrides, read_specification
+from spak_jax.config import Specification, read_specification
+from spak_jax.config_words import add_words, files_and_overrides
 from spak_jax.specs import check, claims
 
 

@@ -1,4 +1,4 @@
-"""Files of specifications: found by their names, and what they say together with their bases.
+"""Files of specifications: found by their names, and what they say with their bases and overrides.
 
 A file with `base = ["NAME", ...]` starts from the specifications of these names, beside it or among
 those that ship; each may have its own. Of what several say the last word counts, which is the
@@ -8,10 +8,11 @@ stay with it; so does the name, which names the run folder.
 
 import contextlib
 import difflib
+import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,23 @@ BASE_NAME = r"(base/)?[A-Za-z0-9][A-Za-z0-9._-]*"
 MOST_BASES, DEEPEST_BASE = 4, 4
 
 
-def values_of(path: Path) -> dict[str, Any]:
-    """What a specification's file says, its bases included: nested plain values.
+def values_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a specification's file says, its bases included, changed by overrides: nested plain
+    values.
 
     Raises:
-      InputError: it or a base cannot be read, or is no base.
+      InputError: it or a base cannot be read, or is no base; or an override is none.
     """
     try:
-        return _with_bases(path, ())
+        values = _with_bases(path, ())
     except RecursionError:
         raise InputError(f"{path}: keys are nested too deeply") from None
+    for override in overrides:
+        try:
+            _merge(values, _parse_override(override), override)
+        except RecursionError:
+            raise InputError(f"override {override[:80]!r}: keys are nested too deeply") from None
+    return values
 
 
 def specification_file(word: str | Path) -> Path:
@@ -167,3 +175,35 @@ def _read_values(path: Path) -> dict[str, Any]:
     # Also integers of more digits than Python reads.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {first_line(error)}") from None
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`key.path=value` as nested values; a value that is not TOML is a string."""
+    key, equals, text = override.partition("=")
+    # What JSON writes is a string of TOML too, but for one character.
+    quoted = json.dumps(text.strip(), ensure_ascii=False).replace("\x7f", "\\u007f")
+    expected = (
+        f"override {override[:80]!r}: expected key.path=value, such as model.loops=24 or name=trial"
+    )
+    try:
+        override.encode()
+        try:
+            values = tomllib.loads(override)
+        except ValueError:
+            values = tomllib.loads(f"{key}{equals}{quoted}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{expected} ({first_line(error)})") from None
+    if not values:
+        raise InputError(expected)
+    return values
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any], override: str) -> None:
+    for key, change in changes.items():
+        if isinstance(change, Mapping):
+            inner = values.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise InputError(f"override {override!r}: {key} is a value, not a section")
+            _merge(inner, change, override)
+        else:
+            values[key] = change

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from spak_jax import jax_settings, tasks
-from spak_jax.config import Data
+from spak_jax.config_sections import Data
 from spak_jax.tasks import Problems, Task
 
 

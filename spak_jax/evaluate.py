@@ -16,7 +16,7 @@ from spak_jax.command_line import (
     run_program,
     writable_folder,
 )
-from spak_jax.config import MAX_LENGTH
+from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation.answers import write_answers
 from spak_jax.evaluation.calibration import calibrated
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting

@@ -8,7 +8,8 @@ from typing import Any, overload
 from flax import nnx
 
 from spak_jax import models
-from spak_jax.config import MAX_LENGTH, Config
+from spak_jax.config import Config
+from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation import loaded, score
 from spak_jax.evaluation.answers import write_answers
 from spak_jax.evaluation.loaded import LoadedModel

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from spak_jax.command_line import InputError, Table, console, progress, run_program
-from spak_jax.config import MAX_LENGTH, LoopedModel
+from spak_jax.config_sections import MAX_LENGTH, LoopedModel
 from spak_jax.evaluation.answers import solve
 from spak_jax.evaluation.loaded import load
 

@@ -18,7 +18,7 @@ from spak_jax.command_line import (
     writable_folder,
     write_file,
 )
-from spak_jax.config import MAX_LENGTH
+from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.score import MAX_LOOPS
 from spak_jax.evaluation.trace import as_json, trace

@@ -5,7 +5,8 @@ import contextlib
 from pathlib import Path
 
 from spak_jax.command_line import console, run_program
-from spak_jax.config import add_words, file_and_overrides, read_specification
+from spak_jax.config import read_specification
+from spak_jax.config_words import add_words, file_and_overrides
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.results import write_results
 from spak_jax.evaluation.score import Settings, score

@@ -19,7 +19,8 @@ from pallas_kernels import add_layer_norm, add_layer_norm_cross_entropy, attenti
 from pallas_kernels.ops import linear
 from spak_jax import models
 from spak_jax.command_line import InputError
-from spak_jax.config import Config, Parallel
+from spak_jax.config import Config
+from spak_jax.config_sections import Parallel
 from spak_jax.data import training_batch
 from spak_jax.positions.base import SchemeSettings
 from spak_jax.positions.coupled import offset_ids

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from spak_jax import jax_settings, models
-from spak_jax.config import LoopedModel
+from spak_jax.config_sections import LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
 from spak_jax.evaluation.forward import Halting, generate_fn

@@ -19,7 +19,8 @@ from pallas_kernels.ops.looped import RULES
 from pallas_kernels.tuning import timing
 from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError, or_a_gpu, progress
-from spak_jax.config import Config, LoopedModel
+from spak_jax.config import Config
+from spak_jax.config_sections import LoopedModel
 from spak_jax.data import Batch, problem_rows, sample_training
 from spak_jax.evaluation.batching import padded_length, rows_per_call
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting, halting_thresholds

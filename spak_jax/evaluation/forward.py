@@ -11,7 +11,8 @@ from flax import nnx
 from pallas_kernels.ops.looped import AT_ONCE
 from spak_jax import models, tasks
 from spak_jax.command_line import InputError
-from spak_jax.config import Config, LoopedModel
+from spak_jax.config import Config
+from spak_jax.config_sections import LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.tasks import Task
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spak_jax import models, tasks
-from spak_jax.config import Architecture, Config, LoopedModel
+from spak_jax.config import Config
+from spak_jax.config_sections import Architecture, LoopedModel
 from spak_jax.models import kv_cache
 from spak_jax.registry import BLOCKS
 

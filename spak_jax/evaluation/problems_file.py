@@ -3,7 +3,7 @@
 import sys
 
 from spak_jax.command_line import InputError
-from spak_jax.config import MAX_LENGTH
+from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.tasks import Task
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spak_jax.command_line import InputError, first_line, write_file
-from spak_jax.config import with_present_names
+from spak_jax.former_names import with_present_names
 
 EXPECTED = "a results file as `python -m spak_jax.evaluate RUN --json FILE` writes it"
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from spak_jax import data, jax_settings
 from spak_jax.command_line import or_a_gpu, progress
-from spak_jax.config import Config, Evaluation, LoopedModel, Train
+from spak_jax.config import Config
+from spak_jax.config_sections import Evaluation, LoopedModel, Train
 from spak_jax.data import Batch
 from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call

@@ -9,7 +9,7 @@ from flax import nnx
 
 from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError
-from spak_jax.config import LoopedModel
+from spak_jax.config_sections import LoopedModel
 from spak_jax.data import problem_rows
 from spak_jax.evaluation.loaded import LoadedModel
 

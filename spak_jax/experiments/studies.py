@@ -9,14 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from spak_jax.command_line import InputError
-from spak_jax.config import (
-    Architecture,
-    Config,
-    leaves,
-    parse_config,
-    read_config,
-)
+from spak_jax.config import Config, leaves, parse_config, read_config
 from spak_jax.config_files import specification_file
+from spak_jax.config_sections import Architecture
 from spak_jax.registry import TASKS
 
 

@@ -24,7 +24,8 @@ from flax import nnx
 
 from spak_jax import models
 from spak_jax.command_line import InputError
-from spak_jax.config import Architecture, Config, StaticModel, parse_config
+from spak_jax.config import Config, parse_config
+from spak_jax.config_sections import Architecture, StaticModel
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint
 

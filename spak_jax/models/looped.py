@@ -15,7 +15,7 @@ from spak_jax.models.transformer import Architecture, Transformer, make_block
 
 
 class LoopedArchitecture(Architecture, Protocol):
-    """What a configuration (`spak_jax.config.LoopedModel`) says."""
+    """What a configuration (`spak_jax.config_sections.LoopedModel`) says."""
 
     loops: int
     inject_input: bool

@@ -10,7 +10,7 @@ from spak_jax.models.transformer import Architecture, Transformer, make_block
 
 
 class StackedArchitecture(Architecture, Protocol):
-    """What a configuration (`spak_jax.config.StaticModel`) says."""
+    """What a configuration (`spak_jax.config_sections.StaticModel`) says."""
 
     layers: int
 

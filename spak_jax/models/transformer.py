@@ -12,7 +12,7 @@ from spak_jax.registry import BLOCKS, POSITIONS
 
 
 class Architecture(Protocol):
-    """What a configuration (`spak_jax.config.Architecture`) says of a model."""
+    """What a configuration (`spak_jax.config_sections.Architecture`) says of a model."""
 
     width: int
     heads: int

@@ -39,13 +39,9 @@ from pallas_kernels.tuning.cases import DROPOUT, Case
 from pallas_kernels.tuning.shapes import StreamShape
 from pallas_kernels.tuning.stream_cases import OPERATIONS
 from spak_jax import jax_settings, models, tasks
-from spak_jax.config import (
-    Config,
-    LoopedModel,
-    Specification,
-    read_specification,
-)
+from spak_jax.config import Config, Specification, read_specification
 from spak_jax.config_files import referred_file
+from spak_jax.config_sections import LoopedModel
 from spak_jax.data import problem_rows, sample_training, training_batch
 from spak_jax.evaluation.statistics import Estimate
 from spak_jax.reports.grouping import Evaluated

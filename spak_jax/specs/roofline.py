@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from pallas_kernels import targets
 from pallas_kernels.tuning import aot
 from spak_jax import models, provenance, tasks
-from spak_jax.config import Config, Parallel, StaticModel
+from spak_jax.config import Config
+from spak_jax.config_sections import Parallel, StaticModel
 from spak_jax.data import make_dataset
 from spak_jax.training.step import initial_state, make_training
 

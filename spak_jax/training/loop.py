@@ -10,7 +10,8 @@ import numpy as np
 
 from spak_jax import jax_settings, models
 from spak_jax.command_line import console, or_a_gpu, progress, require_devices
-from spak_jax.config import Config, Train
+from spak_jax.config import Config
+from spak_jax.config_sections import Train
 from spak_jax.training import checkpoint, loggers, parallel, signals
 from spak_jax.training.runs import RunFolders, require_same_kind, run_folders, seeds_behind
 from spak_jax.training.step import (

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import shards
 from spak_jax.command_line import Failure, InputError, console, first_line
-from spak_jax.config import Parallel
+from spak_jax.config_sections import Parallel
 from spak_jax.training import signals
 
 SEEDS = "seeds"

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from spak_jax import provenance
 from spak_jax.command_line import Failure, InputError, console, first_line
-from spak_jax.config import Config, Parallel, first_difference
+from spak_jax.config import Config, first_difference
+from spak_jax.config_sections import Parallel
 from spak_jax.registry import POSITIONS
 from spak_jax.training import checkpoint, loggers, parallel
 from spak_jax.training.step import (

@@ -15,7 +15,8 @@ from flax import nnx
 
 from pallas_kernels import shards
 from spak_jax import jax_settings, models, tasks
-from spak_jax.config import Config, Train
+from spak_jax.config import Config
+from spak_jax.config_sections import Train
 from spak_jax.data import Batch, FixedDataset, make_dataset, training_batch
 from spak_jax.tasks import Task
 from spak_jax.training import parallel

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, assert_refused, run_program, tiny_config
 
 from benchmarks import scaling
-from spak_jax.config import Parallel
+from spak_jax.config_sections import Parallel
 
 
 def test_a_way_keeps_what_it_says():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from spak_jax import models
 from spak_jax.command_line import InputError, console, parse_lengths
-from spak_jax.config import MAX_LENGTH
+from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.data import problem_rows, sample_published_columns
 from spak_jax.evaluation import batching, calibration, generate
 from spak_jax.evaluation import score as score_module

@@ -16,7 +16,7 @@ import torch_reference  # noqa: E402
 
 from spak_jax import convert, evaluate  # noqa: E402
 from spak_jax.command_line import run_program  # noqa: E402
-from spak_jax.config import Data, Train  # noqa: E402
+from spak_jax.config_sections import Data, Train  # noqa: E402
 from spak_jax.evaluation.forward import forward  # noqa: E402
 from spak_jax.evaluation.loaded import load  # noqa: E402
 from spak_jax.training import checkpoint  # noqa: E402

@@ -9,9 +9,10 @@ from conftest import ROOT, tiny_config
 
 from spak_jax import models
 from spak_jax.command_line import InputError
-from spak_jax.config import FORMER_NAMES, Config, parse_config
+from spak_jax.config import Config, parse_config
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.results import read_results
+from spak_jax.former_names import FORMER_NAMES
 from spak_jax.training import checkpoint
 from spak_jax.training.loop import train
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from spak_jax import tasks
-from spak_jax.config import MAX_LENGTH, Data
+from spak_jax.config_sections import MAX_LENGTH, Data
 from spak_jax.data import make_dataset, sample_published_columns, sample_training, training_batch
 from spak_jax.registry import TASKS as REGISTRY
 from spak_jax.tasks import Problems, Task

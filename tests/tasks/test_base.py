@@ -13,7 +13,7 @@ from conftest import ROOT, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spak_jax.config import MAX_LENGTH
+from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.data import sample_training
 from spak_jax.registry import TASKS, Registry
 from spak_jax.tasks import Task

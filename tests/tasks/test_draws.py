@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spak_jax import jax_settings
-from spak_jax.config import Data
+from spak_jax.config_sections import Data
 from spak_jax.data import make_dataset, sample_published_columns, sample_training, training_batch
 from spak_jax.registry import TASKS
 from spak_jax.tasks import base

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from spak_jax import models
 from spak_jax.command_line import Failure, InputError
-from spak_jax.config import Train, leaves
+from spak_jax.config import leaves
+from spak_jax.config_sections import Train
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.evaluation.loaded import load
 from spak_jax.positions import learned

@@ -1,0 +1,254 @@
+"""The sections of a configuration that build a run, and what is checked of each.
+
+They know nothing of arrays and nothing of files; `config` puts them together.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from spak_jax.registry import BLOCKS, POSITIONS, TASKS, Registry
+
+# The longest input that a training law or a scoring set may ask for, in symbols.
+MAX_LENGTH = 10_000
+
+Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+# Sizes and steps are int32 where they reach arrays.
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# Of a mean over steps; with 1 nothing would ever enter it.
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _registered(registry: Registry, key: str, name: str) -> type[Any]:
+    """The class that a key names; raises ValueError, with the key, where there is none."""
+    try:
+        return registry.get(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+class Architecture(Section):
+    """What the static and the looped model have in common."""
+
+    width: Positive
+    heads: Positive
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    # MLP channels; None is 4 widths, or 8/3 of it with "swiglu", which has a third matrix.
+    hidden: Positive | None = None
+    # The class of its blocks, by name (`spak_jax.models.block`).
+    block: str = "transformer"
+    # How the model knows where tokens are, by name (`spak_jax.positions`); the "coupled" schemes
+    # are given position ids: which digits belong together.
+    positions: str = "rope"
+    # Of biases: the largest difference of ids that has a bias of its own.
+    max_relative_distance: Annotated[int, Field(ge=1, le=64)] = 1
+    # Whether keys whose ids differ by more than `max_relative_distance` are masked.
+    window: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # The type of activations and products; weights and the residual stream stay float32.
+    # "auto" is bfloat16 on a GPU and float32 elsewhere.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _parts_are_registered(self) -> Self:
+        _registered(BLOCKS, "model.block", self.block)
+        _registered(POSITIONS, "model.positions", self.positions)
+        return self
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        scheme = POSITIONS.get(self.positions)
+        if self.width % self.heads:
+            raise ValueError(f"model.heads = {self.heads} must divide model.width = {self.width}")
+        if scheme.rotates and self.width // self.heads % 2:
+            raise ValueError(
+                f"model.heads = {self.heads} gives heads of {self.width // self.heads}"
+                " channels; RoPE turns pairs of channels, so their number must be even"
+            )
+        if self.window and not scheme.has_ids:
+            others = [name for name in POSITIONS.names() if POSITIONS.get(name).has_ids]
+            raise ValueError(
+                f"model.window = true needs ids to go by: model.positions = {self.positions!r} has"
+                f" none, {', '.join(others)} do"
+            )
+        return self
+
+
+class StaticModel(Architecture):
+    """`layers` blocks, each with weights of its own (GPT-12L)."""
+
+    kind: Literal["gpt"]
+    layers: Positive
+
+
+class LoopedModel(Architecture):
+    """One block applied `loops` times (LoopLM)."""
+
+    kind: Literal["loop"]
+    loops: Positive
+    # Whether each loop starts from the last one's state with the embedded input added again.
+    inject_input: bool = False
+    # Whether each loop starts from the last one's state under a LayerNorm, so that states stay as
+    # large as they were however often the block is applied.
+    normalize_state: bool = False
+    # Whether all loops share one step embedding.
+    shared_step: bool = False
+    # Training first runs a random number of loops, up to this, that no gradient passes.
+    no_grad_warmup_loops: Annotated[int, Field(ge=0, le=1_000)] = 0
+
+    @model_validator(mode="after")
+    def _warmup_loops_are_like_others(self) -> Self:
+        if self.no_grad_warmup_loops and not self.shared_step:
+            raise ValueError(
+                f"model.no_grad_warmup_loops = {self.no_grad_warmup_loops} needs"
+                " model.shared_step = true: before a random number of loops no step has an"
+                " embedding of its own"
+            )
+        return self
+
+
+class Data(Section):
+    """The law that training problems are drawn by, and how they are laid out in rows."""
+
+    # The name of a registered task (`spak_jax.tasks`).
+    task: str = "addition"
+    # Inputs have at most so many symbols.
+    max_length: Length = 4
+    # With this chance a problem's inputs have at most 5 or 6 symbols instead, chosen evenly.
+    bridge_fraction: Fraction = 0.3
+    bridge_lengths: Annotated[tuple[Length, ...], Field(min_length=1)] = (5, 6)
+    # "packed": problems follow one another in a row; "single": one problem a row, padded.
+    layout: Literal["packed", "single"] = "packed"
+    row_length: Positive = 64
+    # Problems drawn once and reused for the whole training; 0 for fresh ones at every step.
+    examples: Annotated[int, Field(ge=0, le=10_000_000)] = 180_000
+    seed: Seed = 0
+
+    @property
+    def longest(self) -> int:
+        """The longest that an input can be in training; longer ones are zero-shot."""
+        bridge = self.bridge_lengths if self.bridge_fraction > 0 else ()
+        return max((self.max_length, *bridge))
+
+    @model_validator(mode="after")
+    def _rows_hold_a_problem(self) -> Self:
+        task = _registered(TASKS, "data.task", self.task)()
+        # The newline is only predicted.
+        needed = task.text_length(self.longest) - 1
+        if self.row_length < needed:
+            raise ValueError(
+                f"data.row_length = {self.row_length} cannot hold a problem of {self.longest}"
+                f" {task.unit}: at least {needed} tokens are needed"
+            )
+        if 0 < self.examples < 9:
+            raise ValueError(
+                f"data.examples = {self.examples} leaves no validation problem: 0 for an endless"
+                " stream, or at least 9"
+            )
+        return self
+
+
+class Train(Section):
+    """The recipe: AdamW, warm-up, cosine decay; everything counted in optimizer steps."""
+
+    steps: Positive = 15_000
+    batch: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    decay_steps: Positive = 15_000
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    seed: Seed = 0
+    # Trainings in one program, with the seeds `seed`, `seed + 1`, ...; each has a run folder.
+    seeds: Annotated[int, Field(ge=1, le=64)] = 1
+    # The most steps that one compiled call runs, between two looks at the loss.
+    steps_per_call: Positive = 100
+    checkpoint_every: Positive = 1_000
+
+    @model_validator(mode="after")
+    def _schedule_ends_after_warmup(self) -> Self:
+        if self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"train.decay_steps = {self.decay_steps} must exceed train.warmup_steps ="
+                f" {self.warmup_steps}: it counts from the first step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_seed_is_one(self) -> Self:
+        if self.seed + self.seeds > 2**31:
+            raise ValueError(
+                f"train.seeds = {self.seeds} from train.seed = {self.seed} on: the last,"
+                f" {self.seed + self.seeds - 1}, must be less than {2**31}"
+            )
+        return self
+
+
+class Parallel(Section):
+    """The devices that a training is spread over: `data` times `seeds` of them.
+
+    No part of what is computed: no checkpoint or results file holds it, and a run that was begun on
+    some devices goes on with others.
+    """
+
+    # Devices that the rows of every batch are split over.
+    data: Positive = 1
+    # Groups of devices that the seeds (`train.seeds`) are split over, with nothing to exchange.
+    seeds: Positive = 1
+    # Whether each of the `data` devices keeps a share of the weights and of the optimizer's arrays
+    # alone, instead of all of them; each step brings the weights together.
+    shard_weights: bool = False
+
+    @model_validator(mode="after")
+    def _shares_need_devices(self) -> Self:
+        if self.shard_weights and self.data == 1:
+            raise ValueError("parallel.shard_weights = true needs parallel.data of at least 2")
+        return self
+
+
+class Evaluation(Section):
+    """The zero-shot scoring that ends a training."""
+
+    lengths: Annotated[tuple[Length, ...], Field(min_length=1)] = tuple(range(1, 13))
+    examples: Positive = 1_000
+    seed: Seed = 0
+
+
+# Names files and folders, so it must be a plain file name.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class RunSections(Section):
+    """What builds a run, but for the system's name."""
+
+    name: Name
+    model: Annotated[StaticModel | LoopedModel, Field(discriminator="kind")]
+    # Made when it is asked for: its task is looked up then.
+    data: Annotated[Data, Field(default_factory=Data)]
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    parallel: Annotated[Parallel, Field(exclude=True)] = Parallel()
+
+    @model_validator(mode="after")
+    def _devices_share_evenly(self) -> Self:
+        for split, whole, count in (
+            ("data", "batch", self.train.batch),
+            ("seeds", "seeds", self.train.seeds),
+        ):
+            devices = getattr(self.parallel, split)
+            if count % devices:
+                raise ValueError(
+                    f"parallel.{split} = {devices} must divide train.{whole} = {count}"
+                )
+        return self
+
+
+MODEL_KINDS = {"gpt": StaticModel, "loop": LoopedModel}
