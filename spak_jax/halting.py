@@ -51,15 +51,16 @@ def main() -> None:
     out = writable_folder(arguments.out or arguments.run / "halting")
     # Before the work, as the folder is.
     prepare_drawing()
-    from spak_jax.reports import figures
+    from spak_jax.reports.canvas import saved
     from spak_jax.reports.halting_figure import draw
+    from spak_jax.reports.style import style
 
     found = measure(loaded, lengths, arguments.examples, arguments.seed, arguments.loops)
     show(found)
     warn_of_loops(found["config"]["model"], found["loops"])
     files = {"halting.json": json.dumps(found, indent=1) + "\n"}
-    with figures.style():
-        files |= figures.saved("halting", draw(found))
+    with style():
+        files |= saved("halting", draw(found))
     for name, content in files.items():
         write_file(out / name, content)
         console.print(f"wrote {out / name}")

@@ -45,14 +45,15 @@ def main() -> None:
     out = writable_folder(arguments.out or arguments.run / "trace")
     # Before the work, as the folder is.
     prepare_drawing()
-    from spak_jax.reports import figures
+    from spak_jax.reports.canvas import saved
+    from spak_jax.reports.style import style
     from spak_jax.reports.trace_figure import draw
 
     with progress("tracing"):
         traced = loaded.describe() | as_json(trace(loaded, problem, arguments.loops))
     files = {"trace.json": json.dumps(traced) + "\n"}
-    with figures.style():
-        files |= figures.saved("trace", draw(traced))
+    with style():
+        files |= saved("trace", draw(traced))
     for name, content in files.items():
         write_file(out / name, content)
         console.print(f"wrote {out / name}")

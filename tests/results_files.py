@@ -7,6 +7,7 @@ from spak_jax.evaluation.results import Results
 from spak_jax.reports.grouping import Evaluated, gather
 
 COLUMNS = ("1-4", "5-6", "8", "10", "12")
+MANY_LENGTHS = (*range(1, 101), 200, 500, 1000, 10000)
 
 CURVE = {
     "step": [10, 20, 30],
@@ -75,6 +76,18 @@ def results(
         "training": {},
     }
     return made | changes
+
+
+def at_lengths(lengths, correct=500):
+    return {str(n): score(correct, zero_shot=n > 6) for n in lengths}
+
+
+def scheme(positions, window=False, depth=4, looped=True, **changes):
+    """A run whose model knows positions so, of as many loops or layers."""
+    kind = "LoopLM" if looped else "GPT"
+    model = {"positions": positions, "window": window} | ({} if looped else {"layers": depth})
+    name, trained = f"{kind}-{depth}, {positions}, {window}", depth if looped else None
+    return results(name, name, trained, changes.pop("loops", trained), model=model, **changes)
 
 
 def written(folder: Path, values, name: str = "results.json") -> Path:

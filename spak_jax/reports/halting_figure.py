@@ -8,14 +8,15 @@ from matplotlib.figure import Figure
 
 from pallas_kernels.ops.looped import RULES
 from spak_jax.evaluation.calibration import FIXED, NONE, PUBLISHED
-from spak_jax.reports import figures
+from spak_jax.reports.canvas import WIDE, write_caption
+from spak_jax.reports.style import COLOURS, GREY, MARKERS
 
 
 def draw(found: dict[str, Any]) -> Figure:
     """Loops of each token of a few problems as a heat map, and accuracy over loops below it."""
     problems = found["drawn"]["problems"]
     tokens = max(len(problem["text"]) for problem in problems)
-    loops, width = found["loops"], figures.WIDE + 1.6
+    loops, width = found["loops"], WIDE + 1.6
     heat, curve, above, below = 0.17 * len(problems), 1.7, 0.25, 0.95
     height = above + len(RULES) * (heat + 0.45) + curve + below
     figure = Figure(figsize=(width, height))
@@ -45,18 +46,16 @@ def draw(found: dict[str, Any]) -> Figure:
     axes = figure.add_axes((left, below / height, (right - left) * 0.6, (curve - 0.15) / height))
     for i, rule in enumerate(RULES):
         points = sorted((p["row_loops"], 100 * p["accuracy"]) for p in found["swept"][rule])
-        style = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i], "markersize": 3}
+        style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 3}
         axes.plot(*zip(*points, strict=True), label=f"{rule}, threshold moved", **style)
         line = found["lengths"][str(found["swept"]["length"])][rule]
         axes.plot(
             line["row_loops"], 100 * line["accuracy"], "o", markersize=8, fillstyle="none",
-            color=figures.COLOURS[i],
+            color=COLOURS[i],
         )  # fmt: skip
     fixed = found["swept"][FIXED]
     loops_of_all = range(1, len(fixed) + 1)
-    axes.plot(
-        loops_of_all, [100 * x for x in fixed], color=figures.GREY, label="as many for all rows"
-    )
+    axes.plot(loops_of_all, [100 * x for x in fixed], color=GREY, label="as many for all rows")
     for name, marker in ((NONE, "x"), (PUBLISHED, "+")):
         line = found["lengths"][str(found["swept"]["length"])][name]
         label = "no halting" if name == NONE else "the baseline's thresholds"
@@ -69,5 +68,5 @@ def draw(found: dict[str, Any]) -> Figure:
         f"{found['system']}: {found['examples']:,} problems a length; circles: calibrated on the"
         f" training law. {found['device']}, {found['date']}."
     )
-    figures.write_caption(figure, caption)
+    write_caption(figure, caption)
     return figure

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spak_jax.reports import figures
+from spak_jax.reports.canvas import WIDE, write_caption
 
 WRONG = "; in red with the right one behind it where it is another"
 
@@ -18,7 +18,7 @@ def draw(traced: dict[str, Any]) -> Figure:
         part.replace("\n", "¶") for part in (text[:-1], text[first + 1 :], traced["chosen"])
     )
     confidence, looked = np.array(traced["confidence"]), np.array(traced["looked"])
-    width, margin = figures.WIDE + 1.6, 0.45
+    width, margin = WIDE + 1.6, 0.45
     panel = 0.35 + 0.075 * len(right)
     below = 0.75 + 0.16 * loops
     height = loops * panel + below + 0.5
@@ -57,7 +57,7 @@ def draw(traced: dict[str, Any]) -> Figure:
         f" last loop, behind the right symbols before it{WRONG if chosen != right else ''}."
         f" {traced['device']}, {traced['date']}."
     )
-    figures.write_caption(figure, caption)
+    write_caption(figure, caption)
     return figure
 
 
