@@ -7,9 +7,7 @@ words what became of every try; where a promise of the README was not kept, it r
 readers make of hostile input is `fuzz`. From the repository's root, on Linux.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import pickle
 import random
@@ -20,21 +18,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from reliability.campaigns import found_before, named
-from spak_jax import provenance
+from reliability.campaigns import carry_out, table_of
 from spak_jax.command_line import (
     Failure,
     InputError,
     console,
     progress,
     run_program,
-    write_file,
 )
 from spak_jax.config import Config, read_config
 from spak_jax.interop.torch_checkpoint import read_original
@@ -339,10 +335,6 @@ CAMPAIGN = {
 }
 
 
-# What the table needs of each.
-TOLD = ("fault", "tried", "outcomes", "broken", "not_tried", "date")
-
-
 def attempt(name: str, folder: Path, times: int | None = None) -> dict[str, Any]:
     """Tries a fault.
 
@@ -378,46 +370,32 @@ def attempt(name: str, folder: Path, times: int | None = None) -> dict[str, Any]
 
 def table(found: Mapping[str, Any]) -> str:
     """What a campaign found, in Markdown."""
-    lines = ["| fault | tried | what became of it | date |", "| --- | ---: | --- | --- |"]
-    for each in (found[name] for name in CAMPAIGN if name in found):
-        became = [f"{words}: {count:,}" for words, count in each["outcomes"].items()]
-        became += [f"**broken**: {each['broken']}"] if each["broken"] else []
-        became += [f"not tried: {each['not_tried']}"] if each["not_tried"] else []
-        lines.append(
-            f"| {each['fault']} | {each['tried']:,} | {'; '.join(became)} | {each['date']} |"
-        )
-    return "\n".join(lines)
+
+    def not_kept(each: Mapping[str, Any]) -> list[str]:
+        told = [f"**broken**: {each['broken']}"] if each["broken"] else []
+        return told + ([f"not tried: {each['not_tried']}"] if each["not_tried"] else [])
+
+    return table_of("fault", (found[name] for name in CAMPAIGN if name in found), not_kept)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m reliability.faults",
+    carry_out(
+        program="reliability.faults",
         description="Cause faults and see what becomes of them.",
+        part="fault",
+        key="fault",
+        known=CAMPAIGN,
+        seed=SEED,
+        attempts=_attempts,
+        table=table,
     )
-    parser.add_argument(
-        "faults", nargs="*", metavar="FAULT", help=f"of {', '.join(CAMPAIGN)} (all)"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write what was found; what FILE holds of other faults stays",
-    )
-    arguments = parser.parse_args()
-    names = named(arguments.faults, CAMPAIGN)
-    found = found_before(arguments.json, CAMPAIGN, TOLD) if arguments.json else {}
-    origin = provenance.where_and_when() | {"seed": SEED}
+
+
+def _attempts(names: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in names:
         console.print(f"{name} ...")
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = attempt(name, Path(folder)) | origin
-        # After each: the rest may take long.
-        if arguments.json:
-            write_file(arguments.json, json.dumps(found, indent=1) + "\n")
-    print(table(found))
-    broken = [name for name, each in found.items() if each["broken"]]
-    if broken:
-        raise Failure(f"a promise was broken: {', '.join(broken)}")
+            yield name, attempt(name, Path(folder))
 
 
 class _Call:

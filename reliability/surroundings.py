@@ -8,7 +8,6 @@ same numbers, or says in one line why it cannot and leaves all as it was; it wri
 it was asked for. What faults and hostile input do is tried by `faults` and `fuzz`. On Linux.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import errno
@@ -30,20 +29,18 @@ import termios
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pallas_kernels.programs.terminal import cell_len
 from reliability import fuzz
-from reliability.campaigns import found_before, named
+from reliability.campaigns import carry_out, table_of
 from reliability.faults import ALONE_READ_ONLY, Broken, NotTried, alone
-from spak_jax import provenance
 from spak_jax.command_line import (
     Failure,
     console,
     run_program,
-    write_file,
 )
 from spak_jax.evaluation.results import read_results
 from spak_jax.training import checkpoint
@@ -508,8 +505,6 @@ CAMPAIGN = {
     "folders": Kind(folders, "working folders"),
     "limits": Kind(limits, "limits on files and memory"),
 }
-# What the table needs of each.
-TOLD = ("surroundings", "tried", "outcomes", "broken", "not_tried", "date")
 
 
 class Prepared(NamedTuple):
@@ -811,33 +806,28 @@ def run_kind(name: str, folder: Path, prepared: Prepared, share: float = 1.0) ->
 
 def table(found: Mapping[str, Any]) -> str:
     """What a campaign found, in Markdown."""
-    lines = ["| surroundings | tried | what became of it | date |", "| --- | ---: | --- | --- |"]
-    for each in (found[name] for name in CAMPAIGN if name in found):
-        became = [f"{words}: {count:,}" for words, count in each["outcomes"].items()]
-        became += [f"**broken**: {len(each['broken'])}"] if each["broken"] else []
-        became += [f"not tried, {why}: {count:,}" for why, count in each["not_tried"].items()]
-        lines.append(
-            f"| {each['surroundings']} | {each['tried']:,} | {'; '.join(became)} | {each['date']} |"
-        )
-    return "\n".join(lines)
+
+    def not_kept(each: Mapping[str, Any]) -> list[str]:
+        told = [f"**broken**: {len(each['broken'])}"] if each["broken"] else []
+        return told + [f"not tried, {why}: {n:,}" for why, n in each["not_tried"].items()]
+
+    return table_of("surroundings", (found[name] for name in CAMPAIGN if name in found), not_kept)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m reliability.surroundings",
+    carry_out(
+        program="reliability.surroundings",
         description="Run programs in odd surroundings and see what becomes of them.",
+        part="kind",
+        key="surroundings",
+        known=CAMPAIGN,
+        seed=SEED,
+        attempts=_attempts,
+        table=table,
     )
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(CAMPAIGN)} (all)")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write what was found; what FILE holds of other kinds stays",
-    )
-    arguments = parser.parse_args()
-    names = named(arguments.kinds, CAMPAIGN)
-    found = found_before(arguments.json, CAMPAIGN, TOLD) if arguments.json else {}
-    origin = provenance.where_and_when() | {"seed": SEED}
+
+
+def _attempts(names: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         try:
@@ -847,13 +837,7 @@ def main() -> None:
         for name in names:
             console.print(f"{name} ...")
             (Path(folder) / name).mkdir()
-            found[name] = run_kind(name, Path(folder) / name, prepared) | origin
-            if arguments.json:
-                write_file(arguments.json, json.dumps(found, indent=1) + "\n")
-    print(table(found))
-    broken = [name for name, each in found.items() if each["broken"]]
-    if broken:
-        raise Failure(f"a promise was broken: {', '.join(broken)}")
+            yield name, run_kind(name, Path(folder) / name, prepared)
 
 
 # Root passes by permissions by these rights; without them it is an owner as any other.
