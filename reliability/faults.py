@@ -34,8 +34,9 @@ from spak_jax.command_line import (
 )
 from spak_jax.config import Config, read_config
 from spak_jax.interop.torch_checkpoint import read_original
-from spak_jax.training import checkpoint, loggers, signals
+from spak_jax.training import checkpoint, loggers, run_folder, signals, stored_checkpoint
 from spak_jax.training.loop import train
+from spak_jax.training.named_arrays import digest
 
 CONFIG = "configs/quickstart.toml"
 EVERY = 20
@@ -125,7 +126,7 @@ def damaged(folder: Path, times: int, moments: Moments) -> Iterator[str]:
     train(_config(SHORT), run, 2 * EVERY)
     good = checkpoint.restore(run, optimizer=True)
     whole = _digests(good)
-    older, newest = (run / checkpoint.CHECKPOINTS / str(n * EVERY) for n in (1, 2))
+    older, newest = (run / run_folder.CHECKPOINTS / str(n * EVERY) for n in (1, 2))
     for path in sorted(path for path in newest.rglob("*") if path.is_file()):
         content = path.read_bytes()
         for name, changed in _damages(content, times, moments):
@@ -148,7 +149,7 @@ def disk_full(folder: Path, times: int, moments: Moments) -> Iterator[str]:
     """A disk that is full sooner or later; what is on it goes on elsewhere."""
     config = _config(SHORT)
     train(config, folder / "quiet")
-    size = sum(_blocks(p) for p in (folder / "quiet" / checkpoint.CHECKPOINTS).rglob("*"))
+    size = sum(_blocks(p) for p in (folder / "quiet" / run_folder.CHECKPOINTS).rglob("*"))
     for i in range(times):
         disk, copy = folder / f"disk{i}", folder / f"copy{i}"
         disk.mkdir()
@@ -447,8 +448,8 @@ def _together(run: Path) -> list[contextlib.AbstractContextManager[subprocess.Po
 
 def _await_checkpoint(run: Path, *processes: subprocess.Popen) -> None:
     """Returns when there is one that was not there before."""
-    before, until = checkpoint.steps_in(run)[-1:], time.monotonic() + PATIENCE
-    while (newest := checkpoint.steps_in(run)[-1:]) == before or newest == [0]:
+    before, until = run_folder.steps_in(run)[-1:], time.monotonic() + PATIENCE
+    while (newest := run_folder.steps_in(run)[-1:]) == before or newest == [0]:
         for process in processes:
             if process.poll() is not None:
                 raise Broken(f"a training ended by itself: {process.communicate()[0]}")
@@ -512,14 +513,14 @@ def _require_bits_of_a_quiet_run(run: Path, quiet: Path, overrides: Sequence[str
     _require_same(run, quiet)
 
 
-def _digests(restored: checkpoint.Restored) -> tuple[str, str]:
-    return checkpoint.digest(restored.weights), checkpoint.digest(restored.optimizer)
+def _digests(restored: stored_checkpoint.Restored) -> tuple[str, str]:
+    return digest(restored.weights), digest(restored.optimizer)
 
 
 def _half_written(run: Path) -> set[str]:
     """What Orbax writes aside before it is a checkpoint."""
     with contextlib.suppress(FileNotFoundError):
-        names = os.listdir(run / checkpoint.CHECKPOINTS)
+        names = os.listdir(run / run_folder.CHECKPOINTS)
         return {name for name in names if not name.isdecimal()}
     return set()
 

@@ -46,7 +46,8 @@ from spak_jax.reports import grouping, tables
 from spak_jax.specs import claims, language
 from spak_jax.tasks import Task
 from spak_jax.tasks.arithmetic import Addition
-from spak_jax.training import checkpoint, loggers
+from spak_jax.training import checkpoint, loggers, run_folder
+from spak_jax.training.named_arrays import digest
 
 CONFIGS = shipped_configs()
 RESULTS = Path("figures/reproduced-256/results/loop12-seed0.json")
@@ -300,7 +301,7 @@ def checkpoints(st, folder: Path) -> Reader:
     run = checkpoint.Run(folder / "run")
     run.save(1, saved, weights, {"c": np.zeros(3, np.float32)})
     run.close()
-    newest = folder / "run" / checkpoint.CHECKPOINTS / "1"
+    newest = folder / "run" / run_folder.CHECKPOINTS / "1"
     files = {path: path.read_bytes() for path in sorted(newest.rglob("*")) if path.is_file()}
     texts = {path: _as_json(content) for path, content in files.items()}
 
@@ -315,7 +316,7 @@ def checkpoints(st, folder: Path) -> Reader:
         path.write_bytes(content)
         try:
             found = checkpoint.restore(folder / "run", optimizer=True)
-            same = checkpoint.digest(found.weights) == checkpoint.digest(weights)
+            same = digest(found.weights) == digest(weights)
             assert same and found.config == saved, "something else than was saved"
         finally:
             path.write_bytes(files[path])

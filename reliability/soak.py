@@ -23,7 +23,7 @@ from spak_jax.config_words import add_words, file_and_overrides
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.results import write_results
 from spak_jax.evaluation.score import Settings, score
-from spak_jax.training import checkpoint
+from spak_jax.training import run_folder
 from spak_jax.training.loggers import METRICS
 from spak_jax.training.loop import train
 
@@ -51,7 +51,7 @@ def soak(config: Config, minutes: float, run: Path) -> dict[str, Any]:
         step = (len(rounds) + 1) * CHECKPOINTS_A_ROUND * config.train.checkpoint_every
         (state,) = train(config, run, step)
         loaded = LoadedModel(config, state.weights, step)
-        write_results(run / checkpoint.RESULTS, score(loaded, settings, run))
+        write_results(run / run_folder.RESULTS, score(loaded, settings, run))
         rounds.append(
             {
                 "seconds": time.monotonic() - started,
@@ -59,7 +59,7 @@ def soak(config: Config, minutes: float, run: Path) -> dict[str, Any]:
                 "memory": process.memory_info().rss,
                 "files": process.num_fds(),
                 "threads": process.num_threads(),
-                "checkpoint_bytes": _bytes(run / checkpoint.CHECKPOINTS),
+                "checkpoint_bytes": _bytes(run / run_folder.CHECKPOINTS),
                 "metrics_bytes": (run / METRICS).stat().st_size,
             }
         )

@@ -43,7 +43,8 @@ from spak_jax.command_line import (
     run_program,
 )
 from spak_jax.evaluation.results import read_results
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, run_folder
+from spak_jax.training.named_arrays import digest
 
 CODE = Path(__file__).parents[1]
 # For what takes seconds, on a machine that has other work.
@@ -183,9 +184,9 @@ class Surroundings(NamedTuple):
 
 def _trained(files: Files, said: str) -> Any:
     restored = checkpoint.restore(files.new, optimizer=True)
-    kept = json.loads((files.new / checkpoint.RESULTS).read_bytes())
-    read_results(files.new / checkpoint.RESULTS)
-    digests = [checkpoint.digest(each) for each in (restored.weights, restored.optimizer)]
+    kept = json.loads((files.new / run_folder.RESULTS).read_bytes())
+    read_results(files.new / run_folder.RESULTS)
+    digests = [digest(each) for each in (restored.weights, restored.optimizer)]
     return [restored.step, {key: kept[key] for key in SCORES}, digests]
 
 
@@ -204,7 +205,7 @@ def _written(names: Sequence[str], files: Files, said: str) -> Any:
 
 def _converted(files: Files, said: str) -> Any:
     restored = checkpoint.restore(files.new)
-    return [restored.step, checkpoint.digest(restored.weights)]
+    return [restored.step, digest(restored.weights)]
 
 
 def _says(words: Sequence[str], files: Files, said: str) -> Any:
@@ -229,7 +230,7 @@ PROGRAMS = {
         functools.partial(_written, TRACED),
     ),
     "figures": Program(
-        lambda files: ["spak_jax.figures", files.trained / checkpoint.RESULTS, "--out", files.new],
+        lambda files: ["spak_jax.figures", files.trained / run_folder.RESULTS, "--out", files.new],
         functools.partial(_written, DRAWN),
     ),
     "check": Program(
@@ -347,14 +348,14 @@ def permissions(moments: random.Random) -> Trials:
         ),
         (
             "checkpoints that cannot be read",
-            lambda files: _unreadable(files.trained / checkpoint.CHECKPOINTS),
+            lambda files: _unreadable(files.trained / run_folder.CHECKPOINTS),
             ("evaluate", "solve"),
             refused,
         ),
         (
             "one array that cannot be read",
             lambda files: _unreadable(
-                files.trained / checkpoint.CHECKPOINTS / "4" / "weights" / "d"
+                files.trained / run_folder.CHECKPOINTS / "4" / "weights" / "d"
             ),
             ("evaluate", "solve"),
             refused,
@@ -900,7 +901,7 @@ def _contents(files: Files) -> dict[str, bytes]:
         for name in names:
             path = os.path.join(folder, name)
             # An empty lock is what is left of one.
-            if name != checkpoint.LOCK:
+            if name != run_folder.LOCK:
                 with contextlib.suppress(OSError), open(path, "rb") as file:
                     found[os.path.relpath(path, files.root)] = file.read()
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from spak_jax import models
 from spak_jax.command_line import InputError, console, progress, run_program
 from spak_jax.interop.torch_checkpoint import describe, read_original, translate
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, run_folder
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as ckpt.pt")
     parser.add_argument(
-        "run", type=checkpoint.run_folder, metavar="RUN", help="the run folder to make"
+        "run", type=run_folder.run_folder, metavar="RUN", help="the run folder to make"
     )
     parser.add_argument(
         "--inject-input",
@@ -28,14 +28,14 @@ def main() -> None:
     )
     parser.add_argument("--name", help="of the configuration (default: the run folder's name)")
     arguments = parser.parse_args()
-    if checkpoint.steps_in(arguments.run):
+    if run_folder.steps_in(arguments.run):
         raise InputError(f"{arguments.run} already holds checkpoints: name another folder")
     with progress(f"reading {arguments.checkpoint}"):
         original = read_original(arguments.checkpoint)
     name = _name_of(arguments.run) if arguments.name is None else arguments.name
     config = describe(original, name, arguments.inject_input)
     weights = translate(original, config)
-    with checkpoint.locked(arguments.run):
+    with run_folder.locked(arguments.run):
         run = checkpoint.Run(arguments.run)
         run.save(original.step, config, weights)
         run.close()

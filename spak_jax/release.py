@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from spak_jax.command_line import InputError, console, run_program, write_file
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, run_folder
 
 
 def release(run: Path, out: Path) -> int:
@@ -28,13 +28,13 @@ def release(run: Path, out: Path) -> int:
     restored = checkpoint.restore(run)
     if out.exists():
         raise InputError(f"{out} exists: name a folder that does not")
-    with checkpoint.locked(out):
+    with run_folder.locked(out):
         released = checkpoint.Run(out)
         released.save(restored.step, restored.config, restored.weights)
         released.close()
-        results = run / checkpoint.RESULTS
+        results = run / run_folder.RESULTS
         if results.is_file():
-            write_file(out / checkpoint.RESULTS, results.read_bytes())
+            write_file(out / run_folder.RESULTS, results.read_bytes())
     return restored.step
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m spak_jax.release", description="Keep what others need of a run."
     )
-    folder = checkpoint.run_folder
+    folder = run_folder.run_folder
     parser.add_argument("run", type=folder, metavar="RUN", help="a run folder")
     parser.add_argument("out", type=folder, metavar="DIR", help="the folder to make")
     arguments = parser.parse_args()

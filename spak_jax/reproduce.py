@@ -4,7 +4,7 @@ Without a study's name it makes the baseline's whole table. A study
 (`spak_jax.experiments.studies`) trains every system, all
 seeds in one program, scores each run, and draws figures and tables from all of them.
 
-    RUN/SYSTEM[/seedN]/                       the run folder of a training (`checkpoint`)
+    RUN/SYSTEM[/seedN]/                       the run folder of a training (`run_folder`)
     RUN/SYSTEM[/seedN]/SYSTEM-seedN....json   its results files, one for each scoring
     RUN/SYSTEM/commits                        whose code trained it, a commit a line
     RUN/figures/                              figures and tables

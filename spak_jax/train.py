@@ -12,7 +12,7 @@ from spak_jax.evaluation.results import write_results
 from spak_jax.evaluation.score import Settings, score
 from spak_jax.reports.scores import print_over_seeds, print_results
 from spak_jax.specs.check import require_invariants
-from spak_jax.training import checkpoint, parallel, signals
+from spak_jax.training import parallel, run_folder, signals
 from spak_jax.training.loop import train
 from spak_jax.training.runs import move_aside, per_seed_configs, run_folders
 
@@ -24,7 +24,7 @@ def main() -> None:
     )
     add_words(parser, default="quickstart")
     parser.add_argument(
-        "--run", type=checkpoint.run_folder, help="the run folder (default: runs/NAME)"
+        "--run", type=run_folder.run_folder, help="the run folder (default: runs/NAME)"
     )
     parser.add_argument(
         "--fresh", action="store_true", help="start over; a run that is there is moved aside"
@@ -58,9 +58,9 @@ def _train_and_score(arguments: argparse.Namespace) -> None:
     every = []
     for state, one, path in runs:
         results = score(LoadedModel(one, state.weights, int(state.step)), settings, path)
-        write_results(path / checkpoint.RESULTS, results)
+        write_results(path / run_folder.RESULTS, results)
         print_results(results)
-        console.print(f"results: {path / checkpoint.RESULTS}")
+        console.print(f"results: {path / run_folder.RESULTS}")
         every.append(results)
     if len(every) > 1:
         print_over_seeds(every)

@@ -10,7 +10,7 @@ from spak_jax.config import Config, parse_config
 from spak_jax.data import Batch
 from spak_jax.registry import POSITIONS
 from spak_jax.tasks.arithmetic import Addition
-from spak_jax.training import checkpoint
+from spak_jax.training.named_arrays import from_named, named_arrays
 
 ADDITION = Addition()
 
@@ -46,14 +46,14 @@ def random_weights(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
             if name.endswith("scale")
             else random.normal(0, 0.6 if name.startswith("embedding") else 0.2, leaf.shape)
         ).astype(np.float32)
-        for name, leaf in checkpoint.named_arrays(nnx.to_pure_dict(state)).items()
+        for name, leaf in named_arrays(nnx.to_pure_dict(state)).items()
     }
 
 
 def build(config: Config, weights: dict[str, np.ndarray]):
     """The Flax model with these weights."""
     definition, state = models.abstract(config)
-    named = checkpoint.from_named(nnx.to_pure_dict(state), jax.tree.map(jnp.asarray, weights))
+    named = from_named(nnx.to_pure_dict(state), jax.tree.map(jnp.asarray, weights))
     nnx.replace_by_pure_dict(state, named)
     return nnx.merge(definition, state)
 

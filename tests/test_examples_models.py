@@ -22,6 +22,7 @@ from spak_jax.registry import BLOCKS
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint
 from spak_jax.training.loop import train
+from spak_jax.training.named_arrays import digest, named_arrays
 
 ADDITION = Addition()
 
@@ -50,9 +51,9 @@ def test_it_trains_resumes_scores_and_writes(own, tmp_path):
     train(config, tmp_path / "run", 4)
     train(config, tmp_path / "run")
     one, other = (checkpoint.restore(tmp_path / name).weights for name in ("at once", "run"))
-    assert checkpoint.digest(one) == checkpoint.digest(other)
+    assert digest(one) == digest(other)
     learned = {"block": "block.q_scale", "scheme": "position_scheme.table.embedding"}[own]
-    start = checkpoint.named_arrays(nnx.state(models.build(config, jax.random.key(0))))
+    start = named_arrays(nnx.state(models.build(config, jax.random.key(0))))
     assert start.keys() == one.keys() and not np.array_equal(one[learned], start[learned])
 
     trained = load(tmp_path / "run")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, run_folder
 
 README = ROOT / "README.md"
 # What must show life is waited for this long, on a machine that has other work.
@@ -310,7 +310,7 @@ def test_a_command_does_what_is_expected(command, clone):
             assert status in (0, 128 + signal.SIGTERM, -signal.SIGTERM), said
         else:
             assert status == 128 + signal.SIGTERM and "the same command" in said, said
-            assert checkpoint.steps_in(clone / expected.run)
+            assert run_folder.steps_in(clone / expected.run)
             checkpoint.restore(clone / expected.run, optimizer=True)
     assert "Traceback" not in said, said
     assert not differing(clone, "--untracked-files=no"), "what is committed was changed"

@@ -14,6 +14,7 @@ from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.score import Settings, score
 from spak_jax.training import checkpoint
 from spak_jax.training.loop import train
+from spak_jax.training.named_arrays import digest
 
 SETTINGS = {
     "x64": lambda: jax.enable_x64(True),
@@ -58,7 +59,7 @@ def outcome(scheme, run):
     train(config, run)
     trained = load(run)
     return (
-        checkpoint.digest(checkpoint.restore(run).weights),
+        digest(checkpoint.restore(run).weights),
         score(trained, Settings.of(config.evaluation)),
         solve(trained, [("1", "2"), ("10", "345")]),
     )

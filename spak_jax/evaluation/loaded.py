@@ -9,7 +9,8 @@ from spak_jax import jax_settings, models, provenance, tasks
 from spak_jax.command_line import InputError
 from spak_jax.config import Config
 from spak_jax.tasks import Task
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, run_folder
+from spak_jax.training.named_arrays import from_named
 
 
 class LoadedModel(NamedTuple):
@@ -49,7 +50,7 @@ def load(run: Path) -> LoadedModel:
     restored = checkpoint.restore(run)
     _, like = models.abstract(restored.config)
     try:
-        weights = checkpoint.from_named(like, restored.weights)
+        weights = from_named(like, restored.weights)
     except ValueError as error:
         raise InputError(f"the checkpoint of step {restored.step} in {run}: {error}") from None
     return LoadedModel(restored.config, jax.device_put(weights), restored.step)
@@ -57,13 +58,13 @@ def load(run: Path) -> LoadedModel:
 
 def seed_folders(run: Path) -> list[Path]:
     """The run folders in a folder of several seeds, by rising seed; none in a run folder."""
-    if not run.is_dir() or checkpoint.steps_in(run):
+    if not run.is_dir() or run_folder.steps_in(run):
         return []
     folders = {
         int(number): folder
         for folder in run.iterdir()
         if (number := folder.name.removeprefix("seed")).isdecimal()
         and folder.name == f"seed{number}"
-        and checkpoint.steps_in(folder)
+        and run_folder.steps_in(folder)
     }
     return [folders[seed] for seed in sorted(folders)]

@@ -1,6 +1,6 @@
 """Trains and scores the experiments of a study, and accounts for what was there already.
 
-RUN/SYSTEM[/seedN]/                       the run folder of a training (`checkpoint`)
+RUN/SYSTEM[/seedN]/                       the run folder of a training (`run_folder`)
 RUN/SYSTEM[/seedN]/SYSTEM-seedN....json   its results files, one for each scoring
 RUN/SYSTEM/commits                        whose code trained it, a commit a line
 """

@@ -27,7 +27,7 @@ from spak_jax.command_line import InputError
 from spak_jax.config import Config, parse_config
 from spak_jax.config_sections import Architecture, StaticModel
 from spak_jax.tasks.arithmetic import Addition
-from spak_jax.training import checkpoint
+from spak_jax.training.named_arrays import from_named, named_arrays
 
 VOCABULARY_SIZE = len(Addition().vocabulary)
 
@@ -138,7 +138,7 @@ def translate(original: Original, config: Config) -> nnx.State:
     """
     _, state = models.abstract(config)
     like = nnx.to_pure_dict(state)
-    wanted = checkpoint.named_arrays(like)
+    wanted = named_arrays(like)
     sources = {name: _sources(name, config.model) for name in wanted}
     _check_names(original, {source for group in sources.values() for source in group})
     arrays = {}
@@ -147,7 +147,7 @@ def translate(original: Original, config: Config) -> nnx.State:
         shape = wanted[name].shape[1:] if stacked else wanted[name].shape
         parts = [_translated(original, source, name, shape) for source in group]
         arrays[name] = np.stack(parts) if stacked else parts[0]
-    nnx.replace_by_pure_dict(state, checkpoint.from_named(like, arrays))
+    nnx.replace_by_pure_dict(state, from_named(like, arrays))
     return state
 
 

@@ -6,12 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from spak_jax.evaluation.statistics import Estimate
-from spak_jax.reports.grouping import (
-    Evaluated,
-    interval_kind,
-    origin,
-    problem_counts,
-)
+from spak_jax.reports.grouping import Evaluated, interval_kind, origin, problem_counts
 from spak_jax.reports.style import line_style
 
 # From one marker of a line to its next.

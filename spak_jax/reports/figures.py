@@ -9,10 +9,7 @@ from pathlib import Path
 from spak_jax.command_line import InputError, console, write_file
 from spak_jax.evaluation.results import read_results
 from spak_jax.reports.canvas import saved
-from spak_jax.reports.grouping import (
-    Evaluated,
-    gather,
-)
+from spak_jax.reports.grouping import Evaluated, gather
 from spak_jax.reports.length_figures import draw_generalization, draw_schemes
 from spak_jax.reports.loops_figure import draw_test_time_loops
 from spak_jax.reports.style import style

@@ -10,12 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from spak_jax.reports.accuracy import accuracy_axis, draw_estimates, provenance
 from spak_jax.reports.canvas import BESIDE_UNLABELLED, NOTE, PAD, TITLE_LINE, WIDE, canvas, lines_of
-from spak_jax.reports.grouping import (
-    Evaluated,
-    length_unit,
-    scheme_families,
-    seed_note,
-)
+from spak_jax.reports.grouping import Evaluated, length_unit, scheme_families, seed_note
 from spak_jax.reports.style import GREY, sample
 
 LOG_AXIS_OVER = 40

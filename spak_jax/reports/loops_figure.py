@@ -11,13 +11,7 @@ from spak_jax.baseline import COLUMN_LENGTHS
 from spak_jax.evaluation.statistics import Estimate
 from spak_jax.reports.accuracy import accuracy_axis, draw_estimates, provenance
 from spak_jax.reports.canvas import NOTE, SINGLE, TITLE_LINE, WIDE, canvas, lines_of
-from spak_jax.reports.grouping import (
-    Evaluated,
-    length_unit,
-    loop_families,
-    ranges,
-    seed_note,
-)
+from spak_jax.reports.grouping import Evaluated, length_unit, loop_families, ranges, seed_note
 from spak_jax.reports.style import GREY, sample
 
 # A column whose accuracies over all numbers of loops lie closer than this tells nothing of loops.

@@ -10,12 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from spak_jax.evaluation.results import Curve
 from spak_jax.reports.canvas import PAD, WIDE, canvas
-from spak_jax.reports.grouping import (
-    Evaluated,
-    origin,
-    seed_note,
-    training_families,
-)
+from spak_jax.reports.grouping import Evaluated, origin, seed_note, training_families
 from spak_jax.reports.style import GREY, line_style, sample
 
 VALIDATION = {

@@ -12,15 +12,9 @@ from spak_jax import jax_settings, models
 from spak_jax.command_line import console, or_a_gpu, progress, require_devices
 from spak_jax.config import Config
 from spak_jax.config_sections import Train
-from spak_jax.training import checkpoint, loggers, parallel, signals
+from spak_jax.training import loggers, parallel, run_folder, signals
 from spak_jax.training.runs import RunFolders, require_same_kind, run_folders, seeds_behind
-from spak_jax.training.step import (
-    TrainState,
-    compiled,
-    schedule,
-    sharded_dataset,
-    unstack_seeds,
-)
+from spak_jax.training.step import TrainState, compiled, schedule, sharded_dataset, unstack_seeds
 
 # A compiled call that takes longer leaves its user without news.
 SECONDS_PER_CALL = 2.0
@@ -74,7 +68,7 @@ def train(
         RunFolders(config, run_path).require_same_training(last)
     with contextlib.ExitStack() as held:
         folders = run_folders(config, run_path)
-        lock = lambda: [held.enter_context(checkpoint.locked(path)) for path in folders]  # noqa: E731
+        lock = lambda: [held.enter_context(run_folder.locked(path)) for path in folders]  # noqa: E731
         parallel.on_primary_process(lock)
         while (behind := seeds_behind(config, run_path)) is not None:
             some, path, step = behind

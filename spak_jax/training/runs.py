@@ -15,7 +15,8 @@ from spak_jax.command_line import Failure, InputError, console, first_line
 from spak_jax.config import Config, first_difference
 from spak_jax.config_sections import Parallel
 from spak_jax.registry import POSITIONS
-from spak_jax.training import checkpoint, loggers, parallel
+from spak_jax.training import checkpoint, loggers, parallel, run_folder
+from spak_jax.training.named_arrays import from_named
 from spak_jax.training.step import (
     TrainState,
     init_sharded_state,
@@ -60,12 +61,12 @@ def run_folders(config: Config, run_path: Path) -> list[Path]:
 def require_same_kind(config: Config, run_path: Path) -> None:
     """Raises `InputError` where one run stands in the place of several seeds', or they in its."""
     seeds = config.train.seeds
-    if seeds > 1 and checkpoint.steps_in(run_path):
+    if seeds > 1 and run_folder.steps_in(run_path):
         raise InputError(
             f"{run_path} holds one run, which train.seeds = {seeds} does not go on with; name"
             " another folder with --run, or start over with --fresh"
         )
-    begun = [path for path in named_seed_folders(run_path) if checkpoint.steps_in(path)]
+    begun = [path for path in named_seed_folders(run_path) if run_folder.steps_in(path)]
     if seeds == 1 and begun:
         raise InputError(
             f"{run_path} holds runs of several seeds, which train.seeds = 1 does not go on with;"
@@ -91,7 +92,7 @@ def seeds_behind(config: Config, run_path: Path) -> tuple[Config, Path, int] | N
     """
     behind, folders = None, run_folders(config, run_path)
     while True:
-        begun = [set(checkpoint.steps_in(path)) for path in folders]
+        begun = [set(run_folder.steps_in(path)) for path in folders]
         if not any(begun) or set.intersection(*begun):
             return behind
         newest = max(max(steps, default=0) for steps in begun)
@@ -145,7 +146,7 @@ class RunFolders:
     def require_same_training(self, last: int) -> None:
         """Raises `InputError` where a run that is there cannot go on to step `last`."""
         for i, path in enumerate(self._paths):
-            steps = checkpoint.steps_in(path)
+            steps = run_folder.steps_in(path)
             if steps:
                 self._require_within(steps[-1], last)
                 self._restored(i, steps[-1])
@@ -159,7 +160,7 @@ class RunFolders:
           InputError: the folders are another training's, damaged, or cannot be written, or have
             been trained beyond step `last`.
         """
-        begun = [set(checkpoint.steps_in(path)) for path in self._paths]
+        begun = [set(run_folder.steps_in(path)) for path in self._paths]
         common = set.intersection(*begun)
         if common:
             # Where a kill fell between two of them, some runs are a checkpoint ahead.
@@ -242,7 +243,7 @@ class RunFolders:
             run.close()
 
     def _kept(self, path: Path) -> str:
-        steps = checkpoint.steps_in(path)
+        steps = run_folder.steps_in(path)
         if not steps:
             return f" no checkpoint is in {path}"
         return f" the checkpoint of step {steps[-1]} is kept in {path}"
@@ -260,8 +261,8 @@ class RunFolders:
             raise InputError(f"{path} holds imported weights without an optimizer: it cannot go on")
         like = jax.eval_shape(lambda: initial_state(config))
         try:
-            weights = checkpoint.from_named(like.weights, restored.weights)
-            optimizer_state = checkpoint.from_named(like.optimizer, restored.optimizer)
+            weights = from_named(like.weights, restored.weights)
+            optimizer_state = from_named(like.optimizer, restored.optimizer)
         except ValueError as error:
             raise InputError(f"the checkpoint of step {restored.step} in {path}: {error}") from None
         seed = jnp.int32(config.train.seed)
@@ -285,7 +286,7 @@ def move_aside(run_path: Path) -> None:
         # Not away from under a training that is under way.
         with contextlib.ExitStack() as held:
             for folder in (run_path, *named_seed_folders(run_path)):
-                held.enter_context(checkpoint.locked(folder))
+                held.enter_context(run_folder.locked(folder))
             whole.rename(aside)
     except OSError as error:
         raise InputError(f"cannot move {run_path} aside: {error.strerror}") from None

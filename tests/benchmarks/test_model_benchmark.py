@@ -17,7 +17,7 @@ from spak_jax.config import parse_config, read_config
 from spak_jax.data import training_batch
 from spak_jax.specs import roofline
 from spak_jax.tasks.arithmetic import Addition
-from spak_jax.training import checkpoint
+from spak_jax.training.named_arrays import named_arrays
 from spak_jax.training.step import initial_state, loss
 
 ADDITION = Addition()
@@ -126,7 +126,7 @@ def test_the_peer_is_the_same_model(kind, mlp):
     config = parse_config(values, "tiny")
     state = jax.jit(lambda: initial_state(config))()
     peer = torch_peer.Peer(config, len(ADDITION.vocabulary))
-    peer.load(jax.tree.map(np.asarray, checkpoint.named_arrays(state.weights)))
+    peer.load(jax.tree.map(np.asarray, named_arrays(state.weights)))
     batch = training_batch(jax.random.key(1), config.data, 8, None)
     definition, _ = models.abstract(config)
     ours = loss(nnx.merge(definition, state.weights), batch, ADDITION, None)

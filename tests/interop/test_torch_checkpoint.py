@@ -19,7 +19,7 @@ from spak_jax.command_line import run_program  # noqa: E402
 from spak_jax.config_sections import Data, Train  # noqa: E402
 from spak_jax.evaluation.forward import forward  # noqa: E402
 from spak_jax.evaluation.loaded import load  # noqa: E402
-from spak_jax.training import checkpoint  # noqa: E402
+from spak_jax.training import run_folder  # noqa: E402
 
 WIDTH, HEADS, LAYERS, LOOPS, VOCABULARY = 32, 2, 3, 4, 13
 
@@ -159,7 +159,7 @@ def test_an_imported_model_is_the_same(kind, swiglu, convert_file):
     folder = convert_file(contents)
     check_same_model(folder, contents)
     config = load(folder).config
-    assert checkpoint.steps_in(folder) == [15_000]
+    assert run_folder.steps_in(folder) == [15_000]
     assert (config.model.width, config.model.heads) == (WIDTH, HEADS)
     assert config.model.dropout == 0.1
     assert config.model.mlp == ("swiglu" if swiglu else "gelu")

@@ -35,7 +35,8 @@ from spak_jax.models.block import Block, dropout
 from spak_jax.models.fused import Stream
 from spak_jax.positions.base import PositionInputs
 from spak_jax.tasks.arithmetic import Addition
-from spak_jax.training import checkpoint, step
+from spak_jax.training import step
+from spak_jax.training.named_arrays import named_arrays
 
 ADDITION = Addition()
 
@@ -108,7 +109,7 @@ def test_logits_loss_and_all_gradients_equal_the_reference(name, reference):
 
     graded = nnx.jit(nnx.value_and_grad(loss_and_logits, has_aux=True))
     (loss, logits), gradients = graded(network)
-    gradients = checkpoint.named_arrays(nnx.to_pure_dict(gradients))
+    gradients = named_arrays(nnx.to_pure_dict(gradients))
 
     theirs = {weight: array.requires_grad_() for weight, array in to_torch(weights).items()}
     states = reference_states(reference, config, theirs, batch.tokens)
@@ -230,7 +231,7 @@ def test_initial_values(name):
     network = fresh_model(config)
     layers = config.model.layers if config.model.kind == "gpt" else 1
     smaller = 0.02 / math.sqrt(2 * layers)
-    for weight, array in checkpoint.named_arrays(nnx.to_pure_dict(nnx.state(network))).items():
+    for weight, array in named_arrays(nnx.to_pure_dict(nnx.state(network))).items():
         assert array.dtype == jnp.float32, weight
         if weight.endswith("scale"):
             assert (array == 1).all(), weight

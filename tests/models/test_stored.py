@@ -13,14 +13,15 @@ from spak_jax.config import Config, parse_config
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.results import read_results
 from spak_jax.former_names import FORMER_NAMES
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, run_folder
 from spak_jax.training.loop import train
+from spak_jax.training.named_arrays import digest, from_named, named_arrays
 
 RELEASED = sorted((ROOT / "released").iterdir())
 
 
 def description_of(run) -> dict:
-    newest = run / "checkpoints" / str(checkpoint.steps_in(run)[-1])
+    newest = run / "checkpoints" / str(run_folder.steps_in(run)[-1])
     return json.loads((newest / "description" / "metadata").read_text())
 
 
@@ -34,8 +35,8 @@ def test_released_checkpoints_are_read(run):
         assert getattr(model, new) == stored[old]
     # And as they were stored: the digest that the description has is over names, too.
     weights = checkpoint.restore(run).weights
-    assert checkpoint.digest(weights) == description_of(run)["digests"]["weights"]
-    assert checkpoint.named_arrays(load(run).weights).keys() == weights.keys()
+    assert digest(weights) == description_of(run)["digests"]["weights"]
+    assert named_arrays(load(run).weights).keys() == weights.keys()
 
 
 def test_a_key_by_both_its_names_is_refused():
@@ -79,7 +80,7 @@ def test_a_run_that_was_begun_before_goes_on(scheme, tmp_path, monkeypatch):
         assert len(found) == count and not any("position_scheme" in name for name in arrays)
     train(config, tmp_path / "run")
     one, other = (checkpoint.restore(tmp_path / name).weights for name in ("at once", "run"))
-    assert checkpoint.digest(one) == checkpoint.digest(other)
+    assert digest(one) == digest(other)
 
 
 def test_results_from_before_have_the_keys_of_today(tmp_path):
@@ -93,7 +94,7 @@ def test_results_from_before_have_the_keys_of_today(tmp_path):
 def test_names_of_weights_are_stored_as_ever():
     config = tiny_config(model={"positions": "learned"})
     state = models.abstract(config)[1]
-    names = checkpoint.named_arrays(state)
+    names = named_arrays(state)
     assert "pointer.gate_logits" in names and "block.qkv.kernel" in names
     filled = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in names.items()}
-    assert jax.tree.structure(checkpoint.from_named(state, filled)) == jax.tree.structure(state)
+    assert jax.tree.structure(from_named(state, filled)) == jax.tree.structure(state)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from hypothesis import strategies as st
 from spak_jax import command_line
 from spak_jax.command_line import Failure, InputError
 from spak_jax.release import release
-from spak_jax.training import checkpoint
+from spak_jax.training import checkpoint, run_folder, stored_checkpoint
+from spak_jax.training.named_arrays import from_named
 
 WEIGHTS = {
     "block": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)},
@@ -39,7 +39,7 @@ def run(tmp_path, tiny):
 
 
 def assert_is_what_was_saved(restored):
-    again = checkpoint.from_named(WEIGHTS, restored.weights)
+    again = from_named(WEIGHTS, restored.weights)
     np.testing.assert_array_equal(again["block"]["kernel"], WEIGHTS["block"]["kernel"])
     np.testing.assert_array_equal(again["scale"], WEIGHTS["scale"])
 
@@ -48,7 +48,7 @@ def test_what_was_saved_comes_back(run, tiny):
     restored = checkpoint.restore(run, optimizer=True)
     assert (restored.step, restored.config) == (2, tiny)
     assert_is_what_was_saved(restored)
-    state = checkpoint.from_named(OPTIMIZER, restored.optimizer)
+    state = from_named(OPTIMIZER, restored.optimizer)
     assert state[0]["count"] == 4 and (state[1][0] == 0.5).all()
     assert checkpoint.restore(run).optimizer is None
 
@@ -57,31 +57,7 @@ def test_only_the_last_checkpoints_are_kept(run, tiny):
     writer = checkpoint.Run(run)
     writer.save(3, tiny, WEIGHTS, OPTIMIZER)
     writer.close()
-    assert checkpoint.steps_in(run) == [2, 3]
-
-
-def test_names_shapes_and_dtypes_must_fit():
-    named = checkpoint.named_arrays(WEIGHTS)
-    assert list(named) == ["block.kernel", "scale"]
-    with pytest.raises(ValueError, match="scale"):
-        checkpoint.from_named(WEIGHTS, {"block.kernel": named["block.kernel"]})
-    with pytest.raises(ValueError, match=r"scale is float32\[2\], expected float32\[3\]"):
-        checkpoint.from_named(WEIGHTS, named | {"scale": np.ones(2, np.float32)})
-    with pytest.raises(ValueError, match="scale is float64"):
-        checkpoint.from_named(WEIGHTS, named | {"scale": np.ones(3)})
-
-
-def test_digest_sees_every_bit_shape_and_name():
-    arrays = {"a": np.zeros((2, 3), np.float32)}
-    flipped = {"a": np.array([[0, 0, 0], [0, -0.0, 0]], np.float32)}
-    variants = [
-        arrays,
-        flipped,
-        {"b": arrays["a"]},
-        {"a": np.zeros((3, 2), np.float32)},
-        {"a": np.zeros((2, 3), np.int32)},
-    ]
-    assert len({checkpoint.digest(variant) for variant in variants}) == len(variants)
+    assert run_folder.steps_in(run) == [2, 3]
 
 
 def truncate(path):
@@ -122,7 +98,7 @@ def test_damage_to_any_file_is_told_or_harmless(run, tmp_path, damage):
 def test_another_configuration_is_not_the_one_that_was_saved(run):
     """Also where the file is as good JSON as before, and from before files had digests."""
     newest = run / "checkpoints" / "2"
-    (newest / checkpoint.FILES).unlink()
+    (newest / stored_checkpoint.FILES).unlink()
     [file] = [
         path for path in newest.rglob("*") if path.is_file() and b'"loops"' in path.read_bytes()
     ]
@@ -167,7 +143,7 @@ def assert_survives(path, config):
         writer.save(step, config, WEIGHTS, OPTIMIZER)
     writer.drop_after(1)
     writer.close()
-    assert checkpoint.steps_in(path) == [1]
+    assert run_folder.steps_in(path) == [1]
     assert_is_what_was_saved(checkpoint.restore(path, optimizer=True))
 
 
@@ -199,24 +175,25 @@ def test_without_a_plainly_named_place_nothing_is_begun(tmp_path, monkeypatch, t
             writer.save(0, tiny, WEIGHTS)
 
 
-@pytest.mark.parametrize("read_back", [checkpoint.READ_BACK, 0])
+@pytest.mark.parametrize("read_back", [stored_checkpoint.READ_BACK, 0])
 def test_what_does_not_come_back_was_not_saved(run, tmp_path, monkeypatch, read_back, tiny):
     """Orbax drops the arrays of a folder whose name it takes for a pattern, and says nothing."""
-    monkeypatch.setattr(checkpoint, "READ_BACK", read_back)
+    monkeypatch.setattr(stored_checkpoint, "READ_BACK", read_back)
     odd = tmp_path / "a[b]"
     run.rename(odd)
     writer = checkpoint.Run(odd)
     writer.save(3, tiny, WEIGHTS, OPTIMIZER)
-    monkeypatch.setattr(checkpoint, "_plainly_named", contextlib.nullcontext)
+    for each in (checkpoint, stored_checkpoint):
+        monkeypatch.setattr(each, "plainly_named", contextlib.nullcontext)
     monkeypatch.chdir("/")
     with pytest.raises(Failure, match=r"cannot save .* step 4 .*that of step 3 is kept"):
         writer.save(4, tiny, WEIGHTS, OPTIMIZER)
     monkeypatch.undo()
-    assert checkpoint.steps_in(odd) == [2, 3]
+    assert run_folder.steps_in(odd) == [2, 3]
     assert_is_what_was_saved(checkpoint.restore(odd, optimizer=True))
     # What is left of it goes with the next training.
     checkpoint.Run(odd)
-    assert {path.name for path in (odd / checkpoint.CHECKPOINTS).iterdir()} == {"2", "3"}
+    assert {path.name for path in (odd / run_folder.CHECKPOINTS).iterdir()} == {"2", "3"}
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -236,7 +213,7 @@ def test_what_does_not_come_back_was_not_saved(run, tmp_path, monkeypatch, read_
 )
 def test_only_damage_is_called_damage(run, monkeypatch, error, cause, listed):
     if not listed:
-        for path in run.rglob(checkpoint.FILES):
+        for path in run.rglob(stored_checkpoint.FILES):
             path.unlink()
 
     def fails(*rest, **more):
@@ -258,7 +235,7 @@ def test_files_that_are_as_they_were_saved_are_not_damaged(run, monkeypatch):
     with pytest.raises(InputError, match="cannot read .*a format of tomorrow"):
         checkpoint.restore(run)
     # Where nothing says so, it is what such an error mostly means.
-    (run / "checkpoints" / "2" / checkpoint.FILES).unlink()
+    (run / "checkpoints" / "2" / stored_checkpoint.FILES).unlink()
     with pytest.raises(InputError, match="is damaged .*a format of tomorrow"):
         checkpoint.restore(run)
 
@@ -304,25 +281,25 @@ def test_any_program_tells_that_jax_cannot_start(monkeypatch, capsys):
 
 
 def test_a_reader_that_loses_a_race_looks_again(run, tiny, monkeypatch):
-    read, tidied = checkpoint._read, []
+    read, tidied = checkpoint.read, []
 
     def tidied_meanwhile(folder, *rest):
         if not tidied:
             tidied.append(folder)
-            monkeypatch.setattr(checkpoint, "_read", read)
+            monkeypatch.setattr(checkpoint, "read", read)
             writer = checkpoint.Run(run)
             for step in (3, 4):
                 writer.save(step, tiny, WEIGHTS, OPTIMIZER)
             return read(folder, *rest)
         return read(folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "_read", tidied_meanwhile)
+    monkeypatch.setattr(checkpoint, "read", tidied_meanwhile)
     assert checkpoint.restore(run).step == 4
     assert [folder.name for folder in tidied] == ["2"]
 
 
 def test_entries_that_are_no_checkpoints_stay_and_do_not_matter(run, tiny):
-    folder = run / checkpoint.CHECKPOINTS
+    folder = run / run_folder.CHECKPOINTS
     names = ("007", "٣", "0abc", "tmp", "-1", "1e3", "9.partial", "２", " 5")
     for name in names:
         (folder / name).mkdir()
@@ -330,14 +307,14 @@ def test_entries_that_are_no_checkpoints_stay_and_do_not_matter(run, tiny):
         (folder / name).write_text("mine")
     writer = checkpoint.Run(run)
     writer.save(3, tiny, WEIGHTS, OPTIMIZER)
-    assert checkpoint.steps_in(run) == [2, 3]
+    assert run_folder.steps_in(run) == [2, 3]
     assert checkpoint.restore(run).step == 3
     left = {path.name for path in folder.iterdir()}
     assert left == {*names, ".DS_Store", "6", "notes.txt", "2", "3"}
 
 
 def test_what_killed_processes_left_goes(run):
-    folder = run / checkpoint.CHECKPOINTS
+    folder = run / run_folder.CHECKPOINTS
     for name in ("3.unseen", "3.unseen.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-7"):
         (folder / name).mkdir()
     (folder / "0.removed").mkdir()
@@ -349,22 +326,9 @@ def test_folders_that_cannot_be_read_are_told(run, monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoint.os, "scandir", refused)
+    monkeypatch.setattr(run_folder.os, "scandir", refused)
     with pytest.raises(InputError, match="cannot read .*checkpoints: Permission denied"):
         checkpoint.restore(run)
-
-
-def test_names_of_run_folders(tmp_path):
-    (tmp_path / "file").touch()
-    assert checkpoint.run_folder(str(tmp_path)) == tmp_path
-    assert checkpoint.run_folder("none/yet") == Path("none/yet")
-    with pytest.raises(InputError, match="is empty"):
-        checkpoint.run_folder("")
-    for name in ("file", "file/run"):
-        with pytest.raises(InputError, match=f"{name} cannot be a folder"):
-            checkpoint.run_folder(str(tmp_path / name))
-    with pytest.raises(InputError, match="File name too long"):
-        checkpoint.run_folder("x" * 300)
 
 
 def test_a_run_folder_may_be_a_link(run, tmp_path, tiny):
@@ -373,29 +337,6 @@ def test_a_run_folder_may_be_a_link(run, tmp_path, tiny):
     writer = checkpoint.Run(link)
     writer.save(3, tiny, WEIGHTS, OPTIMIZER)
     assert checkpoint.restore(link).step == checkpoint.restore(run).step == 3
-
-
-def test_without_the_system_s_locks_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    with (
-        pytest.raises(InputError, match="writing run folders needs Linux"),
-        checkpoint.locked(tmp_path / "run"),
-    ):
-        pass
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_lock_is_held_by_one_and_names_nobody_afterwards(tmp_path):
-    with checkpoint.locked(tmp_path):
-        assert f"process {os.getpid()} on" in (tmp_path / checkpoint.LOCK).read_text()
-        with (
-            pytest.raises(InputError, match=r"another process \(process \d+ on "),
-            checkpoint.locked(tmp_path),
-        ):
-            pass
-    assert (tmp_path / checkpoint.LOCK).read_text() == ""
-    with checkpoint.locked(tmp_path):
-        pass
 
 
 def test_missing_and_empty_runs(tmp_path):
@@ -412,15 +353,15 @@ def test_an_unwritable_run_folder_is_refused(tmp_path):
 
 
 def test_a_release_holds_the_newest_weights_alone(run, tmp_path, tiny):
-    (run / checkpoint.RESULTS).write_text("{}")
+    (run / run_folder.RESULTS).write_text("{}")
     out = tmp_path / "out" / "released"
     assert release(run, out) == 2
     restored = checkpoint.restore(out, optimizer=True)
     assert (restored.step, restored.config, restored.optimizer) == (2, tiny, None)
     assert_is_what_was_saved(restored)
-    assert (out / checkpoint.RESULTS).read_text() == "{}"
-    names = {path.name for path in (out / checkpoint.CHECKPOINTS).rglob("*")}
-    assert checkpoint.steps_in(out) == [2] and "optimizer" not in names
+    assert (out / run_folder.RESULTS).read_text() == "{}"
+    names = {path.name for path in (out / run_folder.CHECKPOINTS).rglob("*")}
+    assert run_folder.steps_in(out) == [2] and "optimizer" not in names
     place = str(tmp_path).encode()
     assert not any(place in path.read_bytes() for path in out.rglob("*") if path.is_file())
     with pytest.raises(InputError, match="released exists"):

@@ -24,7 +24,7 @@ from spak_jax.evaluation.loaded import load
 from spak_jax.positions import learned
 from spak_jax.release import release
 from spak_jax.tasks.arithmetic import Addition
-from spak_jax.training import checkpoint, loggers, runs
+from spak_jax.training import checkpoint, loggers, run_folder, runs
 from spak_jax.training.loop import train
 from spak_jax.training.runs import _consecutive_seeds, per_seed_configs
 from spak_jax.training.step import initial_state, loss, make_training, optimizer, schedule
@@ -154,7 +154,7 @@ def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch, stop
     with pytest.raises(Stopped):
         train(tiny, tmp_path / "stopped")
     monkeypatch.undo()
-    assert checkpoint.steps_in(tmp_path / "stopped") == kept
+    assert run_folder.steps_in(tmp_path / "stopped") == kept
     train(tiny, tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     # Calls may end elsewhere, but no step is told twice and no checkpoint's line is missing.
@@ -211,7 +211,7 @@ def test_several_seeds_go_on_from_their_last_common_checkpoint(tmp_path, monkeyp
         train(config, tmp_path / "stopped")
     monkeypatch.undo()
     folders = runs.run_folders(config, tmp_path / "stopped")
-    assert [checkpoint.steps_in(folder)[-1] for folder in folders] == [8, 4]
+    assert [run_folder.steps_in(folder)[-1] for folder in folders] == [8, 4]
     train(config, tmp_path / "stopped")
     for folder in folders:
         assert_same_run(tmp_path / "whole" / folder.name, folder)
@@ -261,7 +261,7 @@ def test_more_seeds_are_brought_to_the_step_of_those_there_are(tmp_path, monkeyp
         train(of(3), run)
     monkeypatch.undo()
     folders = runs.run_folders(of(3), run)
-    assert [checkpoint.steps_in(folder)[-1] for folder in folders] == [12, 12, 4]
+    assert [run_folder.steps_in(folder)[-1] for folder in folders] == [12, 12, 4]
     states = train(of(3), run)
     assert [(int(state.seed), int(state.step)) for state in states] == [(0, 12), (1, 12), (2, 12)]
     assert files_in(run, "*.json", "d/*").items() > before.items()
@@ -482,7 +482,7 @@ def test_a_folder_that_moves_away_during_a_save_ends_the_training(tiny, tmp_path
         if step == 4:
             run.path.rename(tmp_path / "aside")
             # As Orbax does, with all parents.
-            (run.path / checkpoint.CHECKPOINTS).mkdir(parents=True)
+            (run.path / run_folder.CHECKPOINTS).mkdir(parents=True)
         save(run, step, *rest)
 
     monkeypatch.setattr(checkpoint.Run, "save", moved_meanwhile)
