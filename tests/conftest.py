@@ -37,6 +37,8 @@ import jax  # noqa: E402
 from spak_jax.config import Config, parse_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+# Text that a terminal, an encoding or a markup takes for something else.
+HOSTILE = "[bold]Größe :smile: 加[/x] ☃"
 
 # Compiling takes as long as it takes.
 hypothesis.settings.register_profile("compiling", deadline=None)
@@ -149,6 +151,13 @@ def run_program(*words: str, env=None, input: str = "") -> subprocess.CompletedP
             traceback.print_exc()
             status = 1
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def run_lines(script: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """A script in a process of its own, its standard streams as a shell sets them."""
+    command = ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, script]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, env=variables, capture_output=True, timeout=120)
 
 
 def assert_refused(result: subprocess.CompletedProcess, *said: str) -> None:
