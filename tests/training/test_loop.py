@@ -284,7 +284,7 @@ def test_seeds_that_are_behind_are_trained_in_groups_that_can_be(begun, first):
     config = tiny_config(train={"seed": first, "seeds": max(2, len(begun))})
     steps |= {path.name: [] for path in runs.run_folders(config, Path()) if path.name not in steps}
     newest = max((each[-1] for each in steps.values() if each), default=None)
-    with mock.patch.object(checkpoint, "steps_in", lambda path: steps[path.name]):
+    with mock.patch.object(run_folder, "steps_in", lambda path: steps[path.name]):
         for _ in range(100):
             behind = runs.seeds_behind(config, Path())
             if behind is None:
