@@ -242,7 +242,7 @@ def metrics_files(st, folder: Path) -> Reader:
 
 
 def expressions(st, folder: Path) -> Reader:
-    """Laws, as specifications hold them."""
+    """Checks of invariants, as specifications hold them."""
     leaves = st.sampled_from(
         [
             *("1", "0", "0.5", "9" * 400, "1e999", "a.b", 'a["b"]', "x", "True", '"text"', "()"),
@@ -260,15 +260,15 @@ def expressions(st, folder: Path) -> Reader:
         ),
         max_leaves=6,
     )
-    law = st.tuples(whole, st.sampled_from(["<", "==", ">="]), whole).map(" ".join)
-    broken = st.tuples(law, st.integers(0, 30), st.sampled_from(["", ")", "(", "\x00", "#"]))
+    comparison = st.tuples(whole, st.sampled_from(["<", "==", ">="]), whole).map(" ".join)
+    broken = st.tuples(comparison, st.integers(0, 30), st.sampled_from(["", ")", "(", "\x00", "#"]))
     cut = broken.map(lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + 1 :])
 
     def read(text: str) -> None:
         language.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
 
     return Reader(
-        law | whole | cut | st.text(max_size=40),
+        comparison | whole | cut | st.text(max_size=40),
         read,
         (language.ExpressionError, language.Impossible),
     )

@@ -58,7 +58,7 @@ LONGEST = 255
 # A terminal of so many columns must do for tables.
 WIDE = 80
 
-# Learns nothing; four steps, two checkpoints, a law that holds.
+# Learns nothing; four steps, two checkpoints, an invariant that holds.
 CONFIG = """
 name = "tiny"
 [system]

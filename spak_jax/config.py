@@ -1,10 +1,10 @@
 """Specifications and the configurations they hold: read from TOML, overridden, checked.
 
-A specification says what a system is for and which laws it obeys, and builds a run: prose where a
-person decides, formal where a machine can verify. The part that builds the run is its
+A specification says what a system is for and which invariants it keeps, and builds a run: prose
+where a person decides, formal where a machine can verify. The part that builds the run is its
 configuration, a frozen value that every checkpoint carries whole. Both know nothing of arrays;
 `tasks`, `models` and `training` build what a configuration describes, `check` holds a specification
-to its laws.
+to its invariants.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from spak_jax.command_line import InputError, first_line
 from spak_jax.config_files import NAMED, specification_file, values_of
 from spak_jax.registry import BLOCKS, POSITIONS, TASKS, Registry
 
-# The longest input that a training law or a scoring set may ask for, in symbols.
+# The longest input that training data or a scoring set may ask for, in symbols.
 MAX_LENGTH = 10_000
 
 Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
@@ -128,7 +128,7 @@ class LoopedModel(Architecture):
 
 
 class Data(Section):
-    """The law that training problems are drawn by, and how they are laid out in rows."""
+    """The distribution of training problems, and how they are laid out in rows."""
 
     # The name of a registered task (`spak_jax.tasks`).
     task: str = "addition"
@@ -352,7 +352,7 @@ class Specification(RunSections):
         return Config(**run, system=self.system.name)
 
     @model_validator(mode="after")
-    def _laws_and_facts_have_names_of_their_own(self) -> Self:
+    def _invariants_and_facts_have_names_of_their_own(self) -> Self:
         names = [each.name for each in (*self.invariant, *self.fact)]
         for name in names:
             if names.count(name) > 1:

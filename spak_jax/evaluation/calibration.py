@@ -3,9 +3,9 @@
 Two rules stop a token (`LoopLM.halting_logits`): by confidence, or by convergence. Each has one
 number here, the doubt that is left: a confident token's largest probability is at least one minus
 the doubt, a converged one's state and those of all before it have moved by no more than that share
-of themselves in a loop. The number is calibrated on problems of the training law alone, as the one
-that saves most loops and loses at most a tenth of a point there, or the least that is tried where
-none loses so little.
+of themselves in a loop. The number is calibrated on problems of the training distribution alone, as
+the one that saves most loops and loses at most a tenth of a point there, or the least that is tried
+where none loses so little.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ DOUBTS = {
     ),
     "convergence": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
 }
-# A share of the answers, against no halting, on problems of the training law.
+# A share of the answers, against no halting, on problems of the training distribution.
 MOST_LOST = 0.001
 CALIBRATED_ON = 4_000
 CALIBRATION_SEED = 0

@@ -60,7 +60,7 @@ def test_systems_of_a_study_can_be_told_apart(name):
     for names in ([c.name for c in configs], [c.system for c in configs]):
         assert len(set(names)) == len(names)
     for config in configs:
-        # Nothing longer than 6 digits is ever trained on; that nothing is drawn beyond the law is
+        # Nothing longer than 6 digits is ever trained on; that nothing longer is drawn is
         # proved in test_arithmetic.
         assert config.data.longest == 6
 

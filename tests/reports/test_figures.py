@@ -221,7 +221,7 @@ def test_schemes_have_a_panel_each_and_a_model_looks_the_same_in_all():
     assert "Lengths: every input exactly this long." in caption(figure)
 
 
-def test_schemes_mark_each_panels_own_training_law():
+def test_schemes_mark_each_panels_own_trained_lengths():
     short = {str(n): score(500, zero_shot=n > 3) for n in range(1, 13)}
     evaluated, _ = gathered(scheme("rope", lengths=short), scheme("none"))
     for axes, border in zip(figures.draw_schemes(evaluated).axes, (3.5, 6.5), strict=True):
