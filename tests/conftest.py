@@ -90,7 +90,7 @@ def optimized():
 
 @pytest.fixture(scope="module")
 def exact_products():
-    """Products of float32 as they are meant: XLA's on a GPU are in tf32 unless told."""
+    """Products of float32 as they are meant: XLA's on a GPU are in tf32 by default."""
     with jax.default_matmul_precision("highest"):
         yield
 

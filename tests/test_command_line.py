@@ -80,8 +80,8 @@ def test_one_command_runs_the_programs():
     commands = [program.partition(".")[2] for program in PROGRAMS if program.startswith("spak_jax")]
     assert sorted(commands) == sorted(line.split()[0] for line in usage.stdout.splitlines()[2:-2])
     for command in ("figures", "solve"):
-        told = run_program("spak_jax", command, "--help")
-        assert told.stdout == run_program(f"spak_jax.{command}", "--help").stdout
+        shown = run_program("spak_jax", command, "--help")
+        assert shown.stdout == run_program(f"spak_jax.{command}", "--help").stdout
     assert_refused(run_program("spak_jax", "trian"), "spak trian: must be of", "train")
     assert_refused(run_program("spak_jax"), "usage: spak COMMAND")
     assert_refused(run_program("spak_jax", "solve"), "RUN")
@@ -178,10 +178,10 @@ def main():
     table = Table(*(f"heading {{i}}" for i in range(6)))
     table.add_row(*(f"cell {{i}}" for i in range(6)))
     console.print(table)
-    with progress("work", 100, unit="steps") as told:
+    with progress("work", 100, unit="steps") as bar:
         for i in range(3):
             time.sleep(0.3)
-            told.advance(30, "loss 0.1234, learning rate 1.0e-03")
+            bar.advance(30, "loss 0.1234, learning rate 1.0e-03")
 
 run_program(main)
 """
@@ -307,11 +307,11 @@ class Clock:
 
 
 def lines_of(work, monkeypatch, *arguments, **more) -> list[str]:
-    """What `progress` prints off a terminal while `work(told, clock)` goes on."""
+    """What `progress` prints off a terminal while `work(bar, clock)` goes on."""
     clock, out = Clock(), io.StringIO()
     monkeypatch.setattr(progress_bar, "time", clock)
-    with contextlib.redirect_stdout(out), progress(*arguments, **more) as told:
-        work(told, clock)
+    with contextlib.redirect_stdout(out), progress(*arguments, **more) as bar:
+        work(bar, clock)
     return out.getvalue().splitlines()
 
 
@@ -319,12 +319,12 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(progress_bar, "FIRST_LINE", 0.05)
     monkeypatch.setattr(progress_bar, "BETWEEN_LINES", 0.05)
 
-    def work(told, clock):
+    def work(bar, clock):
         for _ in range(4):
             clock.now += 5.0
-            told.advance(10, "loss 0.5")
+            bar.advance(10, "loss 0.5")
         for _ in range(200):
-            if told._printed:
+            if bar._printed:
                 break
             programs_wait(0.02)
 
@@ -337,17 +337,17 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch):
 
 
 def test_short_work_says_nothing_and_its_last_status_is_said(monkeypatch):
-    assert lines_of(lambda told, clock: told.advance(), monkeypatch, "working", 1) == []
-    ended = lines_of(lambda told, clock: told.advance(1, "loss 1"), monkeypatch, "working", 1)
+    assert lines_of(lambda bar, clock: bar.advance(), monkeypatch, "working", 1) == []
+    ended = lines_of(lambda bar, clock: bar.advance(1, "loss 1"), monkeypatch, "working", 1)
     assert ended == ["working: 1 of 1, loss 1, after 0 s"]
 
 
 @pytest.mark.parametrize(("seconds", "warned"), [(0.5, False), (100.0, True)])
 def test_long_work_says_once_what_to_do_instead(seconds, warned, monkeypatch):
-    def work(told, clock):
+    def work(bar, clock):
         for _ in range(10):
             clock.now += seconds
-            told.advance()
+            bar.advance()
 
     lines = lines_of(work, monkeypatch, "working", 1_000, instead="take a walk")
     assert sum("take a walk" in line for line in lines) == warned
@@ -356,7 +356,7 @@ def test_long_work_says_once_what_to_do_instead(seconds, warned, monkeypatch):
 
 
 def test_work_within_work_is_not_shown(monkeypatch):
-    def work(told, clock):
+    def work(bar, clock):
         with progress("inner", 1) as inner:
             inner.advance(1, "unseen")
 
@@ -378,7 +378,7 @@ def test_a_file_is_found_by_its_name_in_an_ascii_locale(given, tmp_path):
     environment = {
         "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    # The file is read, and what it lacks is told.
+    # The file is read, and what it lacks is said.
     result = subprocess.run(
         [sys.executable, "-m", "spak_jax.train", given],
         cwd=tmp_path,

@@ -141,11 +141,11 @@ def calibrated(loaded: LoadedModel, rule: str, loops: int | None = None) -> Halt
     """
     scorer = HaltingScorer(loaded, loops or _looped(loaded.config).loops)
     trained_on = _training_problems(loaded.config, jax_settings.key(CALIBRATION_SEED))
-    with progress("calibrating", len(DOUBTS[rule]) + 1, unit="thresholds") as told:
+    with progress("calibrating", len(DOUBTS[rule]) + 1, unit="thresholds") as bar:
 
         def outcome(way: Halting) -> dict[str, float]:
             found = scorer(trained_on, way).summary()
-            told.advance()
+            bar.advance()
             return found
 
         calibration = {NONE: outcome(NEVER), rule: []}
@@ -186,13 +186,13 @@ def measure(
     scored = {n: task.sample_exact(jax.random.fold_in(key, n), n, examples) for n in lengths}
     total = 2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(lengths)
     instead = or_a_gpu("fewer problems (--examples) or shorter ones (--lengths) take less")
-    with progress("halting", total, unit="scorings", instead=instead) as told:
+    with progress("halting", total, unit="scorings", instead=instead) as bar:
 
         def outcomes(problems: Problems, ways: Iterable[Halting]) -> list[HaltingPredictions]:
             found = []
             for way in ways:
                 found.append(scorer(problems, way))
-                told.advance()
+                bar.advance()
             return found
 
         calibration = _swept(scorer, trained_on, outcomes)

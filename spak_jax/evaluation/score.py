@@ -88,7 +88,7 @@ class Scorer:
 
         Args:
           problems: any number, as arrays of device or host.
-          advance: told after each call how many problems it scored.
+          advance: called after each call with the number of problems scored.
 
         Returns:
           Their `Predictions`, in their order.
@@ -151,8 +151,8 @@ def score(loaded: LoadedModel, settings: Settings, run: Path | None = None) -> R
     lengths, kinds, parts, measures = {}, {kind: {} for kind in settings.kinds}, [], []
     total = sum(sum(each.values()) for each in (counts, *of_kind.values()))
     total += columns.count if columns else 0
-    with progress("scoring", total, unit="problems", instead=or_a_gpu(INSTEAD)) as told:
-        advance = told.advance
+    with progress("scoring", total, unit="problems", instead=or_a_gpu(INSTEAD)) as bar:
+        advance = bar.advance
         for length, count in counts.items():
             problems = task.sample_exact(jax.random.fold_in(key, length), length, count)
             predictions = scorer(problems, advance)
@@ -203,11 +203,11 @@ def score_own_problems(
     predictions = Predictions(np.empty(len(own), bool), np.empty(len(own), np.float32))
     measures: dict[str, np.ndarray] = {}
     scorer = Scorer(loaded, settings)
-    with progress("scoring", len(own), unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+    with progress("scoring", len(own), unit="problems", instead=or_a_gpu(INSTEAD)) as bar:
         # A few at a time: as arrays all are as wide as the longest.
         for chosen, _, _ in calls(sizes, task):
             problems = task.arrays([own[i] for i in chosen])
-            predictions.correct[chosen], predictions.steps[chosen] = scorer(problems, told.advance)
+            predictions.correct[chosen], predictions.steps[chosen] = scorer(problems, bar.advance)
             for name, found in task.measures(problems).items():
                 measures.setdefault(name, np.empty(len(own), np.int32))[chosen] = found
     results = Results.of(

@@ -41,7 +41,7 @@ from spak_jax.reports.tables import latex_table, markdown_table, table_rows
 LOG_AXIS_OVER = 40
 # A column whose accuracies over all numbers of loops lie closer than this tells nothing of loops.
 INFORMATIVE_SPREAD = 0.01
-# Of loops at test time: more lines in a panel cannot be told apart.
+# Of loops at test time: more lines in a panel cannot be distinguished.
 MOST_SERIES = 8
 NOT_ALL_SERIES = f" At most {MOST_SERIES} lengths a panel are drawn, the others are left out."
 # More systems in one panel cannot be read; where there are schemes, their figure has them all.
@@ -506,7 +506,7 @@ def _left_out(
     unit: str,
 ) -> str:
     """A sentence on what loops do not change, by family where there are several."""
-    told = []
+    parts = []
     for label, found, shown in zip(labels, series, drawn, strict=True):
         by_percent: dict[str, list[str]] = {}
         for name, by_loops in found.items():
@@ -518,10 +518,10 @@ def _left_out(
             for percent, names in by_percent.items()
         )
         if constant:
-            told.append(f"{label}: {constant}" if len(labels) > 1 else constant)
-    if not told:
+            parts.append(f"{label}: {constant}" if len(labels) > 1 else constant)
+    if not parts:
         return ""
-    return f" Not drawn, as loops change them by less than a point: {'; '.join(told)}."
+    return f" Not drawn, as loops change them by less than a point: {'; '.join(parts)}."
 
 
 def _together(names: Sequence[str]) -> str:
@@ -551,13 +551,13 @@ def _loss_axis(axes: Axes) -> None:
     lowest, highest = axes.get_ylim()
     if highest < 5 * lowest:
         # Within half a decade the steps 1, 2, 5 leave too few ticks.
-        locator, told = MaxNLocator(nbins=5), "{:g}".format
+        locator, label = MaxNLocator(nbins=5), "{:g}".format
     elif highest < 1000 * lowest:
-        locator, told = LogLocator(subs=(1, 2, 5)), "{:g}".format
+        locator, label = LogLocator(subs=(1, 2, 5)), "{:g}".format
     else:
-        locator, told = LogLocator(), _power_of_ten
+        locator, label = LogLocator(), _power_of_ten
     axes.yaxis.set_major_locator(locator)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: told(y)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: label(y)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("loss (nats a token)")
 

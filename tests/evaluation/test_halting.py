@@ -1,4 +1,4 @@
-"""Halting that pays: the calibration keeps its word, and what is told is what was counted."""
+"""Halting that pays: the calibration keeps its word, and what is reported is what was counted."""
 
 import json
 import shutil

@@ -184,8 +184,8 @@ def test_several_seeds_are_one_line_and_the_caption_names_them():
     [line], _ = gathered(*(results(seed=s) for s in (0, 2)))
     figure = figures.draw_generalization([line])
     assert legend(figure) == ["LoopLM-12 (Dynamic), 2 seeds"]
-    told = "NVIDIA H100 80GB HBM3, 2026-11-22, training seeds 0, 2, 1,000 problems a length"
-    assert told in caption(figure)
+    expected = "NVIDIA H100 80GB HBM3, 2026-11-22, training seeds 0, 2, 1,000 problems a length"
+    assert expected in caption(figure)
     assert "Student intervals of the mean over training seeds" in caption(figure)
 
 
@@ -257,8 +257,8 @@ def test_same_evaluation_twice_is_said(tmp_path, monkeypatch, capsys):
     first = written(tmp_path, results(), "first.json")
     second = written(tmp_path, results(date="2026-11-23"), "second.json")
     run_main(monkeypatch, first, second, "--out", tmp_path / "out")
-    told = capsys.readouterr().out
-    assert "second.json is the same evaluation as" in told and "drawn once" in told
+    printed = capsys.readouterr().out
+    assert "second.json is the same evaluation as" in printed and "drawn once" in printed
 
 
 def test_test_time_loops_draws_what_loops_change_and_marks_the_trained_number():

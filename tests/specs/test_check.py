@@ -400,11 +400,11 @@ def test_tuning_by_a_specification_keeps_to_its_invariants_and_adds_a_fact(
     [finding] = claims.judge_claims(specification, path.parent)
     assert finding.verdict.holds is True
     evidence = tmp_path / "figures" / "results" / "tuned_tiny_rtx5070.json"
-    told = json.loads(evidence.read_text())
-    assert [one["broken"] for one in told["tried"]] == [[], ["few-spills"], []]
+    found = json.loads(evidence.read_text())
+    assert [one["broken"] for one in found["tried"]] == [[], ["few-spills"], []]
     assert "num_warps = 4" in table.read_text()
-    told["chosen"]["fused_row_forward"]["spilled"] = 5
-    evidence.write_text(json.dumps(told))
+    found["chosen"]["fused_row_forward"]["spilled"] = 5
+    evidence.write_text(json.dumps(found))
     assert claims.judge_claims(specification, path.parent)[0].verdict.holds is False
 
 
@@ -431,7 +431,7 @@ def test_what_ships_can_be_tuned_by():
         assert "attention-fits" in declared.invariants
 
 
-def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, monkeypatch, capsys):
+def test_tuning_writes_under_runs_unless_it_is_asked_to_write(tuned, tmp_path, monkeypatch, capsys):
     path, table = tuned
     before = path.read_bytes(), table.read_bytes()
     words = ["tune", str(path), "--target", "rtx5070"]
@@ -442,8 +442,11 @@ def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, mo
         found = tmp_path / folder
         assert {file.name for file in found.iterdir()} == {"tiles.toml", "tuned_tiny_rtx5070.json"}
         assert "num_warps = 4" in (found / "tiles.toml").read_text()
-        told = capsys.readouterr().out
-        assert "num_warps=4" in told and f"{folder}/tiles.toml; the kernels read their own" in told
+        printed = capsys.readouterr().out
+        assert (
+            "num_warps=4" in printed
+            and f"{folder}/tiles.toml; the kernels read their own" in printed
+        )
     assert {file.name for file in tmp_path.iterdir()} == {"configs", "mine", "runs", "tiles.toml"}
 
     # What was found before stays; what is no table is not replaced.
@@ -510,8 +513,8 @@ def test_the_brief_holds_everything_that_a_specification_says():
     findings = check.judge(specification, path.parent, thorough=False)
     facts = claims.judge_claims(specification, path.parent)
     page = page_of(specification, path, ("rtx5070",), findings, facts)
-    for told in (specification.system.objective, "793,600", "num_warps 2, 4, 8", "rtx5070"):
-        assert told in page
+    for text in (specification.system.objective, "793,600", "num_warps 2, 4, 8", "rtx5070"):
+        assert text in page
     for each in (*specification.invariant, *specification.fact):
         assert each.name in page
     # Every row of a table has as many cells as its heading.
