@@ -18,7 +18,7 @@ def rows_of(table):
     return rows
 
 
-def test_table_holds_our_numbers_beside_the_seeds():
+def test_table_holds_our_numbers_beside_the_published_ones():
     systems = {
         ("gpt12", "GPT-12L (Static)", None, None): "61.90",
         ("loop12", "LoopLM-12 (Dynamic)", 12, 12): "80.00",

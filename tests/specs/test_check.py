@@ -89,7 +89,7 @@ def test_every_fact_that_ships_holds_or_says_that_it_is_not_yet_reproduced(path)
         assert finding.verdict.holds or finding.verdict.reason == "not yet reproduced", finding
 
 
-def test_what_the_seed_claims_to_have_learned_is_among_the_facts():
+def test_what_the_baseline_claims_to_have_learned_is_among_the_facts():
     named = {fact.name for path in SHIPPED for fact in read_specification(path).fact}
     assert {
         "aligned-batching", "answer-only-loss", "format-parity", "recurrence-against-stacking",
