@@ -207,7 +207,7 @@ def score_own_problems(
         # A few at a time: as arrays all are as wide as the longest.
         for chosen, _, _ in calls(sizes, task):
             problems = task.arrays([own[i] for i in chosen])
-            predictions.correct[chosen], predictions.steps[chosen] = scorer(problems, bar.advance)
+            predictions.correct[chosen], predictions.loops[chosen] = scorer(problems, bar.advance)
             for name, found in task.measures(problems).items():
                 measures.setdefault(name, np.empty(len(own), np.int32))[chosen] = found
     results = Results.of(
@@ -249,18 +249,18 @@ def training_curve(run: Path) -> dict[str, list[float]]:
 
 
 def _teacher_forced(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    logits, steps = run(weights, batch.tokens)
+    logits, loops = run(weights, batch.tokens)
     right = (logits.argmax(-1) == batch.targets) | ~batch.answer
-    return right.all(-1), steps.mean(-1, jnp.float32, where=batch.answer)
+    return right.all(-1), loops.mean(-1, jnp.float32, where=batch.answer)
 
 
 def _decoded(write: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
     # The whole rows; the answer's mask, which speaks of targets, moves one place on with them.
     tokens = jnp.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
     answer = jnp.pad(batch.answer, [(0, 0), (1, 0)])
-    generated, steps = write(weights, tokens, answer.argmax(-1))
+    generated, loops = write(weights, tokens, answer.argmax(-1))
     right = (generated == tokens) | ~answer
-    return right.all(-1), steps.mean(-1, jnp.float32, where=answer)
+    return right.all(-1), loops.mean(-1, jnp.float32, where=answer)
 
 
 def _problems_of(examples: int, length: int) -> int:

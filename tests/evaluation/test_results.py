@@ -299,8 +299,10 @@ def test_files_of_former_names_are_read_as_they_are_called_now(tmp_path):
         "config": values["config"] | {"data": {"max_digits": 4, "bridge_digits": [5], "seed": 0}},
     }
     del former["published_columns"], former["measures"]
+    former = json.loads(json.dumps(former).replace("mean_loops", "mean_steps"))
     present = values["config"] | {"data": {"max_length": 4, "bridge_lengths": [5], "seed": 0}}
     found = read_results(written(tmp_path, former))
+    assert found.lengths["8"].mean_loops == 4
     assert found == read_results(written(tmp_path, values | {"config": present}))
     both = former | {"config": present | {"data": {"max_length": 4, "max_digits": 4}}}
     with pytest.raises(InputError, match="data.max_digits is the former name of data.max_length"):
