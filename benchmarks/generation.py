@@ -129,21 +129,23 @@ def _launched(config: Config, network, text) -> generate.Decoder | str:
         return "no GPU that it is for"
     if not network.supports_fused(text):
         return "no program holds such rows"
-    return _recomputing(config, network, lambda network, **told: network.fused_forward(**told)[0])
+    return _recomputing(
+        config, network, lambda network, **inputs: network.fused_forward(**inputs)[0]
+    )
 
 
 def _scanned(config: Config, network, text) -> generate.Decoder:
     # Asked for an implementation of attention, the model does not take one launch.
     attention = "pallas" if jax.default_backend() == "gpu" else None
     network = models.build(config, jax.random.key(0), attention)
-    return _recomputing(config, network, lambda network, **told: network(**told))
+    return _recomputing(config, network, lambda network, **inputs: network(**inputs))
 
 
 def _recomputing(config: Config, network, call: Callable) -> generate.Decoder:
     definition, task = nnx.graphdef(network), tasks.of(config.data)
 
     def run(weights, tokens):
-        told = {"tokens": tokens, "position_ids": task.position_ids(tokens)}
-        return call(nnx.merge(definition, weights), **told), jnp.zeros(tokens.shape, jnp.int32)
+        inputs = {"tokens": tokens, "position_ids": task.position_ids(tokens)}
+        return call(nnx.merge(definition, weights), **inputs), jnp.zeros(tokens.shape, jnp.int32)
 
     return generate.without_cache(run)

@@ -284,7 +284,7 @@ def main() -> None:
         parser.error(f"needs a GPU; JAX's backend here is {jax.default_backend()}")
     if arguments.json:
         try:
-            # Told now, not after minutes of timing.
+            # Said now, not after minutes of timing.
             arguments.json.open("a").close()
         except OSError as error:
             parser.error(f"--json {arguments.json}: cannot be written ({error.strerror})")

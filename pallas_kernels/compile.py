@@ -64,7 +64,7 @@ def main() -> None:
         for case in cases:
             _check_heads(parser, case, arguments.target)
     if arguments.json:
-        # Told now, not after minutes of compiling.
+        # Said now, not after minutes of compiling.
         _save(parser, arguments.json, mode="a")
     try:
         reports = _measure_visibly(arguments.target, cases)
@@ -84,14 +84,14 @@ def main() -> None:
 
 def _measure_visibly(targets: Sequence[str], cases: Sequence[Case]) -> list[aot.Report]:
     """`measure` within `progress`; a problem is said when it is found."""
-    with progress("compiling", len(targets) * len(cases), unit="programs") as told:
+    with progress("compiling", len(targets) * len(cases), unit="programs") as bar:
 
         def done(reports: list[aot.Report]) -> None:
             first = reports[0]
             what = f"{first.target} {first.case.shape} {', '.join(r.kernel for r in reports)}"
             if problems := "; ".join(r.problem for r in reports if r.problem):
                 console.print(f"{what}: {problems}")
-            told.advance(status=what)
+            bar.advance(status=what)
 
         return aot.measure(targets, cases, done)
 

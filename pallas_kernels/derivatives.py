@@ -1,11 +1,11 @@
 """Derivatives of what kernels compute, of every kind and order: `differentiable`.
 
-JAX differentiates no kernel. By hand it can be told how gradients go back (`jax.custom_vjp`), which
+JAX differentiates no kernel. By hand one can define how gradients go back (`jax.custom_vjp`), which
 forbids forward mode, or how tangents go forward (`jax.custom_jvp`), which kernels have no part in.
-Here tangents are told, as one linear operation: evaluated, it is plain `jnp`; transposed, it is the
-backward kernels. What is differentiated further is plain `jnp`.
+Here tangents are defined, as one linear operation: evaluated, it is plain `jnp`; transposed, it is
+the backward kernels. What is differentiated further is plain `jnp`.
 
-Tangents are told of an operation of JAX's own kind (`_call`), since JAX (0.10 and 0.11) forgets a
+Tangents are those of a primitive of our own (`_call`), since JAX (0.10 and 0.11) forgets a
 `jax.custom_jvp` inside a scan where that is differentiated twice.
 """
 

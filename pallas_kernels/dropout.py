@@ -52,7 +52,7 @@ def dropout_seed(key: jax.Array) -> jax.Array:
 
 
 def dropout_words(key: jax.Array, rows: int) -> jax.Array:
-    """What a kernel is told of dropout: uint32 `[2]`, the words of `dropout_seed`.
+    """What a kernel needs for dropout: uint32 `[2]`, the words of `dropout_seed`.
 
     Where rows are split over devices `[3]`: then also the number of the first of these `rows`, as
     `dropout_bits` counts them, among all.
@@ -68,7 +68,7 @@ def dropout_words(key: jax.Array, rows: int) -> jax.Array:
 
 
 def dropout_bits_of(words, row, counter) -> jax.Array:
-    """`dropout_bits` inside a kernel that was told `words`; `row` counts its own rows."""
+    """`dropout_bits` inside a kernel that was given `words`; `row` counts its own rows."""
     if words.shape[0] == 3:
         row += words[2].astype(jnp.int32)
     return dropout_bits(words[0], words[1], row, counter)
@@ -84,7 +84,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def apply_dropout(x: jax.Array, rate: float, words: jax.Array | None) -> jax.Array:
-    """`dropout` told its `dropout_words`; the identity without them."""
+    """`dropout` by its `dropout_words`; the identity without them."""
     if words is None:
         return x
     rows = jnp.arange(math.prod(x.shape[:-1])).reshape(*x.shape[:-1], 1)

@@ -76,7 +76,7 @@ class Target:
 
 
 TARGETS = {
-    # The seed's card (GB205). Not checked against NVIDIA's own paper, which could not be had:
+    # The baseline's card (GB205). Not checked against NVIDIA's own paper, which could not be had:
     # multiprocessors, L2, memory, bandwidth and clock are NVIDIA's figures as reviews repeat them.
     "rtx5070": Target(
         chip="NVIDIA GeForce RTX 5070",

@@ -112,7 +112,7 @@ def asked_to_stop(folder: Path, times: int, moments: Moments) -> Iterator[str]:
         newest = checkpoint.restore(run, optimizer=True).step
         if "the same command" in said:
             last = loggers.read(run)[-1].step
-            _require(last == newest, f"{number.name}: step {last} is told, {newest} kept")
+            _require(last == newest, f"{number.name}: step {last} is logged, {newest} kept")
             yield "ended with a checkpoint of the last step"
         else:
             _require(twice, f"{number.name}: {said}")
@@ -139,8 +139,8 @@ def damaged(folder: Path, times: int, moments: Moments) -> Iterator[str]:
                 _require(same, f"{path.relative_to(run)} {name}: something else was loaded")
                 yield "restored to the same bits"
             except InputError as error:
-                told = str(newest) in str(error) and f"go back to step {older.name}" in str(error)
-                _require(told, f"{path.relative_to(run)} {name}: {error}")
+                named = str(newest) in str(error) and f"go back to step {older.name}" in str(error)
+                _require(named, f"{path.relative_to(run)} {name}: {error}")
                 yield "refused, the checkpoint and the good one before it named"
             path.write_bytes(content)
 
@@ -239,7 +239,7 @@ def out_of_memory(folder: Path, times: int, moments: Moments) -> Iterator[str]:
         with _training(run, *SHORT) as process:
             _await_checkpoint(run, process)
             process.kill()
-        # Another batch is another configuration, so that the run is told apart by its folder.
+        # Another batch is another configuration, so that its run has a folder of its own.
         with _training(folder / f"big{i}", *SHORT[1:], f"train.batch={2 ** (30 + i % 3)}") as big:
             status, said = _end(big)
         _require_message(status, said, "out of memory")
@@ -304,7 +304,7 @@ def lost_process(folder: Path, times: int, moments: Moments) -> Iterator[str]:
             status, said = _end(process)
             _require(status == 128 + signal.SIGTERM, f"status {status}: {said}")
     last = checkpoint.restore(run, optimizer=True).step
-    _require(last == loggers.read(run)[-1].step, "what is told and what is kept differ")
+    _require(last == loggers.read(run)[-1].step, "what is logged and what is kept differ")
     train(_config(ENDLESS), folder / "one", EVERY)
     first = [loggers.read(each)[0].loss for each in (run, folder / "one")]
     _require(np.allclose(*first, rtol=1e-6), f"the first losses are {first}")
@@ -351,10 +351,10 @@ def attempt(name: str, folder: Path, times: int | None = None) -> dict[str, Any]
     tries, words, most = CAMPAIGN[name]
     outcomes, broken, missing, started = Counter(), None, None, time.monotonic()
     try:
-        with progress(name, unit="outcomes") as told:
+        with progress(name, unit="outcomes") as bar:
             for outcome in tries(folder, most if times is None else times, random.Random(SEED)):
                 outcomes[outcome] += 1
-                told.advance()
+                bar.advance()
     except Broken as error:
         broken = str(error)
     except NotTried as error:
@@ -373,8 +373,8 @@ def table(found: Mapping[str, Any]) -> str:
     """What a campaign found, in Markdown."""
 
     def not_kept(each: Mapping[str, Any]) -> list[str]:
-        told = [f"**broken**: {each['broken']}"] if each["broken"] else []
-        return told + ([f"not tried: {each['not_tried']}"] if each["not_tried"] else [])
+        broken = [f"**broken**: {each['broken']}"] if each["broken"] else []
+        return broken + ([f"not tried: {each['not_tried']}"] if each["not_tried"] else [])
 
     return table_of("fault", (found[name] for name in CAMPAIGN if name in found), not_kept)
 
@@ -441,9 +441,9 @@ def _together(run: Path) -> list[contextlib.AbstractContextManager[subprocess.Po
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    pair = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     words = (*ENDLESS, "parallel.data=2", "--distributed")
-    return [_training(run, *words, environment=told | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    return [_training(run, *words, environment=pair | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
 
 
 def _await_checkpoint(run: Path, *processes: subprocess.Popen) -> None:

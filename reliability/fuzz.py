@@ -126,14 +126,14 @@ def fuzz(name: str, count: int, seed: int) -> Found:
                 tally["refused"] += 1
                 message = str(error)
                 assert message and "\n" not in message.strip(), f"not one line: {message!r}"
-            told.advance()
+            bar.advance()
             took = time.process_time() - started
             tally["slowest"] = max(tally["slowest"], took)
             assert took < SECONDS_AN_INPUT, f"took {took:.1f} s"
 
         broken = None
         try:
-            with progress(name, count, unit="inputs") as told:
+            with progress(name, count, unit="inputs") as bar:
                 attempt()
         except Exception as error:  # noqa: BLE001  whatever else comes out is what we look for
             notes = " ".join(" ".join(getattr(error, "__notes__", [])).split())
@@ -244,7 +244,7 @@ def metrics_files(st, folder: Path) -> Reader:
 
 
 def expressions(st, folder: Path) -> Reader:
-    """Laws, as specifications hold them."""
+    """Checks of invariants, as specifications hold them."""
     leaves = st.sampled_from(
         [
             *("1", "0", "0.5", "9" * 400, "1e999", "a.b", 'a["b"]', "x", "True", '"text"', "()"),
@@ -262,15 +262,15 @@ def expressions(st, folder: Path) -> Reader:
         ),
         max_leaves=6,
     )
-    law = st.tuples(whole, st.sampled_from(["<", "==", ">="]), whole).map(" ".join)
-    broken = st.tuples(law, st.integers(0, 30), st.sampled_from(["", ")", "(", "\x00", "#"]))
+    comparison = st.tuples(whole, st.sampled_from(["<", "==", ">="]), whole).map(" ".join)
+    broken = st.tuples(comparison, st.integers(0, 30), st.sampled_from(["", ")", "(", "\x00", "#"]))
     cut = broken.map(lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + 1 :])
 
     def read(text: str) -> None:
         language.parse(text).check(lambda path: (1, 2.5, "text", (1, 2), True)[len(path) % 5])
 
     return Reader(
-        law | whole | cut | st.text(max_size=40),
+        comparison | whole | cut | st.text(max_size=40),
         read,
         (language.ExpressionError, language.Impossible),
     )
@@ -423,7 +423,7 @@ def main() -> None:
         "hypothesis": importlib.metadata.version("hypothesis"),
         "seed": arguments.seed,
     }
-    told = found_before(arguments.json, READERS, Found._fields) if arguments.json else {}
+    found = found_before(arguments.json, READERS, Found._fields) if arguments.json else {}
     _limit_memory()
     for name in names:
         if name == "pytorch" and importlib.util.find_spec("torch") is None:
@@ -436,18 +436,22 @@ def main() -> None:
             f"{name}: {each.tried:,} inputs, {each.taken:,} taken, {each.refused:,} refused,"
             f" slowest {each.slowest_seconds:.2f} s{broken}",
         )
-        told[name] = each._asdict() | origin
+        found[name] = each._asdict() | origin
         if arguments.json:
-            write_file(arguments.json, json.dumps(told, indent=1) + "\n")
-    print(table(told))
-    broken = [name for name, each in told.items() if each["broken"]]
+            write_file(arguments.json, json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    broken = [name for name, each in found.items() if each["broken"]]
     if broken:
         raise Failure(f"broken: {', '.join(broken)}")
 
 
-def table(told: Mapping[str, Mapping[str, Any]]) -> str:
+def table(by_reader: Mapping[str, Mapping[str, Any]]) -> str:
     """What became of the inputs, in Markdown."""
-    found = [Found(*(told[name][key] for key in Found._fields)) for name in READERS if name in told]
+    found = [
+        Found(*(by_reader[name][key] for key in Found._fields))
+        for name in READERS
+        if name in by_reader
+    ]
     lines = [
         "| reader | inputs | taken | refused | slowest |",
         "| --- | ---: | ---: | ---: | ---: |",

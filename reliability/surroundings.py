@@ -56,7 +56,7 @@ LONGEST = 255
 # A terminal of so many columns must do for tables.
 WIDE = 80
 
-# Learns nothing; four steps, two checkpoints, a law that holds.
+# Learns nothing; four steps, two checkpoints, an invariant that holds.
 CONFIG = """
 name = "tiny"
 [system]
@@ -158,8 +158,8 @@ class Program(NamedTuple):
 class Surroundings(NamedTuple):
     """What is odd around a program.
 
-    told: in words. variables: of its environment, None to take one away. name: of all files and
-    folders. arrange: is called with the files before the start. before: words before the
+    description: in words. variables: of its environment, None to take one away. name: of all files
+    and folders. arrange: is called with the files before the start. before: words before the
     program's, `{folder}` among them for its folder. folder: where it is started, if not among its
     files. columns: of a terminal that it writes to. lines: that are read of what it writes before
     the pipe is closed. rights: whether root keeps its own. refusal: None where it must do its work;
@@ -168,7 +168,7 @@ class Surroundings(NamedTuple):
     written all the same, and its status may tell.
     """
 
-    told: str
+    description: str
     variables: Mapping[str, str | None] = {}
     name: str = "here"
     arrange: Callable[[Files], None] = lambda files: None
@@ -209,7 +209,7 @@ def _converted(files: Files, said: str) -> Any:
 
 
 def _says(words: Sequence[str], files: Files, said: str) -> Any:
-    """What is told, but for how it is laid out; where nothing can be, `said` is None."""
+    """What is said, but for how it is laid out; where nothing can be, `said` is None."""
     missing = [word for word in words if said is not None and word not in said]
     if missing:
         raise Broken(f"it does not say {missing[0]!r}: {said}")
@@ -271,7 +271,7 @@ def paths(moments: random.Random) -> Trials:
 def encodings(moments: random.Random) -> Trials:
     """A name outside ASCII where the locale or Python's own setting would have ASCII or another."""
     turns = _turns()
-    for told, variables in (
+    for description, variables in (
         ("LC_ALL=C", {"LC_ALL": "C"}),
         ("LC_ALL=POSIX PYTHONCOERCECLOCALE=0", {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}),
         (
@@ -291,8 +291,8 @@ def encodings(moments: random.Random) -> Trials:
             (os.fsdecode(b"\xff\xc3"), next(turns)),
         ):
             place = _called(name)._replace(variables=variables)
-            yield place._replace(told=f"{told}, {place.told}"), (program,)
-        yield Surroundings(told, variables), ("solve", next(turns))
+            yield place._replace(description=f"{description}, {place.description}"), (program,)
+        yield Surroundings(description, variables), ("solve", next(turns))
 
 
 def terminals(moments: random.Random) -> Trials:
@@ -302,15 +302,15 @@ def terminals(moments: random.Random) -> Trials:
         for name in ("here", "a folder of a rather long name [that] wraps"):
             here = Surroundings(f"a terminal of {columns} columns", name=name, columns=columns)
             yield here, (next(turns), next(turns))
-    for told, variables in (
+    for description, variables in (
         ("TERM=dumb", {"TERM": "dumb"}),
         ("TERM unset", {"TERM": None}),
         ("NO_COLOR", {"NO_COLOR": "1"}),
         ("FORCE_COLOR", {"FORCE_COLOR": "1"}),
         *((f"COLUMNS={n}", {"COLUMNS": n}) for n in ("0", "-1", "abc", "1", "20")),
     ):
-        yield Surroundings(f"a terminal and {told}", variables, columns=80), (next(turns),)
-        yield Surroundings(f"a pipe and {told}", variables), (next(turns),)
+        yield Surroundings(f"a terminal and {description}", variables, columns=80), (next(turns),)
+        yield Surroundings(f"a pipe and {description}", variables), (next(turns),)
 
 
 def streams(moments: random.Random) -> Trials:
@@ -321,8 +321,8 @@ def streams(moments: random.Random) -> Trials:
     yield Surroundings("standard output closed", before=sh(">&-"), silent=True), every
     yield Surroundings("standard error closed", before=sh("2>&-"), silent=True), every
     yield Surroundings("all streams closed", before=sh("<&- >&- 2>&-"), silent=True), every
-    for told, script in (("output", ">/dev/full"), ("error", "2>/dev/full")):
-        full = f"standard {told} on a full device"
+    for stream, script in (("output", ">/dev/full"), ("error", "2>/dev/full")):
+        full = f"standard {stream} on a full device"
         yield Surroundings(full, before=sh(script), silent=True), every
     for lines in (0, 1):
         yield Surroundings(f"a pipe closed after {lines} lines", lines=lines, silent=True), every
@@ -332,7 +332,7 @@ def permissions(moments: random.Random) -> Trials:
     """A user who is not almighty, where this or that cannot be read, written or entered."""
     refused = ("denied", "permit", "cannot write", "cannot be written")
     turns = _turns(("evaluate", "solve", "trace", "figures"))
-    for told, arrange, programs, refusal in (
+    for description, arrange, programs, refusal in (
         ("nothing odd", lambda files: None, ("train", "evaluate", "convert"), None),
         (
             "a run folder that can only be read",
@@ -393,7 +393,7 @@ def permissions(moments: random.Random) -> Trials:
     ):
         # Without a cache of programs that is elsewhere: the usual one is in the home folder.
         place = Surroundings(
-            told, {"JAX_COMPILATION_CACHE_DIR": None}, arrange=arrange, rights=False
+            description, {"JAX_COMPILATION_CACHE_DIR": None}, arrange=arrange, rights=False
         )
         yield place._replace(refusal=refusal), programs
     for mask in ("077", "777"):
@@ -414,7 +414,7 @@ def variables(moments: random.Random) -> Trials:
     """Variables that Python, JAX, Matplotlib and libraries of threads listen to."""
     nowhere, uncached = "/proc/nowhere/at all", {"JAX_COMPILATION_CACHE_DIR": None}
     turns = _turns(("evaluate", "solve", "trace", "figures", "check"))
-    for told, values, change in (
+    for description, values, change in (
         ("JAX_PLATFORMS=cuda", {"JAX_PLATFORMS": "cuda"}, {"refusal": ("cuda",)}),
         ("JAX_PLATFORMS=tpu", {"JAX_PLATFORMS": "tpu"}, {"refusal": ("tpu",)}),
         ("JAX_PLATFORMS=potato", {"JAX_PLATFORMS": "potato"}, {"refusal": ("potato",)}),
@@ -453,8 +453,8 @@ def variables(moments: random.Random) -> Trials:
         ("PATH empty", {"PATH": ""}, {}),
         ("PAGER, EDITOR, CI", {"CI": "1", "PAGER": "cat", "EDITOR": "ed"}, {}),
     ):
-        place = Surroundings(told, values)._replace(**change)
-        drawing = told.startswith(("MPL", "HOME", "TMPDIR"))
+        place = Surroundings(description, values)._replace(**change)
+        drawing = description.startswith(("MPL", "HOME", "TMPDIR"))
         yield place, ("train", "figures" if drawing else next(turns))
 
 
@@ -476,7 +476,7 @@ def limits(moments: random.Random) -> Trials:
     """Less of everything than a program is used to: it works, or says what it lacks."""
     limited = lambda words: ("sh", "-c", f'ulimit {words}; exec "$@"', "sh")  # noqa: E731
     turns = _turns(("evaluate", "solve", "figures"))
-    for told, words, refusal in (
+    for description, words, refusal in (
         ("256 open files", "-n 256", None),
         ("64 open files", "-n 64", None),
         ("24 open files", "-n 24", ("files",)),
@@ -485,7 +485,7 @@ def limits(moments: random.Random) -> Trials:
         ("a stack of 1 MiB", "-s 1024", None),
         ("16 GiB of addresses", "-v 16777216", None),
     ):
-        place = Surroundings(told, before=limited(words), refusal=refusal)
+        place = Surroundings(description, before=limited(words), refusal=refusal)
         yield place, ("train", next(turns))
 
 
@@ -580,8 +580,8 @@ def attempt(program: str, place: Surroundings, folder: Path, prepared: Prepared)
         # What is compared is there for us, whoever may read it.
         outcome, made = _judge(program, place, files, status, said, errors, before)
         if made is not None and program in prepared.quiet:
-            told = json.loads(json.dumps(made)), prepared.quiet[program]
-            numbers = [each if place.same else each[:-1] for each in told]
+            pair = json.loads(json.dumps(made)), prepared.quiet[program]
+            numbers = [each if place.same else each[:-1] for each in pair]
             _require(numbers[0] == numbers[1], f"other results: {numbers[0]}, not {numbers[1]}")
         return outcome, json.loads(json.dumps(made))
     except OSError as error:
@@ -639,7 +639,7 @@ def _judge(
     for word in ("damaged", "--fresh", "train again"):
         _require(word not in line, f"blamed on good files: {line}")
     true = not place.refusal or any(word in line.lower() for word in place.refusal)
-    _require(true, f"the cause is not told: {line}")
+    _require(true, f"the cause is not named: {line}")
     return "refused, nothing lost", None
 
 
@@ -788,7 +788,7 @@ def run_kind(name: str, folder: Path, prepared: Prepared, share: float = 1.0) ->
             try:
                 outcomes[future.result()[0]] += 1
             except Broken as error:
-                broken.append(f"{place.told}, {program}: {error}")
+                broken.append(f"{place.description}, {program}: {error}")
                 console.print(f"BROKEN: {broken[-1]}")
             except NotTried as error:
                 missing[str(error)] += 1
@@ -809,8 +809,8 @@ def table(found: Mapping[str, Any]) -> str:
     """What a campaign found, in Markdown."""
 
     def not_kept(each: Mapping[str, Any]) -> list[str]:
-        told = [f"**broken**: {len(each['broken'])}"] if each["broken"] else []
-        return told + [f"not tried, {why}: {n:,}" for why, n in each["not_tried"].items()]
+        broken = [f"**broken**: {len(each['broken'])}"] if each["broken"] else []
+        return broken + [f"not tried, {why}: {n:,}" for why, n in each["not_tried"].items()]
 
     return table_of("surroundings", (found[name] for name in CAMPAIGN if name in found), not_kept)
 
@@ -943,8 +943,8 @@ def _plain(text: str) -> str:
 
 def _require(kept: bool, otherwise: str) -> None:
     if not kept:
-        told = " ".join(otherwise.split())
-        raise Broken(told if len(told) < 800 else f"{told[:200]} ... {told[-600:]}")
+        message = " ".join(otherwise.split())
+        raise Broken(message if len(message) < 800 else f"{message[:200]} ... {message[-600:]}")
 
 
 if __name__ == "__main__":

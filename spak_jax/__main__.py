@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {told}" for name, told in COMMANDS.items()]
+    lines = [f"  {name:<10} {description}" for name, description in COMMANDS.items()]
     more = "`spak COMMAND --help` tells more of each."
     return "\n".join(["usage: spak COMMAND ...", "", *lines, "", more])
 

@@ -166,6 +166,6 @@ def _but_late_answers(tell: Callable[[Any], None], unraisable: Any) -> None:
     After one array could not be read, TensorStore goes on and answers to an event loop of Orbax
     that is closed; one for which there was no file left cannot be closed.
     """
-    told = str(unraisable.exc_value)
-    if told != "Event loop is closed" and not told.endswith("has no attribute '_ssock'"):
+    message = str(unraisable.exc_value)
+    if message != "Event loop is closed" and not message.endswith("has no attribute '_ssock'"):
         tell(unraisable)

@@ -1,10 +1,10 @@
 """Specifications and the configurations they hold: read from TOML, overridden, checked.
 
-A specification says what a system is for and which laws it obeys, and builds a run: prose where a
-person decides, formal where a machine can verify. The part that builds the run is its
+A specification says what a system is for and which invariants it keeps, and builds a run: prose
+where a person decides, formal where a machine can verify. The part that builds the run is its
 configuration, a frozen value that every checkpoint carries whole. Both know nothing of arrays;
 `tasks`, `models` and `training` build what a configuration describes, `check` holds a specification
-to its laws.
+to its invariants.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,7 +106,7 @@ class Specification(RunSections):
         return Config(**run, system=self.system.name)
 
     @model_validator(mode="after")
-    def _laws_and_facts_have_names_of_their_own(self) -> Self:
+    def _invariants_and_facts_have_names_of_their_own(self) -> Self:
         names = [each.name for each in (*self.invariant, *self.fact)]
         for name in names:
             if names.count(name) > 1:

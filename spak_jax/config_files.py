@@ -153,9 +153,9 @@ def _inherit(values: dict[str, Any], own: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(inherited, dict):
             _inherit(inherited, value)
         elif key == "invariant" and inherited and isinstance(value, list):
-            name = lambda law: law.get("name") if isinstance(law, Mapping) else None  # noqa: E731
-            again = {name(law) for law in value}
-            values[key] = [law for law in inherited if name(law) not in again] + value
+            name = lambda each: each.get("name") if isinstance(each, Mapping) else None  # noqa: E731
+            again = {name(each) for each in value}
+            values[key] = [each for each in inherited if name(each) not in again] + value
         else:
             values[key] = value
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from spak_jax.registry import BLOCKS, POSITIONS, TASKS, Registry
 
-# The longest input that a training law or a scoring set may ask for, in symbols.
+# The longest input that training data or a scoring set may ask for, in symbols.
 MAX_LENGTH = 10_000
 
 Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
@@ -114,7 +114,7 @@ class LoopedModel(Architecture):
 
 
 class Data(Section):
-    """The law that training problems are drawn by, and how they are laid out in rows."""
+    """The distribution of training problems, and how they are laid out in rows."""
 
     # The name of a registered task (`spak_jax.tasks`).
     task: str = "addition"

@@ -1,4 +1,4 @@
-"""Batches: problems drawn by the training law and laid out in rows of tokens.
+"""Batches: problems drawn from the training distribution and laid out in rows of tokens.
 
 All is pure and runs inside `jit`; what is drawn hangs on a key alone.
 """
@@ -33,11 +33,11 @@ class FixedDataset(NamedTuple):
 
 
 def sample_training(key: jax.Array, data: Data, shape: tuple[int, ...]) -> Problems:
-    """Problems by the training law: short inputs, and now and then longer "bridge" ones.
+    """Problems for training: short inputs, and now and then longer "bridge" ones.
 
     Args:
       key: PRNG key.
-      data: the law's parameters.
+      data: the parameters of their distribution.
       shape: of the problems.
 
     Returns:
@@ -78,7 +78,7 @@ def training_batch(key: jax.Array, data: Data, size: int, problems: Problems | N
 
     Args:
       key: PRNG key of this batch.
-      data: law and layout.
+      data: distribution and layout.
       size: of the batch.
       problems: a fixed set to take them from; None draws fresh ones.
 

@@ -88,7 +88,7 @@ def show(found: dict[str, Any]) -> None:
         way = found["ways"][rule]
         console.print(
             f"{rule}: threshold {way['after']:.8g}, calibrated on {CALIBRATED_ON:,} problems of the"
-            " training law"
+            " training distribution"
         )
     times = ", ".join(f"{name} {time:.1f} ms" for name, time in found["milliseconds"].items())
     console.print(f"scoring once on {found['device']}: {times}")

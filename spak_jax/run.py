@@ -153,7 +153,7 @@ def train(
     Args:
       config: of one seed (`train.seeds = 1`).
       path: the run folder, made if absent.
-      on_step: is told the metrics every so many steps.
+      on_step: gets the metrics every so many steps.
 
     Raises:
       ValueError: `config` has several seeds.

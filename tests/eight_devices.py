@@ -1,4 +1,4 @@
-"""What `test_parallel` looks at: trainings on up to 8 simulated devices, told as JSON.
+"""What `test_parallel` looks at: trainings on up to 8 simulated devices, as JSON.
 
 A program of its own, as the number of devices is fixed when JAX starts.
 """
@@ -32,7 +32,7 @@ from spak_jax.training.step import compiled, init_sharded_state, loss
 
 
 def config(seeds: int = 1, **devices) -> Config:
-    """A step a call, so that the loss of each is told."""
+    """A step a call, so that the loss of each is logged."""
     recipe = {"steps": 4, "decay_steps": 4, "checkpoint_every": 2, "steps_per_call": 1}
     return tiny_config(
         model={"loops": 2, "positions": "rope"},
@@ -122,13 +122,13 @@ def kernels() -> dict:
 
     def summed(rows, whole):
         (x, update, qkv), (scale, table) = rows, whole
-        told = dict(dropout_rate=0.5, dropout_key=jax.random.key(5), implementation="pallas")
+        options = dict(dropout_rate=0.5, dropout_key=jax.random.key(5), implementation="pallas")
         wanted, weights = jnp.ones(x.shape[:2], jnp.int32), jnp.ones(x.shape[:2])
-        stream, normed = add_layer_norm(x, update, scale, **told)
+        stream, normed = add_layer_norm(x, update, scale, **options)
         stream, score = add_layer_norm_cross_entropy(
-            stream, normed, scale, table, wanted, weights, **told
+            stream, normed, scale, table, wanted, weights, **options
         )
-        return (stream**2).sum() + score + (attention(qkv, **told) ** 3).sum()
+        return (stream**2).sum() + score + (attention(qkv, **options) ** 3).sum()
 
     differentiated = jax.value_and_grad(summed, argnums=(0, 1))
 

@@ -29,7 +29,7 @@ def score(correct, total=1000, zero_shot=False):
         "low": max(0.0, accuracy - reach),
         "high": min(1.0, accuracy + reach),
         "zero_shot": zero_shot,
-        "mean_steps": 4.0,
+        "mean_loops": 4.0,
     }
 
 

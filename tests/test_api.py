@@ -41,9 +41,9 @@ def test_importing_changes_nothing():
 
 
 def test_a_run_is_trained_loaded_and_asked(tiny_config, tmp_path):
-    told = []
-    run = spak.train(tiny_config, tmp_path / "run", on_step=told.append)
-    assert told[-1].step == run.step == 4 and told[-1].validation_loss is not None
+    steps = []
+    run = spak.train(tiny_config, tmp_path / "run", on_step=steps.append)
+    assert steps[-1].step == run.step == 4 and steps[-1].validation_loss is not None
     again = spak.load(str(tmp_path / "run"))
     assert again.step == 4 and again.config == run.config and "step 4" in repr(again)
     answers = run.solve(["1+2", "34+5"])

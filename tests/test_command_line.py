@@ -68,8 +68,8 @@ def test_one_command_runs_the_programs():
     commands = [program.partition(".")[2] for program in PROGRAMS if program.startswith("spak_jax")]
     assert sorted(commands) == sorted(line.split()[0] for line in usage.stdout.splitlines()[2:-2])
     for command in ("figures", "solve"):
-        told = run_program("spak_jax", command, "--help")
-        assert told.stdout == run_program(f"spak_jax.{command}", "--help").stdout
+        shown = run_program("spak_jax", command, "--help")
+        assert shown.stdout == run_program(f"spak_jax.{command}", "--help").stdout
     assert_refused(run_program("spak_jax", "trian"), "spak trian: must be of", "train")
     assert_refused(run_program("spak_jax"), "usage: spak COMMAND")
     assert_refused(run_program("spak_jax", "solve"), "RUN")

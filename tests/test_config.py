@@ -51,7 +51,7 @@ def test_the_five_systems_follow_the_originals_recipe():
         assert (train.weight_decay, train.clip_norm) == (1e-4, 1.0)
 
 
-def law(name: str, check: str = "parameters > 0") -> str:
+def invariant(name: str, check: str = "parameters > 0") -> str:
     return f'[[invariant]]\nname = "{name}"\nlaw = "x"\ncheck = "{check}"\n'
 
 
@@ -60,12 +60,12 @@ FACT = '[[fact]]\nname = "{}"\nclaim = "Learned."\n'
 
 def test_a_file_starts_from_others_and_its_own_word_is_the_last(tmp_path):
     write = lambda name, text: (tmp_path / f"{name}.toml").write_text(text)  # noqa: E731
-    write("common", "[train]\nsteps = 5\nbatch = 3\n" + law("a") + law("b"))
+    write("common", "[train]\nsteps = 5\nbatch = 3\n" + invariant("a") + invariant("b"))
     write("small", 'base = ["common"]\n[model]\nwidth = 8\nheads = 2\n[train]\nbatch = 4\n')
     looped = '[model]\nkind = "loop"\nloops = 2\nheads = 4\n[data]\nbridge_lengths = [5]\n'
-    write("looped", 'base = ["common"]\n' + looped + law("c") + FACT.format("of-looped"))
+    write("looped", 'base = ["common"]\n' + looped + invariant("c") + FACT.format("of-looped"))
     own = 'base = ["small", "looped"]\nname = "own"\n[system]\nname = "Own"\n[model]\nloops = 3\n'
-    write("own", own + law("b", "parameters > 1") + FACT.format("own"))
+    write("own", own + invariant("b", "parameters > 1") + FACT.format("own"))
     found = read_specification(tmp_path / "own.toml", ["train.steps=7"])
     assert (found.model.width, found.model.heads, found.model.loops) == (8, 4, 3)
     # What `looped` starts from counts after what `small` says.

@@ -19,7 +19,7 @@ def test_a_file_is_found_by_its_name_in_an_ascii_locale(given, tmp_path):
     environment = {
         "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    # The file is read, and what it lacks is told.
+    # The file is read, and what it lacks is said.
     result = subprocess.run(
         [sys.executable, "-m", "spak_jax.train", given],
         cwd=tmp_path,

@@ -33,7 +33,7 @@ SHIPPED += ("tests",)
 class Ends(NamedTuple):
     """Ends by itself, having said this (a pattern), and leaves these files.
 
-    given: files that it is told of and that a user has: where they are in the clone, by name.
+    given: files that it reads and that a user has: where they are in the clone, by name.
     """
 
     says: str = ""

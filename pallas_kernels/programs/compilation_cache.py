@@ -60,12 +60,12 @@ def folder() -> Path | None:
 
 def _processor() -> str:
     """A short name for what this machine's processor can do."""
-    told = platform.processor()
+    description = platform.processor()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         # Once for each core.
         lines = [line for line in file if line.startswith(("model name", "flags", "Features"))]
-        told = "".join(sorted(set(lines)))
-    return hashlib.sha256(told.encode()).hexdigest()[:12]
+        description = "".join(sorted(set(lines)))
+    return hashlib.sha256(description.encode()).hexdigest()[:12]
 
 
 def _mended(path: Path) -> bool:

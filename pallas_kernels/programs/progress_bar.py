@@ -41,11 +41,11 @@ def progress(
       instead: what may be done instead of waiting, said once if it will take long.
 
     Yields:
-      What is to be told of its progress.
+      The `Progress` to advance.
     """
-    told = Progress(what, total, completed, unit, instead)
-    with told._shown():
-        yield told
+    shown = Progress(what, total, completed, unit, instead)
+    with shown._shown():
+        yield shown
 
 
 class Progress:

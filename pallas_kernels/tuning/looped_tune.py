@@ -58,7 +58,7 @@ def fastest(target: str, say: Callable[[str], None]) -> dict[str, dict[str, Any]
 
     Args:
       target: whose tiles the GPU takes.
-      say: is told of every candidate.
+      say: is called with a line on every candidate.
     """
     tried = candidates()
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:

@@ -3,9 +3,9 @@
 Two rules stop a token (`LoopLM.halting_logits`): by confidence, or by convergence. Each has one
 number here, the doubt that is left: a confident token's largest probability is at least one minus
 the doubt, a converged one's state and those of all before it have moved by no more than that share
-of themselves in a loop. The number is calibrated on problems of the training law alone, as the one
-that saves most loops and loses at most a tenth of a point there, or the least that is tried where
-none loses so little.
+of themselves in a loop. The number is calibrated on problems of the training distribution alone, as
+the one that saves most loops and loses at most a tenth of a point there, or the least that is tried
+where none loses so little.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ DOUBTS = {
     ),
     "convergence": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
 }
-# A share of the answers, against no halting, on problems of the training law.
+# A share of the answers, against no halting, on problems of the training distribution.
 MOST_LOST = 0.001
 CALIBRATED_ON = 4_000
 CALIBRATION_SEED = 0
@@ -142,11 +142,11 @@ def calibrated(loaded: LoadedModel, rule: str, loops: int | None = None) -> Halt
     """
     scorer = HaltingScorer(loaded, loops or _looped(loaded.config).loops)
     trained_on = _training_problems(loaded.config, jax_settings.key(CALIBRATION_SEED))
-    with progress("calibrating", len(DOUBTS[rule]) + 1, unit="thresholds") as told:
+    with progress("calibrating", len(DOUBTS[rule]) + 1, unit="thresholds") as bar:
 
         def outcome(way: Halting) -> dict[str, float]:
             found = scorer(trained_on, way).summary()
-            told.advance()
+            bar.advance()
             return found
 
         calibration = {NONE: outcome(NEVER), rule: []}
@@ -187,13 +187,13 @@ def measure(
     scored = {n: task.sample_exact(jax.random.fold_in(key, n), n, examples) for n in lengths}
     total = 2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(lengths)
     instead = or_a_gpu("fewer problems (--examples) or shorter ones (--lengths) take less")
-    with progress("halting", total, unit="scorings", instead=instead) as told:
+    with progress("halting", total, unit="scorings", instead=instead) as bar:
 
         def outcomes(problems: Problems, ways: Iterable[Halting]) -> list[HaltingPredictions]:
             found = []
             for way in ways:
                 found.append(scorer(problems, way))
-                told.advance()
+                bar.advance()
             return found
 
         calibration = _swept(scorer, trained_on, outcomes)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spak_jax.command_line import InputError, first_line, write_file
 from spak_jax.former_names import with_present_names
@@ -36,8 +36,11 @@ class Score(Part):
     accuracy: Fraction
     low: Fraction
     high: Fraction
-    # Loops at the tokens that answer, the mean; 0 of a model that does not loop.
-    mean_steps: Annotated[float, Field(ge=0)] | None = None
+    # Loops at the tokens that answer, the mean; 0 of a model that does not loop. `mean_steps` in
+    # older files.
+    mean_loops: Annotated[float, Field(ge=0)] | None = Field(
+        None, validation_alias=AliasChoices("mean_loops", "mean_steps")
+    )
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:

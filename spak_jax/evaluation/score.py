@@ -89,7 +89,7 @@ class Scorer:
 
         Args:
           problems: any number, as arrays of device or host.
-          advance: told after each call how many problems it scored.
+          advance: called after each call with the number of problems scored.
 
         Returns:
           Their `Predictions`, in their order.
@@ -152,8 +152,8 @@ def score(loaded: LoadedModel, settings: Settings, run: Path | None = None) -> R
     lengths, kinds, parts, measures = {}, {kind: {} for kind in settings.kinds}, [], []
     total = sum(sum(each.values()) for each in (counts, *of_kind.values()))
     total += columns.count if columns else 0
-    with progress("scoring", total, unit="problems", instead=or_a_gpu(INSTEAD)) as told:
-        advance = told.advance
+    with progress("scoring", total, unit="problems", instead=or_a_gpu(INSTEAD)) as bar:
+        advance = bar.advance
         for length, count in counts.items():
             problems = task.sample_exact(jax.random.fold_in(key, length), length, count)
             predictions = scorer(problems, advance)
@@ -204,11 +204,11 @@ def score_own_problems(
     predictions = Predictions(np.empty(len(own), bool), np.empty(len(own), np.float32))
     measures: dict[str, np.ndarray] = {}
     scorer = Scorer(loaded, settings)
-    with progress("scoring", len(own), unit="problems", instead=or_a_gpu(INSTEAD)) as told:
+    with progress("scoring", len(own), unit="problems", instead=or_a_gpu(INSTEAD)) as bar:
         # A few at a time: as arrays all are as wide as the longest.
         for chosen, _, _ in calls(sizes, task):
             problems = task.arrays([own[i] for i in chosen])
-            predictions.correct[chosen], predictions.steps[chosen] = scorer(problems, told.advance)
+            predictions.correct[chosen], predictions.loops[chosen] = scorer(problems, bar.advance)
             for name, found in task.measures(problems).items():
                 measures.setdefault(name, np.empty(len(own), np.int32))[chosen] = found
     results = Results.of(
@@ -250,18 +250,18 @@ def training_curve(run: Path) -> dict[str, list[float]]:
 
 
 def _teacher_forced(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    logits, steps = run(weights, batch.tokens)
+    logits, loops = run(weights, batch.tokens)
     right = (logits.argmax(-1) == batch.targets) | ~batch.answer
-    return right.all(-1), steps.mean(-1, jnp.float32, where=batch.answer)
+    return right.all(-1), loops.mean(-1, jnp.float32, where=batch.answer)
 
 
 def _decoded(write: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
     # The whole rows; the answer's mask, which speaks of targets, moves one place on with them.
     tokens = jnp.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
     answer = jnp.pad(batch.answer, [(0, 0), (1, 0)])
-    generated, steps = write(weights, tokens, answer.argmax(-1))
+    generated, loops = write(weights, tokens, answer.argmax(-1))
     right = (generated == tokens) | ~answer
-    return right.all(-1), steps.mean(-1, jnp.float32, where=answer)
+    return right.all(-1), loops.mean(-1, jnp.float32, where=answer)
 
 
 def _problems_of(examples: int, length: int) -> int:

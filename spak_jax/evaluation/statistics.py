@@ -22,15 +22,15 @@ OVER_SEEDS = (
 class Predictions(NamedTuple):
     """Of each problem: whether it was answered right, and loops taken at the tokens that answer.
 
-    correct: bool `[problems]`. steps: float32 `[problems]`, the mean over the answer's tokens.
+    correct: bool `[problems]`. loops: float32 `[problems]`, the mean over the answer's tokens.
     """
 
     correct: np.ndarray
-    steps: np.ndarray
+    loops: np.ndarray
 
     def of(self, chosen: np.ndarray) -> "Predictions":
         """Those of some problems, by a bool array."""
-        return Predictions(self.correct[chosen], self.steps[chosen])
+        return Predictions(self.correct[chosen], self.loops[chosen])
 
 
 class Estimate(NamedTuple):
@@ -55,7 +55,7 @@ def summary(predictions: Predictions, **more: Any) -> dict[str, Any]:
         "low": float(interval.low),
         "high": float(interval.high),
         **more,
-        "mean_steps": float(predictions.steps.mean()),
+        "mean_loops": float(predictions.loops.mean()),
     }
 
 

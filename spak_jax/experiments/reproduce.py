@@ -47,9 +47,9 @@ class Account:
                 self.notes.append(sentence)
 
     def show(self) -> None:
-        for told, paths in (("made now", self.made), ("kept as it was", self.kept)):
+        for heading, paths in (("made now", self.made), ("kept as it was", self.kept)):
             if paths:
-                console.print(f"{told}: {len(paths):,} results file{'s' * (len(paths) > 1)}")
+                console.print(f"{heading}: {len(paths):,} results file{'s' * (len(paths) > 1)}")
             for path in paths:
                 console.print(f"  {path}")
         for note in self.notes:
@@ -73,7 +73,7 @@ def reproduce(experiment: Experiment, run_path: Path, account: Account) -> None:
     Args:
       experiment: a system's trainings and scorings.
       run_path: the run folder of all its seeds.
-      account: is told what was made and what kept.
+      account: takes down what was made and what was kept.
 
     Raises:
       InputError: a run folder or results file there is of another configuration.

@@ -62,7 +62,7 @@ def table(width: int, overrides: Sequence[str]) -> list[Experiment]:
 
 
 def frontier(overrides: Sequence[str]) -> list[Experiment]:
-    """Told where digits align: every length to 100 digits, beyond, and, where trained so, loops."""
+    """Given position ids: every length to 100 digits, beyond, and, where trained so, loops."""
     scored = _scored_at((*range(1, 101), 200, 500, 1_000), 10_000)
     experiments = []
     for name in ("frontier", "frontier-tiny"):
@@ -74,7 +74,7 @@ def frontier(overrides: Sequence[str]) -> list[Experiment]:
 
 
 def pointer(overrides: Sequence[str]) -> list[Experiment]:
-    """Told nothing of where digits align."""
+    """Without position ids: the model learns them."""
     lengths = (*range(1, 13), 16, 24, 32, 48, 64, 80, 100, 200, 500, 1_000)
     config = _config("pointer", overrides, sizes=_scored_at(lengths, 10_000))
     return [Experiment(config, (Scoring(kinds=True),))]
@@ -119,7 +119,7 @@ def ablation(overrides: Sequence[str]) -> list[Experiment]:
     """What matters: every scheme with stacked and with looped blocks of several depths."""
     experiments = []
     for scheme, clip, window in SCHEMES:
-        told = f"{scheme}, window" if window else scheme
+        scheme_name = f"{scheme}, window" if window else scheme
         placed = [
             'model.kind="loop"',
             f'model.positions="{scheme}"',
@@ -132,8 +132,8 @@ def ablation(overrides: Sequence[str]) -> list[Experiment]:
             config = _config(
                 "ablation",
                 overrides,
-                name=f"{told.replace(', ', '-')}-{kind}{depth}",
-                system=f"{system}, {told}",
+                name=f"{scheme_name.replace(', ', '-')}-{kind}{depth}",
+                system=f"{system}, {scheme_name}",
                 # Every system has its own depth, so a stack's is no override's either.
                 own=[*placed, f"model.loops={depth}"],
                 sizes=_scored_at(ABLATION_LENGTHS, 1_000),
@@ -145,10 +145,10 @@ def ablation(overrides: Sequence[str]) -> list[Experiment]:
 
 
 def ideas(overrides: Sequence[str]) -> list[Experiment]:
-    """More that might reach longer numbers without being told where digits align, but did not.
+    """More that might reach longer numbers without position ids, but did not.
 
     Loops trained to be repeated (input injected, state normalised, random depths), run as often as
-    numbers are longer, with places turned by or with information that only neighbours pass on; and
+    numbers are longer, with rotary positions or with information that only neighbours pass on; and
     several problems a row.
     """
     repeated = [
@@ -189,8 +189,8 @@ def ideas(overrides: Sequence[str]) -> list[Experiment]:
         ),
     }
     experiments = []
-    for name, (told, own, sizes, factors) in systems.items():
-        system = f"LoopLM, 4 loops, {told}"
+    for name, (description, own, sizes, factors) in systems.items():
+        system = f"LoopLM, 4 loops, {description}"
         config = _config(
             "ablation",
             overrides,

@@ -94,7 +94,7 @@ def read_original(path: Path) -> Original:
 
 
 def describe(original: Original, name: str, inject_input: bool) -> Config:
-    """The configuration of an imported run: the original's model, data law and recipe.
+    """The configuration of an imported run: the original's model, data and recipe.
 
     Args:
       original: the checkpoint.

@@ -107,7 +107,7 @@ def gather(files: Sequence[tuple[Path, Results]]) -> tuple[list[Evaluated], list
             runs[seed] = earlier_path, merged
         systems.append(tuple(runs[seed][1] for seed in sorted(runs)))
     names = [_name(runs[0]) for runs in systems]
-    labels = _told_apart(names, [_identity(runs[0]) for runs in systems])
+    labels = _distinct_labels(names, [_identity(runs[0]) for runs in systems])
     return [Evaluated(*line) for line in zip(labels, systems, strict=True)], repeats
 
 
@@ -128,7 +128,7 @@ def loop_families(evaluated: Sequence[Evaluated]) -> list[tuple[str, list[Evalua
         if len(lines) > 1
     ]
     names = [_name(lines[0].first, with_loops=False) for lines in families]
-    labels = _told_apart(names, [family(lines[0]) for lines in families])
+    labels = _distinct_labels(names, [family(lines[0]) for lines in families])
     return list(zip(labels, families, strict=True))
 
 
@@ -141,7 +141,7 @@ def training_families(evaluated: Sequence[Evaluated]) -> list[tuple[int, Evaluat
     kept = [(i, r) for i, line in enumerate(evaluated) for r in line.results if r.training.step]
     systems = _grouped(kept, lambda run: _training_settings(run[1]))
     firsts = [runs[0][1] for runs in systems]
-    labels = _told_apart([_system(r) for r in firsts], [_training_settings(r) for r in firsts])
+    labels = _distinct_labels([_system(r) for r in firsts], [_training_settings(r) for r in firsts])
     families = []
     for label, runs in zip(labels, systems, strict=True):
         by_end = sorted((results for _, results in runs), key=lambda r: r.training.step[-1])
@@ -164,7 +164,7 @@ def scheme_families(evaluated: Sequence[Evaluated]) -> list[tuple[str, list[Eval
     families = []
     for lines in _grouped(evaluated, lambda line: _scheme(line.first)):
         names = [_depth(line.first) + _circumstances(line.first) for line in lines]
-        labels = _told_apart(names, [_beside_the_scheme(line.first) for line in lines])
+        labels = _distinct_labels(names, [_beside_the_scheme(line.first) for line in lines])
         positions, window = _scheme(lines[0].first).values()
         relabelled = [
             Evaluated(label, line.results) for label, line in zip(labels, lines, strict=True)
@@ -191,12 +191,12 @@ def problem_counts(results: Sequence[Results]) -> str:
     """How many problems were scored, in words."""
     drawn = sorted({r.examples for r in results if not r.problems})
     own = sorted({(r.problems, r.examples) for r in results if r.problems})
-    told = [f"{' or '.join(f'{n:,}' for n in drawn)} problems a length"] if drawn else []
+    parts = [f"{' or '.join(f'{n:,}' for n in drawn)} problems a length"] if drawn else []
     # The evaluator draws fewer of the longest.
     if any(s.total < r.examples for r in results if not r.problems for s in r.lengths.values()):
-        told = [f"at most {told[0]}"]
-    told += [f"{count:,} problems in {' '.join(name.split())}" for name, count in own]
-    return ", ".join(told)
+        parts = [f"at most {parts[0]}"]
+    parts += [f"{count:,} problems in {' '.join(name.split())}" for name, count in own]
+    return ", ".join(parts)
 
 
 def interval_kind(evaluated: Sequence[Evaluated]) -> str:
@@ -272,14 +272,14 @@ def _name(results: Results, with_loops: bool = True) -> str:
 
 def _circumstances(results: Results) -> str:
     """What a name says of an evaluation that is not a plain one."""
-    told = ", halting" if results.halting else ""
+    circumstances = ", halting" if results.halting else ""
     if results.halting_rule:
-        told += f" by {results.halting_rule}"
+        circumstances += f" by {results.halting_rule}"
     if results.on_the_way:
-        told += f" after {results.step:,} of {results.config.train.steps:,} steps"
+        circumstances += f" after {results.step:,} of {results.config.train.steps:,} steps"
     if results.problems:
-        told += f", on {' '.join(results.problems.split())}"
-    return told
+        circumstances += f", on {' '.join(results.problems.split())}"
+    return circumstances
 
 
 def _scheme(results: Results) -> dict[str, Any]:
@@ -293,8 +293,8 @@ def _depth(results: Results) -> str:
     kind, count, unit = (
         ("GPT", model.layers, "layer") if model.loops is None else ("LoopLM", model.loops, "loop")
     )
-    told = kind if count is None else f"{kind}, {count} {unit}{'s' if count > 1 else ''}"
-    return told if results.loops == model.loops else f"{told}, at {results.loops}"
+    depth = kind if count is None else f"{kind}, {count} {unit}{'s' if count > 1 else ''}"
+    return depth if results.loops == model.loops else f"{depth}, at {results.loops}"
 
 
 def _beside_the_scheme(results: Results) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def _beside_the_scheme(results: Results) -> dict[str, Any]:
     return config | identity | names
 
 
-def _told_apart(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def _distinct_labels(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names; those that are the same get as many of their differing settings as it takes."""
     labels = list(names)
     leaves = [dict(nested_leaves(values)) for values in settings]
@@ -325,8 +325,8 @@ def _told_apart(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> 
 def ranges(numbers: Iterable[int]) -> str:
     """`0-4, 7` for 0, 1, 2, 3, 4, 7."""
     runs = itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0])
-    told = []
+    parts = []
     for _, run in runs:
         first, *others = [number for _, number in run]
-        told.append(f"{first}-{others[-1]}" if others else f"{first}")
-    return ", ".join(told)
+        parts.append(f"{first}-{others[-1]}" if others else f"{first}")
+    return ", ".join(parts)

@@ -66,7 +66,7 @@ def draw(found: dict[str, Any]) -> Figure:
     axes.legend(loc="center left", bbox_to_anchor=(1.04, 0.5), frameon=False)
     caption = (
         f"{found['system']}: {found['examples']:,} problems a length; circles: calibrated on the"
-        f" training law. {found['device']}, {found['date']}."
+        f" training distribution. {found['device']}, {found['date']}."
     )
     write_caption(figure, caption)
     return figure

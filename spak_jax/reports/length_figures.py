@@ -28,9 +28,7 @@ def draw_generalization(evaluated: Sequence[Evaluated]) -> Figure:
         (sample(i), line.label + seed_note(map(line.seeds_at, line.lengths)))
         for i, line in enumerate(evaluated)
     ]
-    caption = (
-        f"{provenance(evaluated)} Filled markers: lengths of the training law; open: zero-shot."
-    )
+    caption = f"{provenance(evaluated)} Filled markers: trained lengths; open: zero-shot."
     if len(evaluated) > 1:
         caption += f" {SET_APART}"
     if logarithmic:
@@ -40,7 +38,7 @@ def draw_generalization(evaluated: Sequence[Evaluated]) -> Figure:
     accuracy_axis(axes)
     for i, line in enumerate(evaluated):
         _draw_lengths(axes, line, i, _aside(i, len(evaluated), logarithmic), logarithmic)
-    _mark_training_law(axes, evaluated, logarithmic)
+    _mark_trained_lengths(axes, evaluated, logarithmic)
     return figure
 
 
@@ -66,7 +64,7 @@ def draw_schemes(evaluated: Sequence[Evaluated]) -> Figure | None:
         len(families),
         [(sample(i), name + seed_note(seeds[name])) for i, name in enumerate(names)],
         f"{provenance(evaluated)} Lengths: {_inputs(evaluated)}. Shaded, with filled markers:"
-        f" lengths of the training law; open: zero-shot. {SET_APART} {SOME_MARKED}",
+        f" trained lengths; open: zero-shot. {SET_APART} {SOME_MARKED}",
         2 if len(families) in (2, 4) else 3,
         BESIDE_UNLABELLED,
     )
@@ -81,7 +79,7 @@ def draw_schemes(evaluated: Sequence[Evaluated]) -> Figure | None:
         for line in lines:
             index = names.index(line.label)
             _draw_lengths(axes, line, index, _aside(index, len(names), logarithmic), logarithmic)
-        _shade_training_law(axes, lines, logarithmic)
+        _shade_trained_lengths(axes, lines, logarithmic)
     return figure
 
 
@@ -142,17 +140,17 @@ def _integer_ticks(axes: Axes, first: int, last: int) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=min(12, room), integer=True))
 
 
-def _mark_training_law(axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool) -> None:
-    """Shades the training law and names both sides of its border."""
-    edge, has_below, beyond = _shade_training_law(axes, evaluated, logarithmic)
+def _mark_trained_lengths(axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool) -> None:
+    """Shades the trained lengths and names both sides of its border."""
+    edge, has_below, beyond = _shade_trained_lengths(axes, evaluated, logarithmic)
     where = {"transform": axes.get_xaxis_transform(), "color": GREY, "fontsize": 7, "va": "bottom"}
     if has_below:
-        axes.text(edge, 1.01, "in the training law  ", ha="right", **where)
+        axes.text(edge, 1.01, "trained lengths  ", ha="right", **where)
     if beyond:
         axes.text(edge, 1.01, f"  {beyond}", ha="left", **where)
 
 
-def _shade_training_law(
+def _shade_trained_lengths(
     axes: Axes, evaluated: Sequence[Evaluated], logarithmic: bool
 ) -> tuple[float, bool, str]:
     """Shades the lengths below the first zero-shot one and draws the border.
@@ -178,5 +176,5 @@ def _shade_training_law(
     if not zero_shot:
         return edge, bool(below), ""
     axes.axvline(edge, color=GREY, linewidth=0.6, zorder=1)
-    # Systems of other training laws may share the axes.
+    # Systems trained on other lengths may share the axes.
     return edge, bool(below), "zero-shot" + " for some" * (len(below) < len(trained))

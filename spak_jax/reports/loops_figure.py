@@ -16,7 +16,7 @@ from spak_jax.reports.style import GREY, sample
 
 # A column whose accuracies over all numbers of loops lie closer than this tells nothing of loops.
 INFORMATIVE_SPREAD = 0.01
-# Of loops at test time: more lines in a panel cannot be told apart.
+# Of loops at test time: more lines in a panel cannot be distinguished.
 MOST_SERIES = 8
 NOT_ALL_SERIES = f" At most {MOST_SERIES} lengths a panel are drawn, the others are left out."
 # By the number of loops.
@@ -110,7 +110,7 @@ def _left_out(
     unit: str,
 ) -> str:
     """A sentence on what loops do not change, by family where there are several."""
-    told = []
+    parts = []
     for label, found, shown in zip(labels, series, drawn, strict=True):
         by_percent: dict[str, list[str]] = {}
         for name, by_loops in found.items():
@@ -122,10 +122,10 @@ def _left_out(
             for percent, names in by_percent.items()
         )
         if constant:
-            told.append(f"{label}: {constant}" if len(labels) > 1 else constant)
-    if not told:
+            parts.append(f"{label}: {constant}" if len(labels) > 1 else constant)
+    if not parts:
         return ""
-    return f" Not drawn, as loops change them by less than a point: {'; '.join(told)}."
+    return f" Not drawn, as loops change them by less than a point: {'; '.join(parts)}."
 
 
 def _together(names: Sequence[str]) -> str:

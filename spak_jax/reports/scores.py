@@ -47,7 +47,7 @@ def print_over_seeds(every: Sequence[Results]) -> None:
             over_seeds = {
                 "correct": sum(score.correct for score in scores),
                 "total": sum(score.total for score in scores),
-                "mean_steps": float(np.mean([score.mean_steps or 0 for score in scores])),
+                "mean_loops": float(np.mean([score.mean_loops or 0 for score in scores])),
                 "accuracy": found.mean,
                 "low": found.low,
                 "high": found.high,
@@ -86,5 +86,5 @@ def _add_row(table: Table, name: str, score: LengthScore) -> None:
         f"{score.accuracy:.1%}",
         f"{score.low:.1%} - {score.high:.1%}",
         f"{score.correct:,} / {score.total:,}",
-        f"{score.mean_steps:.1f}" if score.mean_steps else "",
+        f"{score.mean_loops:.1f}" if score.mean_loops else "",
     )

@@ -198,8 +198,8 @@ def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
     results = [r for line in lines for r in line.results]
     seeds = {line.label: ranges(r.config.train.seed for r in line.results) for line in lines}
     # Where they are not the same for all.
-    told = "; ".join(f"{label} {of}" for label, of in seeds.items())
-    of_each = f" Training seeds: {told}." if len(set(seeds.values())) > 1 else ""
+    by_label = "; ".join(f"{label} {of}" for label, of in seeds.items())
+    of_each = f" Training seeds: {by_label}." if len(set(seeds.values())) > 1 else ""
     shares = {
         name: {
             r.published_columns[name].trained_share for r in results if name in r.published_columns
@@ -217,13 +217,13 @@ def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
 
 def _note_on_shares(shares: dict[str, set[float | None]]) -> str:
     """What the columns hold of trained lengths and of longer ones; older files do not say."""
-    told = []
+    shown = []
     for name, of_column in shares.items():
         known = sorted(x for x in of_column if x is not None and 0 < x < 1)
         if known:
             low, high = (f"{100 * x:.1f}" for x in (known[0], known[-1]))
-            told.append(f"{name} {low if low == high else f'{low} to {high}'}%")
-    return f" Of a column's problems, of trained lengths: {', '.join(told)}." if told else ""
+            shown.append(f"{name} {low if low == high else f'{low} to {high}'}%")
+    return f" Of a column's problems, of trained lengths: {', '.join(shown)}." if shown else ""
 
 
 def _short_commit(commit: str | None) -> str:

@@ -58,13 +58,13 @@ def _loss_axis(axes: Axes) -> None:
     lowest, highest = axes.get_ylim()
     if highest < 5 * lowest:
         # Within half a decade the steps 1, 2, 5 leave too few ticks.
-        locator, told = MaxNLocator(nbins=5), "{:g}".format
+        locator, label = MaxNLocator(nbins=5), "{:g}".format
     elif highest < 1000 * lowest:
-        locator, told = LogLocator(subs=(1, 2, 5)), "{:g}".format
+        locator, label = LogLocator(subs=(1, 2, 5)), "{:g}".format
     else:
-        locator, told = LogLocator(), _power_of_ten
+        locator, label = LogLocator(), _power_of_ten
     axes.yaxis.set_major_locator(locator)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: told(y)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: label(y)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("loss (nats a token)")
 

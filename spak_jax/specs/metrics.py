@@ -3,8 +3,8 @@
 | metric | what, and its unit |
 | --- | --- |
 | `model.KEY`, `data.KEY`, `train.KEY`, `evaluation.KEY` | the configuration's own values |
-| `data.lengths` | every length that an input can have in training, by the law |
-| `data.sampled_lengths` | the lengths met in a million problems drawn by the law |
+| `data.lengths` | every length that an input can have in training, by the configuration |
+| `data.sampled_lengths` | the lengths met in a million problems drawn for training |
 | `system.zero_shot` | the lengths it is to add without having seen them |
 | `parameters` | weights, counted without making any |
 | `operations.step`, `operations.training` | floating-point operations of one seed's products |
@@ -236,7 +236,7 @@ def _parameters(config: Config) -> int:
 
 
 def _sampled_lengths(config: Config) -> tuple[int, ...]:
-    """Lengths of operands in a million problems drawn by the law."""
+    """Lengths of operands in a million problems drawn for training."""
 
     @jax.jit
     def lengths():

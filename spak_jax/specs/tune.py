@@ -38,7 +38,7 @@ def tune_by(
     Args:
       path: of its file.
       targets: that the compiler is asked for; none times the candidates on the GPU at hand.
-      say: is told of every candidate, and of what is written.
+      say: is called with a line on every candidate, and on what is written.
       out: folder for the table and the evidence.
       write: into the kernels' own table, the evidence into `EVIDENCE`, and a claim into the file.
 
@@ -88,7 +88,7 @@ def within_invariants(
     Args:
       declared: what it declares.
       target: a name in `TARGETS`.
-      say: is told of every candidate.
+      say: is called with a line on every candidate.
       timed: whether the target's GPU is at hand, so that times decide; else the compiler does.
 
     Raises:
@@ -126,14 +126,14 @@ def within_invariants(
         lines = tune.fastest(tried, seconds, jax.devices()[0].device_kind)
     else:
         lines = tune.preferred(reports[i] for i in allowed_places)
-    told = []
+    records = []
     for i, (candidate, report) in enumerate(zip(tried, reports, strict=True)):
         breaks = f", breaks {', '.join(broken[i])}" if broken[i] else ""
         say(
             f"{target}: {candidate}: {report.registers} registers, {report.spilled} B spilled,"
             f" {report.shared_memory} B shared{breaks}"
         )
-        told.append(
+        records.append(
             {
                 "kernel": candidate.kernel,
                 "settings": candidate.settings,
@@ -146,8 +146,8 @@ def within_invariants(
             }
         )
     taken = {k: _settings_alone(entry) for k, by_key in lines.items() for entry in by_key.values()}
-    chosen = {one["kernel"]: one for one in told if one["settings"] == taken.get(one["kernel"])}
-    return Found(lines, told, chosen)
+    chosen = {one["kernel"]: one for one in records if one["settings"] == taken.get(one["kernel"])}
+    return Found(lines, records, chosen)
 
 
 def _settings_alone(entry: dict[str, Any]) -> dict[str, Any]:

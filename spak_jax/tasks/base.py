@@ -120,7 +120,7 @@ class Task(abc.ABC):
     # ---- What is drawn. ----
 
     def sample(self, keys: jax.Array, at_most: jax.Array, width: int) -> Problems:
-        """Problems of the training law: every input a length first, uniform, then its symbols.
+        """Problems for training: of every input first the length, uniform, then the symbols.
 
         Args:
           keys: PRNG keys, one an input.

@@ -44,8 +44,8 @@ def train(
       config: of this run; a checkpoint of another training is refused.
       run_path: the run folder; with several seeds, of all of them (`run_folders`).
       until: a step to stop at, with a checkpoint, on the way to the last; None for the last.
-      on_step: is told the metrics after every compiled call, of each seed in turn. What it raises
-        ends the training; the newest checkpoint stays.
+      on_step: gets the metrics after every compiled call, of each seed in turn. What it raises ends
+        the training; the newest checkpoint stays.
       request: asks it to stop after the steps under way, with a checkpoint
         (`signals.graceful_shutdown`); None where nothing does.
 
@@ -119,19 +119,19 @@ def _train_in(
         while runs.step < last and not any(asked):
             step, target = runs.step, _next_stop(runs.step, pace, last, config.train)
             started = time.monotonic()
-            state, told = run_steps(state, dataset, np.int32(target - step))
-            told = jax.tree.map(
+            state, metrics = run_steps(state, dataset, np.int32(target - step))
+            metrics = jax.tree.map(
                 lambda x: np.atleast_2d(x)[:, : target - step].tolist(),  # noqa: B023
-                jax.device_get(told),
+                jax.device_get(metrics),
             )
             seconds = (time.monotonic() - started) / (target - step)
             pace = max(1, min(int(SECONDS_PER_CALL / seconds), config.train.steps_per_call))
             runs.require_finite(
-                {"loss": told.loss, "norm of the gradient": told.gradient_norm}, step + 1
+                {"loss": metrics.loss, "norm of the gradient": metrics.gradient_norm}, step + 1
             )
             asked, paces = parallel.all_gather(request.signal, pace)
             pace = min(paces)
-            losses = [sum(values) / len(values) for values in told.loss]
+            losses = [sum(values) / len(values) for values in metrics.loss]
             validated = [None] * seeds
             due = target % config.train.checkpoint_every == 0 or target == last
             if due or any(asked):

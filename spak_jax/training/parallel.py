@@ -142,16 +142,16 @@ def value_and_grad(objective: Callable, parallel: Parallel) -> Callable:
 
 @contextlib.contextmanager
 def distributed_session() -> Iterator[None]:
-    """Makes this process one of several, as JAX finds out from Slurm or Open MPI, or is told.
+    """Makes this process one of several, as Slurm, Open MPI or the environment says.
 
-    It is told by `JAX_COORDINATOR_ADDRESS` (host:port of the first), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` (from 0). Only the first process prints and writes.
+    Of the environment JAX reads `JAX_COORDINATOR_ADDRESS` (host:port of the first process), and we
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` (from 0). Only the first process prints and writes.
 
     Raises:
-      InputError: it finds nothing out, or what it is told is no number.
+      InputError: nothing says so, or a variable is no number.
       Failure: the others do not answer.
     """
-    told = {}
+    given = {}
     for argument, variable in (
         ("num_processes", "JAX_NUM_PROCESSES"),
         ("process_id", "JAX_PROCESS_ID"),
@@ -159,10 +159,10 @@ def distributed_session() -> Iterator[None]:
         if variable in os.environ:
             if not os.environ[variable].isdecimal():
                 raise InputError(f"{variable} = {os.environ[variable]!r}: must be a number")
-            told[argument] = int(os.environ[variable])
+            given[argument] = int(os.environ[variable])
     try:
         # The first process scores after the others have ended: they wait for it.
-        jax.distributed.initialize(**told, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        jax.distributed.initialize(**given, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except ValueError as error:
         raise InputError(
             f"--distributed: {error} Start it by Slurm or Open MPI, or set JAX_COORDINATOR_ADDRESS,"

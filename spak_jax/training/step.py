@@ -154,8 +154,8 @@ def make_training(
         )
         updates, optimizer_state = update(gradients, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        told = StepMetrics(value, optax.tree.norm(gradients))
-        return TrainState(weights, optimizer_state, state.step + 1, state.seed), told
+        metrics = StepMetrics(value, optax.tree.norm(gradients))
+        return TrainState(weights, optimizer_state, state.step + 1, state.seed), metrics
 
     every_seed = one_step
     if config.train.seeds > 1:
@@ -165,9 +165,9 @@ def make_training(
 
     def run_steps(state: TrainState, dataset: FixedDataset, count: jax.Array):
         def body(i, carry):
-            state, told = carry
+            state, metrics = carry
             state, of_step = every_seed(state, dataset)
-            return state, jax.tree.map(lambda x, value: x.at[..., i].set(value), told, of_step)
+            return state, jax.tree.map(lambda x, value: x.at[..., i].set(value), metrics, of_step)
 
         none = jnp.zeros((*state.seed.shape, config.train.steps_per_call), jnp.float32)
         return jax.lax.fori_loop(0, count, body, (state, StepMetrics(none, none)))

@@ -156,7 +156,7 @@ def test_generation_stops_at_the_newline_and_leaves_prompts_alone():
 
 
 def saying(texts):
-    """A decoder that writes what it is told, and keeps count of the tokens."""
+    """A decoder that writes what it is given, and keeps count of the tokens."""
     calls = []
 
     def decode_step(weights, tokens, at, cache):

@@ -1,4 +1,4 @@
-"""Halting that pays: the calibration keeps its word, and what is told is what was counted."""
+"""Halting that pays: the calibration keeps its word, and what is reported is what was counted."""
 
 import json
 import shutil
@@ -41,8 +41,8 @@ def test_scores_are_those_of_the_evaluator(half_trained, way):
     halt = PUBLISHED_HALTING if way == "published" else None
     expected = Scorer(trained, Settings((1,), 1, 0, halt=halt))(problems)
     np.testing.assert_array_equal(outcome.correct, expected.correct)
-    steps = np.where(outcome.answering, outcome.steps, 0).sum(1) / outcome.answering.sum(1)
-    np.testing.assert_allclose(steps, expected.steps, rtol=1e-6)
+    loops = np.where(outcome.answering, outcome.steps, 0).sum(1) / outcome.answering.sum(1)
+    np.testing.assert_allclose(loops, expected.loops, rtol=1e-6)
     assert 0.05 < outcome.correct.mean() < 0.999
     # What is read ends with the answer: of `1+2=3`, five tokens, `=` and `3` choose its symbols.
     count = list(np.asarray(ADDITION.render(problems, 9)[0][0])).index(ADDITION.end)

@@ -102,7 +102,7 @@ def test_scores_and_answers_are_those_of_each_problem_alone(decode, half_trained
     assert len(some) == 10
     for i in some:
         alone = scorer(ADDITION.arrays([own[i]]))
-        assert (alone.correct[0], alone.steps[0]) == (right[i], together.steps[i])
+        assert (alone.correct[0], alone.loops[0]) == (right[i], together.loops[i])
         assert solve(trained, [own[i]]) == [answers[i]]
 
 

@@ -123,7 +123,7 @@ def test_wrong_answers_are_counted_over_all_lengths_and_seeds():
         ({"halting": [0.9, 0.999]}, "halting"),
     ],
 )
-def test_evaluations_that_differ_are_told_apart(changes, difference):
+def test_evaluations_that_differ_are_distinguished(changes, difference):
     evaluated, _ = gathered(results(), results(**changes))
     labels = [line.label for line in evaluated]
     assert len(set(labels)) == 2 and difference in labels[1]
@@ -162,7 +162,7 @@ def test_scheme_families_hold_the_same_models_by_scheme_and_window():
     assert [r.config.train.seed for r in both_seeds.results] == [0, 1]
 
 
-def test_models_of_one_scheme_that_are_as_deep_are_told_apart_by_settings_before_names():
+def test_models_of_one_scheme_that_are_as_deep_are_distinguished_by_settings_before_names():
     evaluated, _ = gathered(
         results("rope", "With RoPE"),
         *(results(f"n{w}", f"None, {w}", model={"positions": "none", "width": w}) for w in (8, 16)),
@@ -200,12 +200,12 @@ def test_words_on_where_results_come_from():
     own = results(problems="mine.txt", examples=7, seed=4, date="2026-12-01")
     evaluated, _ = gathered(*(results(seed=s) for s in (2, 0, 1)), own)
     every = [r for line in evaluated for r in line.results]
-    told = "NVIDIA H100 80GB HBM3, 2026-11-22 to 2026-12-01, training seeds 0-2, 4"
-    assert grouping.origin(every) == told
+    expected = "NVIDIA H100 80GB HBM3, 2026-11-22 to 2026-12-01, training seeds 0-2, 4"
+    assert grouping.origin(every) == expected
     assert grouping.problem_counts(every) == "1,000 problems a length, 7 problems in mine.txt"
     fewer = [*every, *gathered(results(lengths={"1000": score(50, 100)}))[0][0].results]
-    told = "at most 1,000 problems a length, 7 problems in mine.txt"
-    assert grouping.problem_counts(fewer) == told
+    expected = "at most 1,000 problems a length, 7 problems in mine.txt"
+    assert grouping.problem_counts(fewer) == expected
     assert grouping.interval_kind(evaluated[1:]) == statistics.WILSON
     assert grouping.interval_kind(evaluated[:1]) == statistics.OVER_SEEDS
     notes = [grouping.seed_note(counts) for counts in ([1, 1], [5], [1, 3])]
@@ -278,12 +278,12 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_results_are_refused_by_file_and_key(case, tmp_path):
-    content, told = BAD[case]
+    content, expected = BAD[case]
     bad = written(tmp_path, content)
     with pytest.raises(InputError) as refusal:
         read_results(bad)
     message = str(refusal.value)
-    assert str(bad) in message and told in message and "\n" not in message
+    assert str(bad) in message and expected in message and "\n" not in message
 
 
 def test_good_results_are_read_past_keys_that_are_not_known(tmp_path):
@@ -299,8 +299,10 @@ def test_files_of_former_names_are_read_as_they_are_called_now(tmp_path):
         "config": values["config"] | {"data": {"max_digits": 4, "bridge_digits": [5], "seed": 0}},
     }
     del former["published_columns"], former["measures"]
+    former = json.loads(json.dumps(former).replace("mean_loops", "mean_steps"))
     present = values["config"] | {"data": {"max_length": 4, "bridge_lengths": [5], "seed": 0}}
     found = read_results(written(tmp_path, former))
+    assert found.lengths["8"].mean_loops == 4
     assert found == read_results(written(tmp_path, values | {"config": present}))
     both = former | {"config": present | {"data": {"max_length": 4, "max_digits": 4}}}
     with pytest.raises(InputError, match="data.max_digits is the former name of data.max_length"):
@@ -313,7 +315,7 @@ def test_what_is_no_file_is_refused(path, tmp_path):
         read_results(tmp_path / path)
 
 
-def test_halting_rules_are_told_apart_and_older_files_mean_confidence():
+def test_halting_rules_are_distinguished_and_older_files_mean_confidence():
     old = results(halting=[0.9, 0.9])
     same = old | {"halting_rule": "confidence", "commit": None}
     other = old | {"halting_rule": "convergence"}

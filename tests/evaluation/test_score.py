@@ -86,8 +86,8 @@ def test_decoding_a_trained_model_equals_teacher_forcing(half_trained, halt):
     ]
     assert (outcomes[0].correct == outcomes[1].correct).all()
     assert 0.05 < outcomes[0].correct.mean() < 0.999
-    steps = outcomes[0].steps
-    assert (steps == 3).all() if not halt else 1 <= steps.mean() < 3
+    loops = outcomes[0].loops
+    assert (loops == 3).all() if not halt else 1 <= loops.mean() < 3
 
 
 def test_scores_do_not_depend_on_how_many_are_scored_together(half_trained):

@@ -53,14 +53,14 @@ def run(monkeypatch, words: str) -> None:
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
-def test_systems_of_a_study_can_be_told_apart(name):
+def test_systems_of_a_study_can_be_distinguished(name):
     experiments = studies.STUDIES[name](["train.seeds=2"])
     configs = [experiment.config for experiment in experiments]
     assert all(config.train.seeds == 2 for config in configs)
     for names in ([c.name for c in configs], [c.system for c in configs]):
         assert len(set(names)) == len(names)
     for config in configs:
-        # Nothing longer than 6 digits is ever trained on; that nothing is drawn beyond the law is
+        # Nothing longer than 6 digits is ever trained on; that nothing longer is drawn is
         # proved in test_arithmetic.
         assert config.data.longest == 6
 
@@ -162,9 +162,9 @@ def test_results_that_a_clone_comes_with_are_no_runs_own(
     assert {path: after[path] for path in before} == before
     new = {path.relative_to(fresh_clone).parts[0] for path in after.keys() - before.keys()}
     assert new == {"runs"}
-    told = capsys.readouterr().out
-    assert f"made now: {len(made)} results file" in told and "kept" not in told
-    assert all(str(path.relative_to(fresh_clone)) in told for path in made)
+    printed = capsys.readouterr().out
+    assert f"made now: {len(made)} results file" in printed and "kept" not in printed
+    assert all(str(path.relative_to(fresh_clone)) in printed for path in made)
     table = (fresh_clone / "runs" / name / "figures" / "table.md").read_text()
     assert "2 problems a length" in table and "1 seed" not in table
 
@@ -176,18 +176,18 @@ def undrawn(monkeypatch):
 
 
 def test_what_was_kept_is_said_and_what_other_code_made(tiny_system, undrawn, monkeypatch, capsys):
-    def told(words: str) -> str:
+    def printed_by(words: str) -> str:
         capsys.readouterr()
         run(monkeypatch, words)
         return capsys.readouterr().out
 
     runs = tiny_system / "runs" / "reproduced-256" / "tiny"
     words = f"{WORDS} --seeds 1"
-    first = told(words)
+    first = printed_by(words)
     files = sorted(runs.glob("*-seed0*.json"))
     before = contents(runs)
     assert "made now: 3 results files" in first and "kept" not in first
-    again = told(words)
+    again = printed_by(words)
     assert "kept as it was: 3 results files" in again and "made now" not in again
     assert "--fresh" not in again
     for file in files:
@@ -195,7 +195,7 @@ def test_what_was_kept_is_said_and_what_other_code_made(tiny_system, undrawn, mo
         assert str(file.relative_to(tiny_system)) in again
 
     monkeypatch.setattr(provenance, "commit", lambda: SECOND)
-    later = told(words)
+    later = printed_by(words)
     for file in files:
         said = f"{file.relative_to(tiny_system)} was made by commit {FIRST[:12]}; the code here is"
         assert f"{said} commit {SECOND[:12]}" in later
@@ -204,12 +204,12 @@ def test_what_was_kept_is_said_and_what_other_code_made(tiny_system, undrawn, mo
 
     # A training that goes on by other code, or is scored by it.
     files[0].unlink()
-    mixed = told(words)
+    mixed = printed_by(words)
     assert f"tiny was trained by commit {FIRST[:12]}; the code here is" in mixed
     assert "made now: 1 results file\n" in mixed and "kept as it was: 2 results files" in mixed
     assert read_results(files[0]).commit == SECOND
 
-    anew = told(f"{words} --fresh")
+    anew = printed_by(f"{words} --fresh")
     assert "made now: 3 results files" in anew and "kept as it was" not in anew
     assert "was made" not in anew
     assert {read_results(file).commit for file in files} == {SECOND}
@@ -256,8 +256,8 @@ def test_what_was_made_is_said_of_a_run_that_stops(tiny_system, undrawn, monkeyp
     monkeypatch.setattr(reproducing, "train", stopping)
     with pytest.raises(signals.Stopped):
         run(monkeypatch, WORDS)
-    told = capsys.readouterr().out
-    assert "made now: 2 results files" in told and "tiny-seed1-step6.json" in told
+    printed = capsys.readouterr().out
+    assert "made now: 2 results files" in printed and "tiny-seed1-step6.json" in printed
 
 
 def test_results_are_published_only_where_it_is_asked(tiny_system, monkeypatch):

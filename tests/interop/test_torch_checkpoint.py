@@ -178,12 +178,12 @@ def test_a_compiled_models_names_and_what_is_no_weight(convert_file):
     check_same_model(convert_file(contents | {"model": stored}), contents)
 
 
-@pytest.mark.parametrize("told_by", ["the flag", "the checkpoint", "both"])
-def test_input_injection(told_by, convert_file):
+@pytest.mark.parametrize("said_by", ["the flag", "the checkpoint", "both"])
+def test_input_injection(said_by, convert_file):
     contents = original("loop")
-    if told_by != "the flag":
+    if said_by != "the flag":
         contents["config"] = {"inject_x0": True}
-    folder = convert_file(contents, *([] if told_by == "the checkpoint" else ["--inject-input"]))
+    folder = convert_file(contents, *([] if said_by == "the checkpoint" else ["--inject-input"]))
     assert load(folder).config.model.inject_input
     check_same_model(folder, contents, inject_input=True)
 
@@ -259,7 +259,7 @@ def test_a_file_cut_short(refused, tmp_path):
 
 
 class Payload:
-    """Makes a folder when it is unpickled by a reader that runs what it is told."""
+    """Makes a folder when it is unpickled by a reader that runs what it is given."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -61,7 +61,7 @@ def assert_equals_reference(shape, dtype="float32", scale=1.0, bias_table=None, 
     poison(shape, dtype)
     found = outputs_and_gradients("pallas", q, k, v, d_out, bias_table, **options)
     exact = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
-    # A GPU multiplies float32 in tf32 unless told.
+    # A GPU multiplies float32 in tf32 by default.
     with jax.default_matmul_precision("highest"):
         truth = outputs_and_gradients("xla", *exact, bias_table, **options)
     for name, value, expected in zip(
@@ -387,11 +387,12 @@ def test_what_a_token_does_not_see_is_nothing_to_it(
 
 def test_the_newest_token_does_not_look_behind_itself():
     q, k, v = normal(0, (2, 2, 4)), normal(1, (2, 6, 2, 4)), normal(2, (2, 6, 2, 4))
-    at, told = jnp.array([2, 4]), {"bias_table": None, "window": None, "clip": None, "scale": 0.5}
+    at = jnp.array([2, 4])
+    options = {"bias_table": None, "window": None, "clip": None, "scale": 0.5}
     later = (jnp.arange(6) > at[:, None])[..., None, None]
-    out = reference.decode_attention(q, k, v, at, ids=None, **told)
+    out = reference.decode_attention(q, k, v, at, ids=None, **options)
     k, v = (jnp.where(later, jnp.nan, x) for x in (k, v))
-    np.testing.assert_array_equal(out, reference.decode_attention(q, k, v, at, ids=None, **told))
+    np.testing.assert_array_equal(out, reference.decode_attention(q, k, v, at, ids=None, **options))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])

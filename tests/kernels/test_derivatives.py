@@ -219,13 +219,13 @@ def test_what_only_goes_backward_is_differentiated_on_by_plain_code():
 
 
 def loss(network, how, tokens, thresholds):
-    told = {"position_ids": ADDITION.position_ids(tokens)}
+    inputs = {"position_ids": ADDITION.position_ids(tokens)}
     if how == "launched":
-        logits, _ = network.fused_forward(tokens, thresholds, **told)
+        logits, _ = network.fused_forward(tokens, thresholds, **inputs)
     elif thresholds is None:
-        logits = network(tokens, **told)
+        logits = network(tokens, **inputs)
     else:
-        logits, _ = network.halting_logits(tokens, thresholds, **told)
+        logits, _ = network.halting_logits(tokens, thresholds, **inputs)
     return jnp.sin(logits).mean()
 
 

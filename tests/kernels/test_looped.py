@@ -54,12 +54,16 @@ def texts(rows: int, length: int) -> jax.Array:
 
 @nnx.jit(static_argnames=("how", "loops", "rule"))
 def run(network, how, tokens, thresholds=None, rule="confidence", loops=None, positions=None):
-    told = {"loops": loops, "positions": positions, "position_ids": ADDITION.position_ids(tokens)}
+    options = {
+        "loops": loops,
+        "positions": positions,
+        "position_ids": ADDITION.position_ids(tokens),
+    }
     if how == "launched":
-        return network.fused_forward(tokens, thresholds, rule=rule, **told)
+        return network.fused_forward(tokens, thresholds, rule=rule, **options)
     if thresholds is None:
-        return network(tokens, **told), None
-    return network.halting_logits(tokens, thresholds, rule=rule, **told)
+        return network(tokens, **options), None
+    return network.halting_logits(tokens, thresholds, rule=rule, **options)
 
 
 def error(value, truth) -> float:
@@ -84,12 +88,12 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_launch_equals_the_scanned_model(name):
-    architecture, shape, told = MODELS[name]
+    architecture, shape, options = MODELS[name]
     network, tokens = network_of(**architecture), texts(*shape)
-    truth, _ = run(network, "scanned", tokens, **told)
-    logits, steps = run(network, "launched", tokens, **told)
+    truth, _ = run(network, "scanned", tokens, **options)
+    logits, steps = run(network, "launched", tokens, **options)
     assert error(logits, truth) < 1e-5
-    assert (steps == told.get("loops", network.loops)).all() and steps.shape == shape
+    assert (steps == options.get("loops", network.loops)).all() and steps.shape == shape
 
 
 @pytest.mark.parametrize("length", [24, 100])
@@ -225,13 +229,13 @@ def drawn(length: int, width=32, heads=2, dtype="float32", **sizes) -> tuple:
 )
 def test_one_launch_equals_plain_code(length, heads, gated, biased, rule, starts):
     x, weights, ids = drawn(length, heads=heads, gated=gated, biased=biased)
-    told = starts | {"heads": heads, "loops": 4, "dtype": jnp.float32}
-    told |= {"ids": ids} if biased else {"positions": jnp.arange(length)}
+    options = starts | {"heads": heads, "loops": 4, "dtype": jnp.float32}
+    options |= {"ids": ids} if biased else {"positions": jnp.arange(length)}
     if rule:
         thresholds = np.random.default_rng(length).uniform(0.1, 0.5, (2, length))
-        told |= {"rule": rule, "thresholds": jnp.asarray(thresholds)}
-    found = looped.looped_block(x, weights, **told, implementation="pallas")
-    plain = looped.looped_block(x, weights, **told, implementation="xla")
+        options |= {"rule": rule, "thresholds": jnp.asarray(thresholds)}
+    found = looped.looped_block(x, weights, **options, implementation="pallas")
+    plain = looped.looped_block(x, weights, **options, implementation="xla")
     np.testing.assert_array_equal(found[1], plain[1])
     # Loops pass rounding on, and with a sharp softmax make more of it.
     assert error(found[0], plain[0]) < 1e-4
@@ -249,19 +253,19 @@ def test_one_launch_equals_plain_code(length, heads, gated, biased, rule, starts
 def test_what_no_program_holds_goes_loop_by_loop(length, sizes):
     heads = sizes.get("heads", 2)
     x, weights, _ = drawn(length, **sizes)
-    told = {"heads": heads, "loops": 3, "dtype": sizes.get("dtype", "float32")}
+    options = {"heads": heads, "loops": 3, "dtype": sizes.get("dtype", "float32")}
     with pytest.raises(ValueError, match=r"no program on h100 holds"):
-        looped.looped_block(x, weights, **told, implementation="pallas")
+        looped.looped_block(x, weights, **options, implementation="pallas")
     assert not looped.supports_fused(
-        length, x.shape[-1], heads, len(weights.head), told["dtype"], with_ids=False
+        length, x.shape[-1], heads, len(weights.head), options["dtype"], with_ids=False
     )
 
     def logits(x, weights):
-        return looped.looped_block(x, weights, **told)[0]
+        return looped.looped_block(x, weights, **options)[0]
 
     found = logits(x, weights)
     assert found.shape == (2, length, len(weights.head))
-    plain = looped.looped_block(x, weights, **told, implementation="xla")[0]
+    plain = looped.looped_block(x, weights, **options, implementation="xla")[0]
     np.testing.assert_array_equal(found, plain)
     gradients = jax.grad(lambda *given: (logits(*given) ** 2).mean(), (0, 1))(x, weights)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))

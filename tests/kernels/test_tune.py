@@ -20,7 +20,7 @@ from pallas_kernels.tuning.shapes import Shape, parse_shape
 TINY = Shape(1, 8, 2, 4)
 
 
-def test_every_candidate_can_be_told_from_the_others():
+def test_every_candidate_differs_from_the_others():
     tried = tune.candidates(tiles.KERNELS)
     assert len({str(candidate) for candidate in tried}) == len(tried)
     lines = {(candidate.kernel, candidate.key) for candidate in tried}

@@ -1,4 +1,4 @@
-"""Progress off a terminal: when it is told, and in which words."""
+"""Progress off a terminal: when it is printed, and in which words."""
 
 import contextlib
 import io
@@ -20,11 +20,11 @@ class Clock:
 
 
 def lines_of(work, monkeypatch, *arguments, **more) -> list[str]:
-    """What `progress` prints off a terminal while `work(told, clock)` goes on."""
+    """What `progress` prints off a terminal while `work(bar, clock)` goes on."""
     clock, out = Clock(), io.StringIO()
     monkeypatch.setattr(progress_bar, "time", clock)
-    with contextlib.redirect_stdout(out), progress(*arguments, **more) as told:
-        work(told, clock)
+    with contextlib.redirect_stdout(out), progress(*arguments, **more) as bar:
+        work(bar, clock)
     return out.getvalue().splitlines()
 
 
@@ -32,12 +32,12 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(progress_bar, "FIRST_LINE", 0.05)
     monkeypatch.setattr(progress_bar, "BETWEEN_LINES", 0.05)
 
-    def work(told, clock):
+    def work(bar, clock):
         for _ in range(4):
             clock.now += 5.0
-            told.advance(10, "loss 0.5")
+            bar.advance(10, "loss 0.5")
         for _ in range(200):
-            if told._printed:
+            if bar._printed:
                 break
             programs_wait(0.02)
 
@@ -50,17 +50,17 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch):
 
 
 def test_short_work_says_nothing_and_its_last_status_is_said(monkeypatch):
-    assert lines_of(lambda told, clock: told.advance(), monkeypatch, "working", 1) == []
-    ended = lines_of(lambda told, clock: told.advance(1, "loss 1"), monkeypatch, "working", 1)
+    assert lines_of(lambda bar, clock: bar.advance(), monkeypatch, "working", 1) == []
+    ended = lines_of(lambda bar, clock: bar.advance(1, "loss 1"), monkeypatch, "working", 1)
     assert ended == ["working: 1 of 1, loss 1, after 0 s"]
 
 
 @pytest.mark.parametrize(("seconds", "warned"), [(0.5, False), (100.0, True)])
 def test_long_work_says_once_what_to_do_instead(seconds, warned, monkeypatch):
-    def work(told, clock):
+    def work(bar, clock):
         for _ in range(10):
             clock.now += seconds
-            told.advance()
+            bar.advance()
 
     lines = lines_of(work, monkeypatch, "working", 1_000, instead="take a walk")
     assert sum("take a walk" in line for line in lines) == warned
@@ -69,7 +69,7 @@ def test_long_work_says_once_what_to_do_instead(seconds, warned, monkeypatch):
 
 
 def test_work_within_work_is_not_shown(monkeypatch):
-    def work(told, clock):
+    def work(bar, clock):
         with progress("inner", 1) as inner:
             inner.advance(1, "unseen")
 

@@ -89,10 +89,10 @@ def main():
     table = Table(*(f"heading {{i}}" for i in range(6)))
     table.add_row(*(f"cell {{i}}" for i in range(6)))
     console.print(table)
-    with progress("work", 100, unit="steps") as told:
+    with progress("work", 100, unit="steps") as bar:
         for i in range(3):
             time.sleep(0.3)
-            told.advance(30, "loss 0.1234, learning rate 1.0e-03")
+            bar.advance(30, "loss 0.1234, learning rate 1.0e-03")
 
 run_program(main)
 """

@@ -1,4 +1,4 @@
-"""Faults: the short campaign keeps every promise, and a promise that is broken is told."""
+"""Faults: the short campaign keeps every promise, and a promise that is broken is reported."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_a_promise_is_kept(name, times, became, tmp_path):
     assert any(words.startswith(became) for words in found["outcomes"]), found["outcomes"]
 
 
-def test_a_broken_promise_is_told_with_what_was_tried(tmp_path, monkeypatch):
+def test_a_broken_promise_is_reported_with_what_was_tried(tmp_path, monkeypatch):
     def twice(folder, times, moments):
         yield "went well"
         raise faults.Broken("the second went wrong")
@@ -45,9 +45,9 @@ def test_a_broken_promise_is_told_with_what_was_tried(tmp_path, monkeypatch):
     found = {name: faults.attempt(name, tmp_path) for name in ("odd", "none")}
     assert (found["odd"]["tried"], found["odd"]["broken"]) == (2, "the second went wrong")
     assert (found["none"]["tried"], found["none"]["not_tried"]) == (0, "there is no such thing")
-    told = faults.table({name: each | {"date": "today"} for name, each in found.items()})
-    assert "| odd | 2 | went well: 1; **broken**: the second went wrong | today |" in told
-    assert "| none | 0 | not tried: there is no such thing | today |" in told
+    table = faults.table({name: each | {"date": "today"} for name, each in found.items()})
+    assert "| odd | 2 | went well: 1; **broken**: the second went wrong | today |" in table
+    assert "| none | 0 | not tried: there is no such thing | today |" in table
 
 
 def test_a_campaign_adds_to_its_file_and_to_no_other(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_a_sample_keeps_its_promises(tmp_path):
     for i, (program, place) in enumerate(SAMPLE):
         outcome, _ = surroundings.attempt(program, place, tmp_path / str(i), prepared)
         expected = {"no GPU": "refused, nothing lost", "nobody reads": "ended unheard"}
-        assert outcome in ("did its work", expected.get(place.told))
+        assert outcome in ("did its work", expected.get(place.description))
     assert not [path for path in tmp_path.iterdir() if path.name.isdecimal()]
 
 
@@ -82,7 +82,7 @@ def test_what_a_program_makes_is_read_back(tried):
         (MAKES + "import tempfile; tempfile.mkdtemp()", {}, "temporary files are left"),
         ("1 / 0", {"refusal": ()}, "ZeroDivisionError"),
         (REFUSES, {}, "refused: error: no room"),
-        (REFUSES, {"refusal": ("denied",)}, "the cause is not told"),
+        (REFUSES, {"refusal": ("denied",)}, "the cause is not named"),
         (REFUSES.replace("no", "no\\n"), {"refusal": ()}, "not one line"),
         (REFUSES.replace("no room", "damaged"), {"refusal": ()}, "blamed on good files"),
         (REFUSES.replace("2", "3"), {"refusal": ()}, "status 3"),
@@ -107,10 +107,10 @@ def test_a_broken_promise_is_found(tried, monkeypatch, text, place, said):
 def test_every_kind_has_trials_of_every_program_it_names():
     for name, kind in surroundings.CAMPAIGN.items():
         drawn = [list(kind.trials(random.Random(0))) for _ in range(2)]
-        told = [[(place.told, tuple(some)) for place, some in trials] for trials in drawn]
-        assert told[0] == told[1], f"{name} is not drawn anew the same"
-        programs = {program for _, some in told[0] for program in some}
-        assert programs <= surroundings.PROGRAMS.keys() and len(told[0]) > 3
+        plans = [[(place.description, tuple(some)) for place, some in trials] for trials in drawn]
+        assert plans[0] == plans[1], f"{name} is not drawn anew the same"
+        programs = {program for _, some in plans[0] for program in some}
+        assert programs <= surroundings.PROGRAMS.keys() and len(plans[0]) > 3
         for place, _ in drawn[0]:
             parts = [os.fsencode(part) for part in place.name.split("/")]
             assert all(0 < len(part) <= 255 and b"\0" not in part for part in parts)
@@ -118,9 +118,9 @@ def test_every_kind_has_trials_of_every_program_it_names():
 
 def test_a_campaign_tells_all_and_adds_to_its_file(tmp_path, monkeypatch, capsys):
     def trial(program, place, folder, prepared):
-        if place.told == "missing":
+        if place.description == "missing":
             raise NotTried("no such thing")
-        if place.told == "bad":
+        if place.description == "bad":
             raise Broken("it went wrong")
         return "did its work", None
 
@@ -129,7 +129,7 @@ def test_a_campaign_tells_all_and_adds_to_its_file(tmp_path, monkeypatch, capsys
     path = tmp_path / "found.json"
     for name, places in (("one", ("good", "missing")), ("two", ("good", "bad"))):
         trials = lambda moments, places=places: iter(  # noqa: E731
-            [(Surroundings(told), ("train", "solve")) for told in places]
+            [(Surroundings(description), ("train", "solve")) for description in places]
         )
         monkeypatch.setitem(surroundings.CAMPAIGN, name, surroundings.Kind(trials, name))
         monkeypatch.setattr("sys.argv", ["surroundings", name, "--json", str(path)])

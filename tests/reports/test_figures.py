@@ -64,8 +64,8 @@ def test_same_evaluation_twice_is_said(tmp_path, monkeypatch, capsys):
     first = written(tmp_path, results(), "first.json")
     second = written(tmp_path, results(date="2026-11-23"), "second.json")
     run_main(monkeypatch, first, second, "--out", tmp_path / "out")
-    told = capsys.readouterr().out
-    assert "second.json is the same evaluation as" in told and "drawn once" in told
+    printed = capsys.readouterr().out
+    assert "second.json is the same evaluation as" in printed and "drawn once" in printed
 
 
 def test_own_problems_are_drawn():

@@ -123,8 +123,8 @@ def test_several_seeds_are_one_line_and_the_caption_names_them():
     [line], _ = gathered(*(results(seed=s) for s in (0, 2)))
     figure = length_figures.draw_generalization([line])
     assert legend(figure) == ["LoopLM-12 (Dynamic), 2 seeds"]
-    told = "NVIDIA H100 80GB HBM3, 2026-11-22, training seeds 0, 2, 1,000 problems a length"
-    assert told in caption(figure)
+    expected = "NVIDIA H100 80GB HBM3, 2026-11-22, training seeds 0, 2, 1,000 problems a length"
+    assert expected in caption(figure)
     assert "Student intervals of the mean over training seeds" in caption(figure)
 
 
@@ -160,7 +160,7 @@ def test_schemes_have_a_panel_each_and_a_model_looks_the_same_in_all():
     assert "Lengths: every input exactly this long." in caption(figure)
 
 
-def test_schemes_mark_each_panels_own_training_law():
+def test_schemes_mark_each_panels_own_trained_lengths():
     short = {str(n): score(500, zero_shot=n > 3) for n in range(1, 13)}
     evaluated, _ = gathered(scheme("rope", lengths=short), scheme("none"))
     for axes, border in zip(length_figures.draw_schemes(evaluated).axes, (3.5, 6.5), strict=True):

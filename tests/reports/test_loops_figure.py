@@ -32,7 +32,7 @@ def test_loops_without_columns_are_drawn_by_length():
 
 
 def scored_by_loops(name, lengths):
-    """A system at 4 and 8 loops, without the seed's columns; longer than 9 digits loops help."""
+    """A system at 4 and 8 loops, without published columns; longer than 9 digits loops help."""
     return [
         results(
             name,

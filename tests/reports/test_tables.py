@@ -18,7 +18,7 @@ def rows_of(table):
     return rows
 
 
-def test_table_holds_our_numbers_beside_the_seeds():
+def test_table_holds_our_numbers_beside_the_published_ones():
     systems = {
         ("gpt12", "GPT-12L (Static)", None, None): "61.90",
         ("loop12", "LoopLM-12 (Dynamic)", 12, 12): "80.00",
@@ -48,12 +48,12 @@ def test_table_holds_our_numbers_beside_the_seeds():
             "20.0 (17.0-23.0)",
             "4.0 (1.0-7.0)",
         ]
-    for told in (
+    for expected in (
         "NVIDIA H100 80GB HBM3, 2026-11-22, training seed 0, 1,000 problems a length",
         "commit 0123456789ab+changes.",
         "5-6 really holds 5, 6 and 7 digits, 8 holds 8 and 9, 10 holds 10 and 11",
     ):
-        assert told in table
+        assert expected in table
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_a_column_of_trained_lengths_says_so():
         return results(published_columns={"5-6": column, "8": score(0, zero_shot=True)}, **more)
 
     evaluated, _ = gathered(with_share(0.609), with_share(0.613, name="b", system="B"))
-    told = r"Of a column's problems, of trained lengths: 5-6 60.9 to 61.3%."
-    assert told in markdown_table(evaluated)
+    expected = r"Of a column's problems, of trained lengths: 5-6 60.9 to 61.3%."
+    assert expected in markdown_table(evaluated)
     evaluated, _ = gathered(results(), results(name="b", system="B"))
     assert "of trained lengths:" not in markdown_table(evaluated)
 
@@ -159,8 +159,8 @@ def test_wrong_answers_by_kind_are_pooled_over_lengths_and_seeds():
     assert rows["LoopLM-12 (Dynamic), 2 seeds"][2] == [*counts, "-", "1-3, 10000"]
     latex = latex_table(evaluated)
     assert r"wrong answers of all & uniform & nines & all-carry & no-carry & lengths \\" in latex
-    told = " & ".join(["LoopLM-12 (Dynamic), 2 seeds", *counts, "--", "1--3, 10000"])
-    assert rf"{told} \\" in latex
+    expected = " & ".join(["LoopLM-12 (Dynamic), 2 seeds", *counts, "--", "1--3, 10000"])
+    assert rf"{expected} \\" in latex
 
 
 def test_kinds_scored_at_other_lengths_than_the_plain_additions_say_at_which():

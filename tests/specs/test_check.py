@@ -1,4 +1,4 @@
-"""Specifications are held to their laws: what ships holds, what is broken is named."""
+"""Specifications are held to their invariants: what ships holds, what is broken is named."""
 
 import dataclasses
 import importlib.util
@@ -32,9 +32,9 @@ COMPILER = all(map(importlib.util.find_spec, ("jax_plugins.xla_cuda13", "nvidia.
     importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("nvidia")
 ) else False  # fmt: skip
 
-LAW = """
+INVARIANT = """
 [[invariant]]
-name = "the-law"
+name = "under-test"
 law = "What is under test."
 check = {check!r}
 """
@@ -57,11 +57,11 @@ def learned(tmp_path: Path, evidence: str, holds: str) -> Path:
     return path
 
 
-def lawful(tmp_path: Path, check: str, name: str = "tiny.toml") -> Path:
-    """The tiny specification with one law."""
+def with_invariant(tmp_path: Path, check: str, name: str = "tiny.toml") -> Path:
+    """The tiny specification with one invariant."""
     path = tmp_path / "configs" / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(TINY + LAW.format(check=check))
+    path.write_text(TINY + INVARIANT.format(check=check))
     return path
 
 
@@ -71,13 +71,13 @@ def verdict(path: Path, **more):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_specification_states_laws_and_none_is_broken(path):
+def test_every_shipped_specification_states_invariants_and_none_is_broken(path):
     specification = read_specification(path)
     findings = check.judge(specification, path.parent)
     assert len(findings) >= 4
     for finding in findings:
         assert finding.verdict.holds is not False, (finding.name, check.measured(finding.verdict))
-        # Without a target, and before a run, only laws over those may be open.
+        # Without a target, and before a run, only invariants over those may be open.
         if finding.verdict.holds is None:
             assert re.search("kernel|memory|accuracy", finding.check)
     assert {"zero-shot-is-unseen", "one-format", "training-fits"} <= {f.name for f in findings}
@@ -89,7 +89,7 @@ def test_every_fact_that_ships_holds_or_says_that_it_is_not_yet_reproduced(path)
         assert finding.verdict.holds or finding.verdict.reason == "not yet reproduced", finding
 
 
-def test_what_the_seed_claims_to_have_learned_is_among_the_facts():
+def test_what_the_baseline_claims_to_have_learned_is_among_the_facts():
     named = {fact.name for path in SHIPPED for fact in read_specification(path).fact}
     assert {
         "aligned-batching", "answer-only-loss", "format-parity", "recurrence-against-stacking",
@@ -98,7 +98,7 @@ def test_what_the_seed_claims_to_have_learned_is_among_the_facts():
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "law"),
+    ("file", "old", "new", "invariant"),
     [
         (
             "base/common",
@@ -111,7 +111,9 @@ def test_what_the_seed_claims_to_have_learned_is_among_the_facts():
         ("loop12", 'column["5-6"].seeds == 5', 'column["5-6"].seeds == 6', "published-score"),
     ],
 )
-def test_a_broken_copy_is_caught_with_the_name_of_the_law(tmp_path, file, old, new, law):
+def test_a_broken_copy_is_caught_with_the_name_of_the_invariant(
+    tmp_path, file, old, new, invariant
+):
     folder = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", folder)
     shutil.copytree(
@@ -124,11 +126,11 @@ def test_a_broken_copy_is_caught_with_the_name_of_the_law(tmp_path, file, old, n
     path.write_text(text.replace(old, new))
     result = run_program("spak_jax.check", folder / "loop12.toml")
     assert result.returncode == 1, result.stderr
-    assert law in result.stderr and "Traceback" not in result.stderr
+    assert invariant in result.stderr and "Traceback" not in result.stderr
     assert "broken" in result.stdout
 
 
-def test_one_of_your_own_is_held_to_the_laws_it_starts_from(tmp_path):
+def test_one_of_your_own_is_held_to_the_invariants_it_starts_from(tmp_path):
     """That of the README, anywhere; what it is compared with is among those that ship."""
     [own] = re.findall(r"```toml\n(base = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     path = tmp_path / "narrow.toml"
@@ -191,8 +193,8 @@ def test_evidence_that_cannot_be_used_is_refused_by_the_name_of_the_fact(tmp_pat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("__import__('os').remove('x') == 1", ["the-law", "column 1", "not allowed"]),
-        ("parametrs < 1", ["the-law", "no metric parametrs", "parameters"]),
+        ("__import__('os').remove('x') == 1", ["under-test", "column 1", "not allowed"]),
+        ("parametrs < 1", ["under-test", "no metric parametrs", "parameters"]),
         ("model.depth < 1", ["no metric model.depth", "model.loops"]),
         ("target.colour < 1", ["no metric target.colour", "memory"]),
         ("kernel.embedding.registers < 1", ["no metric kernel.embedding", "attention"]),
@@ -201,20 +203,20 @@ def test_evidence_that_cannot_be_used_is_refused_by_the_name_of_the_fact(tmp_pat
         ("system.name < 1", ["no metric system.name"]),
     ],
 )
-def test_a_law_that_cannot_be_read_or_speaks_of_nothing_is_refused(tmp_path, text, said):
-    path = lawful(tmp_path, text)
+def test_an_invariant_that_cannot_be_read_or_speaks_of_nothing_is_refused(tmp_path, text, said):
+    path = with_invariant(tmp_path, text)
     assert_refused(run_program("spak_jax.check", path), *said)
 
 
-def test_a_law_of_gpus_is_judged_for_each_target(tmp_path):
-    path = lawful(tmp_path, "target.memory >= 20_000_000_000")
+def test_an_invariant_of_gpus_is_judged_for_each_target(tmp_path):
+    path = with_invariant(tmp_path, "target.memory >= 20_000_000_000")
     assert verdict(path).reason == "no target is given"
     specification = read_specification(path)
     found = check.judge(specification, path.parent, ("rtx5070", "h100"))
     assert [(f.target, f.verdict.holds) for f in found] == [("rtx5070", False), ("h100", True)]
 
 
-def test_a_law_may_speak_of_kernels_of_what_it_is_compared_with(tmp_path, monkeypatch):
+def test_an_invariant_may_speak_of_kernels_of_what_it_is_compared_with(tmp_path, monkeypatch):
     asked = []
 
     def measure(named, cases):
@@ -226,8 +228,8 @@ def test_a_law_may_speak_of_kernels_of_what_it_is_compared_with(tmp_path, monkey
     wide = TINY.replace("width = 16", "width = 64").replace('"tiny"', '"wide"')
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "wide.toml").write_text(wide)
-    law = 'compared["wide"].kernel.attention.registers == 4 * kernel.attention.registers'
-    path = lawful(tmp_path, law)
+    text = 'compared["wide"].kernel.attention.registers == 4 * kernel.attention.registers'
+    path = with_invariant(tmp_path, text)
     path.write_text(path.read_text().replace("[system]", '[system]\ncompared_with = ["wide"]'))
     specification = read_specification(path)
     [finding] = check.judge(specification, path.parent, ("h100",))
@@ -250,8 +252,8 @@ def test_evidence_that_is_not_finite_is_none(tmp_path, number):
         claims.judge_claims(read_specification(path), path.parent)
 
 
-def test_results_decide_laws_of_accuracy(tmp_path):
-    path = lawful(tmp_path, 'accuracy["3"].low >= 0.7 and wrong > 0')
+def test_results_decide_invariants_of_accuracy(tmp_path):
+    path = with_invariant(tmp_path, 'accuracy["3"].low >= 0.7 and wrong > 0')
     assert verdict(path).reason == "no results are given"
     good, bad = (written(tmp_path, results(name="tiny", **more), f"{i}.json") for i, more in
                  enumerate(({}, {"lengths": {"3": score(500)}})))  # fmt: skip
@@ -261,17 +263,17 @@ def test_results_decide_laws_of_accuracy(tmp_path):
     assert run_program("spak_jax.check", path, "--results", bad).returncode == 1
     other = written(tmp_path, results(name="other"), "other.json")
     assert_refused(run_program("spak_jax.check", path, "--results", other), "is of other", "tiny")
-    unscored = lawful(tmp_path, 'accuracy["99"].low > 0', "unscored.toml")
+    unscored = with_invariant(tmp_path, 'accuracy["99"].low > 0', "unscored.toml")
     found = verdict(unscored, evaluated=evaluated)
     assert (found.holds, found.reason) == (None, 'accuracy["99"] was not scored')
 
 
 def test_training_refuses_what_its_file_breaks(tmp_path):
-    path = lawful(tmp_path, "parameters <= 1_000")
+    path = with_invariant(tmp_path, "parameters <= 1_000")
     run = tmp_path / "run"
     for overrides in ((), ("train.steps=2",)):
         refused = run_program("spak_jax.train", path, *overrides, "--run", run)
-        assert_refused(refused, "the-law", "parameters = ")
+        assert_refused(refused, "under-test", "parameters = ")
         assert not run.exists()
     # What the run is counts, not what it would have been.
     mended = run_program("spak_jax.train", path, "model.width=4", "train.steps=2", "--run", run)
@@ -279,7 +281,7 @@ def test_training_refuses_what_its_file_breaks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("law", "override", "status"),
+    ("text", "override", "status"),
     [
         ("train.steps == 12", "train.steps=2", 1),
         ("model.loops >= 3 and parameters > 0", "model.loops=2", 1),
@@ -287,22 +289,22 @@ def test_training_refuses_what_its_file_breaks(tmp_path):
         ("1 / (model.loops - 2) == 1", "model.loops=2", 2),
     ],
 )
-def test_an_override_may_break_what_the_file_claims(tmp_path, law, override, status):
-    path = lawful(tmp_path, law)
+def test_an_override_may_break_what_the_file_claims(tmp_path, text, override, status):
+    path = with_invariant(tmp_path, text)
     steps = "train.steps=2"
     words = ("spak_jax.train", path, *dict.fromkeys((override, steps)), "--run", tmp_path / "run")
     trained = run_program(*words)
     assert trained.returncode == 0, trained.stderr
     [said] = [line for line in trained.stdout.splitlines() if "no longer true" in line]
-    assert override in said and "the-law" in said and law in said
+    assert override in said and "under-test" in said and text in said
     asked = run_program("spak_jax.check", path, override)
-    assert asked.returncode == status and "the-law" in asked.stderr
+    assert asked.returncode == status and "under-test" in asked.stderr
     assert run_program("spak_jax.check", path).returncode == 0
 
 
-def test_halting_that_forgets_positions_breaks_its_law(tmp_path, monkeypatch):
+def test_halting_that_forgets_positions_breaks_its_invariant(tmp_path, monkeypatch):
     # The original's mistake.
-    path = lawful(tmp_path, "halting.difference <= 1e-4")
+    path = with_invariant(tmp_path, "halting.difference <= 1e-4")
     assert verdict(path).holds is True
     metrics._halting_difference.cache_clear()
     right = models.LoopLM.halting_logits
@@ -316,8 +318,8 @@ def test_halting_that_forgets_positions_breaks_its_law(tmp_path, monkeypatch):
     assert found.holds is False
 
 
-def test_scoring_in_another_format_breaks_its_law(tmp_path, monkeypatch):
-    path = lawful(tmp_path, "format.training == format.scoring")
+def test_scoring_in_another_format_breaks_its_invariant(tmp_path, monkeypatch):
+    path = with_invariant(tmp_path, "format.training == format.scoring")
     assert verdict(path).holds is True
     right = problem_rows
     backwards = lambda problems, *more: right(  # noqa: E731
@@ -332,9 +334,9 @@ def test_scoring_in_another_format_breaks_its_law(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs JAX's GPU plugin and NVIDIA's assembler")
-def test_tiles_too_large_for_the_card_break_the_law_of_the_kernels(tmp_path):
+def test_tiles_too_large_for_the_card_break_the_invariant_of_the_kernels(tmp_path):
     check_text = "kernel.attention.shared_memory <= target.shared_memory_per_block"
-    path = lawful(tmp_path, check_text)
+    path = with_invariant(tmp_path, check_text)
     path.write_text(
         path.read_text()
         + "[kernels.flash_forward.rtx5070]\nblock_q = [64]\nblock_k = [256]\n"
@@ -345,7 +347,7 @@ def test_tiles_too_large_for_the_card_break_the_law_of_the_kernels(tmp_path):
     path.write_text(text)
     result = run_program("spak_jax.check", path, "--target", "rtx5070")
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "the-law" in result.stderr and "101,376" in result.stdout
+    assert "under-test" in result.stderr and "101,376" in result.stdout
 
 
 def report(case: Case, target: str, **numbers) -> aot.Report:
@@ -365,11 +367,11 @@ check = "kernel.fused_row_forward.spilled <= 8"
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """The file of a specification whose laws forbid one tile, and a table of tiles beside it."""
+    """The file of a specification whose invariant forbids one tile, and a table of tiles."""
     path = tmp_path / "configs" / "tiny.toml"
     path.parent.mkdir()
     path.write_text(TINY + SPACE)
-    # The tile that the compiler would prefer breaks the law.
+    # The tile that the compiler would prefer breaks the invariant.
     spilled = {1: 8, 2: 100, 4: 4}
 
     def measure(targets, cases):
@@ -383,7 +385,9 @@ def tuned(tmp_path, monkeypatch):
     return path, table
 
 
-def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tuned, tmp_path, monkeypatch):
+def test_tuning_by_a_specification_keeps_to_its_invariants_and_adds_a_fact(
+    tuned, tmp_path, monkeypatch
+):
     path, table = tuned
     words = ["tune", str(path), "--target", "rtx5070", "--write"]
     monkeypatch.setattr(sys, "argv", words)
@@ -396,11 +400,11 @@ def test_tuning_by_a_specification_keeps_to_its_laws_and_adds_a_fact(tuned, tmp_
     [finding] = claims.judge_claims(specification, path.parent)
     assert finding.verdict.holds is True
     evidence = tmp_path / "figures" / "results" / "tuned_tiny_rtx5070.json"
-    told = json.loads(evidence.read_text())
-    assert [one["broken"] for one in told["tried"]] == [[], ["few-spills"], []]
+    found = json.loads(evidence.read_text())
+    assert [one["broken"] for one in found["tried"]] == [[], ["few-spills"], []]
     assert "num_warps = 4" in table.read_text()
-    told["chosen"]["fused_row_forward"]["spilled"] = 5
-    evidence.write_text(json.dumps(told))
+    found["chosen"]["fused_row_forward"]["spilled"] = 5
+    evidence.write_text(json.dumps(found))
     assert claims.judge_claims(specification, path.parent)[0].verdict.holds is False
 
 
@@ -418,7 +422,7 @@ def test_a_specification_may_use_former_names_of_kernels(tmp_path):
 
 
 def test_what_ships_can_be_tuned_by():
-    """With the sizes and laws that it starts from."""
+    """With the sizes and invariants that it starts from."""
     for path in SHIPPED:
         specification = read_specification(path)
         declared = design_space.declared_by(specification)
@@ -427,7 +431,7 @@ def test_what_ships_can_be_tuned_by():
         assert "attention-fits" in declared.invariants
 
 
-def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, monkeypatch, capsys):
+def test_tuning_writes_under_runs_unless_it_is_asked_to_write(tuned, tmp_path, monkeypatch, capsys):
     path, table = tuned
     before = path.read_bytes(), table.read_bytes()
     words = ["tune", str(path), "--target", "rtx5070"]
@@ -438,8 +442,11 @@ def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, mo
         found = tmp_path / folder
         assert {file.name for file in found.iterdir()} == {"tiles.toml", "tuned_tiny_rtx5070.json"}
         assert "num_warps = 4" in (found / "tiles.toml").read_text()
-        told = capsys.readouterr().out
-        assert "num_warps=4" in told and f"{folder}/tiles.toml; the kernels read their own" in told
+        printed = capsys.readouterr().out
+        assert (
+            "num_warps=4" in printed
+            and f"{folder}/tiles.toml; the kernels read their own" in printed
+        )
     assert {file.name for file in tmp_path.iterdir()} == {"configs", "mine", "runs", "tiles.toml"}
 
     # What was found before stays; what is no table is not replaced.
@@ -457,7 +464,7 @@ def test_tuning_writes_under_runs_unless_it_is_told_to_write(tuned, tmp_path, mo
         assert (tmp_path / "mine" / "tiles.toml").read_text() == text
 
 
-def test_no_tile_within_the_laws_is_an_error_that_names_them(tmp_path, monkeypatch):
+def test_no_tile_within_the_invariants_is_an_error_that_names_them(tmp_path, monkeypatch):
     path = tmp_path / "tiny.toml"
     path.write_text(TINY + SPACE)
     monkeypatch.setattr(
@@ -506,8 +513,8 @@ def test_the_brief_holds_everything_that_a_specification_says():
     findings = check.judge(specification, path.parent, thorough=False)
     facts = claims.judge_claims(specification, path.parent)
     page = page_of(specification, path, ("rtx5070",), findings, facts)
-    for told in (specification.system.objective, "793,600", "num_warps 2, 4, 8", "rtx5070"):
-        assert told in page
+    for text in (specification.system.objective, "793,600", "num_warps 2, 4, 8", "rtx5070"):
+        assert text in page
     for each in (*specification.invariant, *specification.fact):
         assert each.name in page
     # Every row of a table has as many cells as its heading.

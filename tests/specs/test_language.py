@@ -43,7 +43,7 @@ def lookup(path):
         ("data.lengths == data.lengths", True),
     ],
 )
-def test_laws_mean_what_python_means(text, holds):
+def test_checks_mean_what_python_means(text, holds):
     if holds is None:
         with pytest.raises(ExpressionError, match="no number"):
             language.parse(text).check(lookup)
@@ -68,10 +68,10 @@ def test_what_is_not_known_is_neither_kept_nor_broken_and_what_cannot_be_is_brok
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("sign", ["<", "<=", ">", ">=", "==", "!="])
-@pytest.mark.parametrize("law", ["loss {} 1", "not 1 {} loss", "max(loss, 0) {} 1"])
-def test_what_is_not_finite_keeps_no_invariant(value, sign, law):
+@pytest.mark.parametrize("check", ["loss {} 1", "not 1 {} loss", "max(loss, 0) {} 1"])
+def test_what_is_not_finite_keeps_no_invariant(value, sign, check):
     with pytest.raises(ExpressionError, match="a number beyond"):
-        language.parse(law.format(sign)).check(lambda path: value)
+        language.parse(check.format(sign)).check(lambda path: value)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_anything_else_is_refused_with_what_and_where(text, said):
 
 
 def test_metrics_are_listed_without_the_names_of_functions():
-    law = language.parse('max(data.lengths) < parameters + accuracy["12"].low and parameters > 1')
-    assert law.metrics() == [("data", "lengths"), ("parameters",), ("accuracy", "12", "low")]
+    check = language.parse('max(data.lengths) < parameters + accuracy["12"].low and parameters > 1')
+    assert check.metrics() == [("data", "lengths"), ("parameters",), ("accuracy", "12", "low")]
 
 
 WORDS = st.sampled_from(

@@ -1,4 +1,4 @@
-"""The task on arrays against its twins on strings, and the data law against its definition."""
+"""The task on arrays against its twins on strings; drawn lengths against their distribution."""
 
 import re
 
@@ -16,7 +16,7 @@ from spak_jax.data import make_dataset, sample_published_columns, sample_trainin
 from spak_jax.registry import TASKS as REGISTRY
 from spak_jax.tasks import Problems, Task
 
-BASELINE_LAW = Data()
+BASELINE_DATA = Data()
 
 TASKS = {name: REGISTRY.get(name)() for name in ("addition", "three-operands", "subtraction")}
 ADDITION = TASKS["addition"]
@@ -208,7 +208,7 @@ def test_exact_problems_have_exactly_that_length(digits):
     assert chisquare(np.bincount(firsts, minlength=10)[list(possible)]).pvalue > 1e-4
 
 
-def test_operand_lengths_follow_the_law():
+def test_operand_lengths_follow_their_distribution():
     """P(length l | at most m) = sum over d of 1/m times the share of numbers below 10^d."""
     m, count = 4, 40_000
     _, lengths = ADDITION.sample_input(jax.random.key(0), jnp.full(count, m), 6)
@@ -223,7 +223,7 @@ def test_operand_lengths_follow_the_law():
 def test_longest_operands_match_the_published_validation_file():
     """The original's 20,000 validation problems, by the digits of their longest operand."""
     published = np.array([1251, 3554, 5496, 7165, 1745, 789])
-    problems = sample_training(jax.random.key(1), BASELINE_LAW, (400_000,))
+    problems = sample_training(jax.random.key(1), BASELINE_DATA, (400_000,))
     ours = np.bincount(np.asarray(ADDITION.lengths(problems)), minlength=7)[1:]
     assert chisquare(published, ours / ours.sum() * published.sum()).pvalue > 1e-3
 
@@ -316,7 +316,7 @@ def test_answering_marks_each_answer_of_a_row():
     assert marked.tolist() == [c == "^" for c in "   ^^    ^^^   "]
 
 
-def test_published_columns_are_drawn_by_their_law():
+def test_published_columns_are_drawn_from_their_distribution():
     problems = sample_published_columns(jax.random.key(0), 50_000, ADDITION)
     longer = np.asarray(ADDITION.lengths(problems))
     assert longer.max() == 12

@@ -102,7 +102,7 @@ def test_texts_have_room_and_are_as_long_as_is_said(task):
 
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
-def test_training_shows_nothing_longer_than_its_law_says(task):
+def test_training_shows_nothing_longer_than_configured(task):
     data = tiny_config(data={"task": task.name, "row_length": 40}).data
     sizes = np.asarray(task.lengths(sample_training(jax.random.key(0), data, (2_000,))))
     assert sizes.max() == data.longest == 6 and sizes.min() == 1

@@ -34,7 +34,7 @@ DIGESTS = {
     "batch addition single": "8d9f8ab87601472e",
     "dataset addition single": "0220aa01dd7e9d0d",
     "rows addition single": "99a4ab021a1508c3",
-    "law addition": "98a0864cb64f76b2",
+    "training addition": "98a0864cb64f76b2",
     "exact subtraction 1 7": "f5e25d28f8e7fd5c",
     "exact subtraction 2 5": "ac42f50a6e61b683",
     "exact subtraction 3 300": "51409a920717a6cd",
@@ -51,7 +51,7 @@ DIGESTS = {
     "batch subtraction single": "2e1ba60a418cae2a",
     "dataset subtraction single": "4e6c8c933cb65291",
     "rows subtraction single": "74279a3920e9a25e",
-    "law subtraction": "79b923e0b004a228",
+    "training subtraction": "79b923e0b004a228",
     "exact three-operands 1 7": "01ac1903560e3eb0",
     "exact three-operands 2 5": "54876514fd5c3c74",
     "exact three-operands 3 300": "8d60d49fcff1a2a7",
@@ -68,7 +68,7 @@ DIGESTS = {
     "batch three-operands single": "91e006f587ed92fe",
     "dataset three-operands single": "2688fd99277435db",
     "rows three-operands single": "38662ed1ba6b03f9",
-    "law three-operands": "42a268923f95c480",
+    "training three-operands": "42a268923f95c480",
 }
 SETTINGS = {
     "as they are": [],
@@ -108,8 +108,8 @@ def drawn(name: str) -> dict[str, str]:
             }
 
         found |= {f"{what} {name} {layout}": digest(x) for what, x in batches().items()}
-    law = jax.jit(lambda: sample_training(key(9), Data(task=name), (40, 3)))
-    return found | {f"law {name}": digest(law())}
+    training = jax.jit(lambda: sample_training(key(9), Data(task=name), (40, 3)))
+    return found | {f"training {name}": digest(training())}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

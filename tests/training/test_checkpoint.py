@@ -76,10 +76,10 @@ def remove(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, remove])
-def test_damage_to_any_file_is_told_or_harmless(run, tmp_path, damage):
+def test_damage_to_any_file_is_an_error_or_harmless(run, tmp_path, damage):
     newest = run / "checkpoints" / "2"
     files = sorted(p.relative_to(run) for p in newest.rglob("*") if p.is_file())
-    told = 0
+    refused = 0
     for file in files:
         copy = tmp_path / "copy"
         shutil.copytree(run, copy)
@@ -87,12 +87,12 @@ def test_damage_to_any_file_is_told_or_harmless(run, tmp_path, damage):
         try:
             assert_is_what_was_saved(checkpoint.restore(copy))
         except InputError as error:
-            told += 1
+            refused += 1
             assert str(copy / "checkpoints" / "2") in str(error)
             assert "step 1" in str(error) and "\n" not in str(error)
         shutil.rmtree(copy)
     # The arrays and the description, at least, cannot be spared.
-    assert told >= 2
+    assert refused >= 2
 
 
 def test_another_configuration_is_not_the_one_that_was_saved(run):
@@ -110,7 +110,7 @@ def test_another_configuration_is_not_the_one_that_was_saved(run):
 
 
 def test_a_checkpoint_is_good_only_with_its_optimizer(run):
-    """What a user is told to go back to must be what a training can go on from."""
+    """What an error says to go back to must be what a training can go on from."""
     for path in (run / "checkpoints" / "2" / "weights").rglob("d/*"):
         truncate(path)
     for path in (run / "checkpoints" / "1" / "optimizer").rglob("d/*"):
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_good_only_with_its_optimizer(run):
 def test_many_arrays_that_cannot_be_read_are_one_message(run):
     for path in (run / "checkpoints" / "2").rglob("d/*"):
         path.write_bytes(b"")
-    # In a process of its own: what arrives late is told by threads that outlive the reading.
+    # In a process of its own: what arrives late is printed by threads that outlive the reading.
     result = run_program("spak_jax.evaluate", run, env=os.environ)
     assert_refused(result, "checkpoints/2 is damaged", "go back to step 1")
     assert len(result.stderr.splitlines()) == 1
@@ -256,7 +256,7 @@ def test_a_jax_that_cannot_start_is_one_line(run, platforms):
     env = os.environ | {"JAX_PLATFORMS": platforms, "CUDA_VISIBLE_DEVICES": ""}
     result = run_program("spak_jax.evaluate", run, env=env)
     assert result.returncode == 2
-    # JAX may have told of a plugin before it.
+    # JAX may have warned of a plugin before it.
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"error: JAX cannot start on JAX_PLATFORMS={platforms} (")
     assert "JAX_PLATFORMS=cpu is there" in last
@@ -322,7 +322,7 @@ def test_what_killed_processes_left_goes(run):
     assert {path.name for path in folder.iterdir()} == {"1", "2"}
 
 
-def test_folders_that_cannot_be_read_are_told(run, monkeypatch):
+def test_folders_that_cannot_be_read_are_named(run, monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied")
 

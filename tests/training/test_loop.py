@@ -87,12 +87,12 @@ def test_one_compiled_call_equals_single_steps(tiny):
     """The same program takes any number of steps, and each is the plain one."""
     run_steps = jax.jit(make_training(tiny))
     first, dataset = begun(tiny)
-    together, told = run_steps(first, dataset, jnp.int32(4))
-    assert all((x[4:] == 0).all() and (x[:4] > 0).all() for x in told)
+    together, metrics = run_steps(first, dataset, jnp.int32(4))
+    assert all((x[4:] == 0).all() and (x[:4] > 0).all() for x in metrics)
     state = first
     for i in range(4):
         state, alone = run_steps(state, dataset, jnp.int32(1))
-        assert [x[0] for x in alone] == [x[i] for x in told]
+        assert [x[0] for x in alone] == [x[i] for x in metrics]
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(together), strict=True):
         assert (one == other).all()
 
@@ -101,7 +101,7 @@ def test_a_step_is_the_plain_recipe(tiny):
     config = tiny_config(model={"dropout": 0.0})
     state, dataset = begun(config)
     # The first step's rate is 0; the second moves the weights.
-    after, told = jax.jit(make_training(config))(state, dataset, jnp.int32(2))
+    after, metrics = jax.jit(make_training(config))(state, dataset, jnp.int32(2))
     definition, _ = models.abstract(config)
     key = jax.random.split(jax.random.key(config.train.seed), 4)[1]
     weights, moments = state.weights, state.optimizer
@@ -121,8 +121,8 @@ def test_a_step_is_the_plain_recipe(tiny):
 
     for i in range(2):
         weights, moments, value, norm = step(weights, moments, jax.random.fold_in(key, i))
-        np.testing.assert_allclose(told.loss[i], value, rtol=1e-5)
-        np.testing.assert_allclose(told.gradient_norm[i], norm, rtol=1e-4)
+        np.testing.assert_allclose(metrics.loss[i], value, rtol=1e-5)
+        np.testing.assert_allclose(metrics.gradient_norm[i], norm, rtol=1e-4)
     for mine, theirs in zip(jax.tree.leaves(weights), jax.tree.leaves(after.weights), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
@@ -157,7 +157,7 @@ def test_going_on_after_a_stop_changes_nothing(tiny, tmp_path, monkeypatch, stop
     assert run_folder.steps_in(tmp_path / "stopped") == kept
     train(tiny, tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    # Calls may end elsewhere, but no step is told twice and no checkpoint's line is missing.
+    # Calls may end elsewhere, but no step is logged twice and no checkpoint's line is missing.
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped/metrics.jsonl").open()]
     assert steps == sorted(set(steps)) and {4, 8, 12} <= set(steps)
 

@@ -19,10 +19,10 @@ def found(tmp_path_factory, testrun_uid):
     """What `eight_devices` tells, once for all workers."""
     folder = tmp_path_factory.getbasetemp().parent / f"devices-{testrun_uid}"
     folder.mkdir(exist_ok=True)
-    told = folder / "found.json"
+    path = folder / "found.json"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not told.exists():
+        if not path.exists():
             environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
             result = subprocess.run(
                 [sys.executable, ROOT / "tests" / "eight_devices.py", folder],
@@ -31,7 +31,7 @@ def found(tmp_path_factory, testrun_uid):
                 env=environment,
             )
             assert result.returncode == 0, result.stderr
-    return json.loads(told.read_text())
+    return json.loads(path.read_text())
 
 
 def test_losses_are_those_of_one_device_and_runs_go_on_with_others(found):
@@ -68,7 +68,7 @@ def test_gradients_made_at_once_are_those_of_one_device(found):
     assert max(found["gradients_at_once"]["differences"]) < 1e-5
 
 
-def test_too_few_devices_are_told(found):
+def test_too_few_devices_are_an_error(found):
     assert "parallel.data = 16" in found["too_many"]["refused"]
     assert "there are 8" in found["too_many"]["refused"]
 

@@ -156,7 +156,7 @@ def attention(
 
 
 def choose(length: int, head_dim: int, dtype, *, plain: bool) -> Choice:
-    """What `attention` takes where it is not told, for a shape on the device at hand.
+    """The implementation that `attention` takes by itself, for a shape on the device at hand.
 
     Args:
       length, head_dim: of q.
@@ -242,13 +242,13 @@ run_kernels = differentiable(
 )
 
 
-def _run_cudnn(qkv, _, told):
-    causal, scale = told
+def _run_cudnn(qkv, _, options):
+    causal, scale = options
     return jax.nn.dot_product_attention(*qkv, is_causal=causal, scale=scale, implementation="cudnn")
 
 
-def _cudnn_plain(qkv, _, told):
-    causal, scale = told
+def _cudnn_plain(qkv, _, options):
+    causal, scale = options
     return reference.attention(
         *qkv, positions=None, segment_ids=None, ids=None, bias_table=None, window=None, clip=None,
         dropout_rate=0.0, words=None, scale=scale, causal=causal,

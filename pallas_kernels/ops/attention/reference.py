@@ -14,7 +14,7 @@ def attention(
     *,
     dropout_rate: float,
     words: jax.Array | None,
-    **told,
+    **options,
 ) -> jax.Array:
     """`pallas_kernels.attention` in plain `jnp`, softmax in float32; see its arguments.
 
@@ -22,7 +22,7 @@ def attention(
     are then interpolated between the entries of the table, and the window ends half way to the next
     difference.
     """
-    probabilities, lost = _attended(q, k, v, **told)
+    probabilities, lost = _attended(q, k, v, **options)
     batch, length, heads, _ = q.shape
     if words is not None:
         place = jnp.arange(length)
@@ -33,13 +33,13 @@ def attention(
     return _mixed(probabilities, v, lost)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, **told) -> jax.Array:
-    """What each query takes of each key's value, before dropout; told as `attention` is.
+def attention_weights(q: jax.Array, k: jax.Array, **options) -> jax.Array:
+    """What each query takes of each key's value, before dropout; arguments as of `attention`.
 
     Returns:
       float32 `[batch, heads, length, length]`, keys last.
     """
-    probabilities, lost = _attended(q, k, None, **told)
+    probabilities, lost = _attended(q, k, None, **options)
     return jnp.where(lost[..., None], jnp.nan, probabilities)
 
 

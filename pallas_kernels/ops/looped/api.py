@@ -90,13 +90,13 @@ def looped_block(
         logits = jnp.zeros((batch, length, len(weights.head)), jnp.float32)
         return logits, jnp.full((batch, length), loops, jnp.int32)
     target = targets.target_at_hand()
-    told_ids = window is not None or weights.bias_table is not None
+    with_ids = window is not None or weights.bias_table is not None
     sizes = length, width, heads, len(weights.head), dtype
     if implementation is None:
-        launched = block_sizes is not None or supports_fused(*sizes, with_ids=told_ids)
+        launched = block_sizes is not None or supports_fused(*sizes, with_ids=with_ids)
         implementation = "pallas" if launched else "xla"
     if implementation == "pallas" and block_sizes is None and target is not None:
-        block_sizes = _block_sizes_for(target, *sizes, told_ids)
+        block_sizes = _block_sizes_for(target, *sizes, with_ids)
     if implementation == "pallas" and block_sizes is None:
         raise ValueError(
             f"x is {x.shape}, {jnp.dtype(dtype).name}: no program on {target or 'this device'}"
@@ -242,7 +242,7 @@ def _block_sizes_for(
 def _attention_inputs(
     positions, ids, bias_table, length, options: Options, dtype, packed
 ) -> AttentionInputs:
-    """What attention is told, for each program, or for one where all are alike."""
+    """The inputs of attention, for each program, or for one where all are alike."""
     heads = options.attention
     cos = sin = segment_ids = None
     if positions is not None:

@@ -296,13 +296,13 @@ def _attend(xs, weights: TiledWeights, qkv_ref, inputs: AttentionInputs, options
         q_ref, k_ref, v_ref = (
             HeadView(qkv_ref, (options.heads * i + head) * heads.head_dim) for i in range(3)
         )
-        told = inputs
+        head_inputs = inputs
         if inputs.bias is not None:
-            told = inputs._replace(bias=HeadView(inputs.bias, head * (2 * heads.clip + 2)))
-        query = tile.load_qk(q_ref, told, 0, tokens, heads, tile.query_scale(heads))
-        key = tile.load_qk(k_ref, told, 0, tokens, heads)
+            head_inputs = inputs._replace(bias=HeadView(inputs.bias, head * (2 * heads.clip + 2)))
+        query = tile.load_qk(q_ref, head_inputs, 0, tokens, heads, tile.query_scale(heads))
+        key = tile.load_qk(k_ref, head_inputs, 0, tokens, heads)
         value, key = tile.load_values(v_ref, key, 0, heads)
-        scores = tile.scores(query, key, told, heads, masked=True, product=product)
+        scores = tile.scores(query, key, head_inputs, heads, masked=True, product=product)
         largest = jnp.maximum(scores.max(axis=1), LEAST)
         probs = instructions.exp2(scores - largest[:, None], options.interpret)
         total = probs.sum(axis=1)

@@ -23,7 +23,7 @@ def loop_by_loop(given, _, chosen, implementation: str | None = None):
     sizes))`."""
     x, weights, positions, ids, thresholds = given
     options, dtype, _ = chosen
-    (batch, length, width), told = x.shape, options.attention
+    (batch, length, width), heads = x.shape, options.attention
     products = {"dtype": dtype, "implementation": implementation}
     linear_of = functools.partial(linear.linear, **products)
     norm_of = functools.partial(
@@ -48,7 +48,7 @@ def loop_by_loop(given, _, chosen, implementation: str | None = None):
             positions=positions,
             ids=ids,
             bias_table=weights.bias_table,
-            window=told.clip if told.windowed else None,
+            window=heads.clip if heads.windowed else None,
             implementation=implementation,
         )
         mixed = linear_of(mixed.reshape(batch, length, width), weights.attention_out)
