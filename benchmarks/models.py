@@ -39,7 +39,7 @@ from spak_jax.command_line import (
 from spak_jax.config import Config, read_config
 from spak_jax.config_sections import Parallel
 from spak_jax.config_words import add_words, file_and_overrides
-from spak_jax.data import make_dataset, problem_rows, training_batch
+from spak_jax.data import make_dataset, training_batch
 from spak_jax.evaluation.batching import padded_length, rows_per_call
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.score import Scorer, Settings
@@ -292,7 +292,7 @@ def _peer(config: Config) -> tuple[Callable[[int], None], Callable[[int], None]]
     task = tasks.of(config.data)
     vocabulary = len(task.vocabulary)
     problems = task.sample_exact(jax.random.key(0), SCORED_DIGITS, _scored_rows(config))
-    rows = problem_rows(problems, config.data.row_length, task)
+    rows = task.batch(problems, config.data.row_length)
     return (
         torch_peer.training_steps(config, vocabulary, batches),
         torch_peer.scoring_passes(config, vocabulary, np.asarray(rows.tokens)),

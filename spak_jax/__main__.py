@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "train": "train a model, or go on with a training, and score it",
     "evaluate": "score a run on problems it has not seen",
+    "grid": "score a run over lengths and loops, and draw how far it reaches",
     "solve": "let a trained model answer problems",
     "trace": "draw how a looped model comes to an answer",
     "halting": "measure what stopping each token early costs and saves",

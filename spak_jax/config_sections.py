@@ -50,6 +50,12 @@ class Architecture(Section):
     max_relative_distance: Annotated[int, Field(ge=1, le=64)] = 1
     # Whether keys whose ids differ by more than `max_relative_distance` are masked.
     window: bool = False
+    # Whether tokens see those before them alone; for answers in one pass they may see all.
+    causal: bool = True
+    # Standard deviation of the first weights.
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    # Whether token embeddings enter times the root of the width (Vaswani et al. 2017).
+    scale_embedding: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # The type of activations and products; weights and the residual stream stay float32.
     # "auto" is bfloat16 on a GPU and float32 elsewhere.
@@ -101,6 +107,18 @@ class LoopedModel(Architecture):
     shared_step: bool = False
     # Training first runs a random number of loops, up to this, that no gradient passes.
     no_grad_warmup_loops: Annotated[int, Field(ge=0, le=1_000)] = 0
+    # The last so many loops of training are read out and scored (deep supervision, Lee et al.
+    # 2015); None for the second half.
+    supervised_loops: Positive | None = None
+
+    @model_validator(mode="after")
+    def _supervised_loops_are_run(self) -> Self:
+        if (self.supervised_loops or 0) > self.loops:
+            raise ValueError(
+                f"model.supervised_loops = {self.supervised_loops}: at most model.loops ="
+                f" {self.loops}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_loops_are_like_others(self) -> Self:
@@ -123,12 +141,21 @@ class Data(Section):
     # With this chance a problem's inputs have at most 5 or 6 symbols instead, chosen evenly.
     bridge_fraction: Fraction = 0.3
     bridge_lengths: Annotated[tuple[Length, ...], Field(min_length=1)] = (5, 6)
+    # Of the training, from its start: while longest inputs grow evenly from one symbol to those
+    # above (a curriculum of lengths, Bengio et al. 2009).
+    curriculum: Fraction = 0.0
+    # How answers are given: each symbol after the one before it, or all in one pass over blanks.
+    answers: Literal["symbol-by-symbol", "one-pass"] = "symbol-by-symbol"
     # "packed": problems follow one another in a row; "single": one problem a row, padded.
     layout: Literal["packed", "single"] = "packed"
     row_length: Positive = 64
     # Problems drawn once and reused for the whole training; 0 for fresh ones at every step.
     examples: Annotated[int, Field(ge=0, le=10_000_000)] = 180_000
     seed: Seed = 0
+
+    @property
+    def one_pass(self) -> bool:
+        return self.answers == "one-pass"
 
     @property
     def longest(self) -> int:
@@ -138,9 +165,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _rows_hold_a_problem(self) -> Self:
-        task = _registered(TASKS, "data.task", self.task)()
-        # The newline is only predicted.
-        needed = task.text_length(self.longest) - 1
+        task = _registered(TASKS, "data.task", self.task)(one_pass=self.one_pass)
+        needed = task.row_length(self.longest)
         if self.row_length < needed:
             raise ValueError(
                 f"data.row_length = {self.row_length} cannot hold a problem of {self.longest}"
@@ -150,6 +176,15 @@ class Data(Section):
             raise ValueError(
                 f"data.examples = {self.examples} leaves no validation problem: 0 for an endless"
                 " stream, or at least 9"
+            )
+        if self.curriculum and self.examples:
+            raise ValueError(
+                f"data.curriculum = {self.curriculum} needs data.examples = 0: problems that are"
+                " drawn once do not grow"
+            )
+        if self.one_pass and self.layout == "packed":
+            raise ValueError(
+                'data.answers = "one-pass" needs data.layout = "single": one problem a row'
             )
         return self
 
@@ -236,6 +271,15 @@ class RunSections(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     parallel: Annotated[Parallel, Field(exclude=True)] = Parallel()
+
+    @model_validator(mode="after")
+    def _what_is_written_is_not_seen(self) -> Self:
+        if not self.model.causal and not self.data.one_pass:
+            raise ValueError(
+                'model.causal = false needs data.answers = "one-pass": symbol by symbol a model'
+                " would see what it is to predict"
+            )
+        return self
 
     @model_validator(mode="after")
     def _devices_share_evenly(self) -> Self:

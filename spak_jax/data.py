@@ -11,18 +11,7 @@ import jax.numpy as jnp
 
 from spak_jax import jax_settings, tasks
 from spak_jax.config_sections import Data
-from spak_jax.tasks import Problems, Task
-
-
-class Batch(NamedTuple):
-    """Next-token prediction: int32 tokens and targets, bool answer mask, all `[batch, length]`.
-
-    `answer[i, t]` is set where the target belongs to an answer: its symbols and its newline.
-    """
-
-    tokens: jax.Array
-    targets: jax.Array
-    answer: jax.Array
+from spak_jax.tasks import Batch, Problems, Task, next_token_batch
 
 
 class FixedDataset(NamedTuple):
@@ -32,13 +21,16 @@ class FixedDataset(NamedTuple):
     held_out: Problems | None
 
 
-def sample_training(key: jax.Array, data: Data, shape: tuple[int, ...]) -> Problems:
+def sample_training(
+    key: jax.Array, data: Data, shape: tuple[int, ...], progress: jax.Array | float = 1.0
+) -> Problems:
     """Problems for training: short inputs, and now and then longer "bridge" ones.
 
     Args:
       key: PRNG key.
       data: the parameters of their distribution.
       shape: of the problems.
+      progress: share of the training that is done, which a curriculum goes by.
 
     Returns:
       Problems `data.longest` symbols wide.
@@ -49,6 +41,9 @@ def sample_training(key: jax.Array, data: Data, shape: tuple[int, ...]) -> Probl
     bridges = jnp.array(data.bridge_lengths, jnp.int32)
     longest = bridges[jax.random.randint(longest_key, shape, 0, bridges.size, dtype=jnp.int32)]
     at_most = jnp.where(bridge, longest, data.max_length)
+    if data.curriculum:
+        grown = 1 + jnp.int32(data.longest * progress / data.curriculum)
+        at_most = jnp.minimum(at_most, grown)
     return task.sample(keys, at_most, data.longest)
 
 
@@ -73,7 +68,13 @@ def make_dataset(data: Data) -> FixedDataset:
     return FixedDataset(part(0, data.examples), part(data.examples, None))
 
 
-def training_batch(key: jax.Array, data: Data, size: int, problems: Problems | None) -> Batch:
+def training_batch(
+    key: jax.Array,
+    data: Data,
+    size: int,
+    problems: Problems | None,
+    progress: jax.Array | float = 1.0,
+) -> Batch:
     """Rows of training text, made from a key alone.
 
     Args:
@@ -81,6 +82,7 @@ def training_batch(key: jax.Array, data: Data, size: int, problems: Problems | N
       data: distribution and layout.
       size: of the batch.
       problems: a fixed set to take them from; None draws fresh ones.
+      progress: as of `sample_training`.
 
     Returns:
       A batch of `size` rows of `data.row_length` tokens. Packed rows start at the start of a
@@ -90,7 +92,7 @@ def training_batch(key: jax.Array, data: Data, size: int, problems: Problems | N
     task, packed = tasks.of(data), data.layout == "packed"
     problems_a_row = -(-(data.row_length + 1) // task.shortest_text) if packed else 1
     if problems is None:
-        chosen = sample_training(key, data, (size, problems_a_row))
+        chosen = sample_training(key, data, (size, problems_a_row), progress)
     else:
         count = problems.count
         start = jax.random.randint(key, (size, 1), 0, count, dtype=jnp.int32)
@@ -98,14 +100,9 @@ def training_batch(key: jax.Array, data: Data, size: int, problems: Problems | N
             lambda array: array[(start + jnp.arange(problems_a_row)) % count], problems
         )
     if packed:
-        return _shift(*_pack(chosen, data.row_length + 1, task))
+        return next_token_batch(*_pack(chosen, data.row_length + 1, task))
     one_a_row = jax.tree.map(lambda array: array[:, 0], chosen)
-    return problem_rows(one_a_row, data.row_length, task)
-
-
-def problem_rows(problems: Problems, length: int, task: Task) -> Batch:
-    """One problem a row, then newlines that no loss or score counts: a `[count, length]` batch."""
-    return _shift(*task.render(problems, length + 1))
+    return task.batch(one_a_row, data.row_length)
 
 
 def _pack(problems: Problems, length: int, task: Task):
@@ -122,7 +119,3 @@ def _pack(problems: Problems, length: int, task: Task):
         return jnp.take_along_axis(array.reshape(array.shape[0], -1), place, axis=1)
 
     return gather(tokens), gather(answer)
-
-
-def _shift(tokens: jax.Array, answer: jax.Array) -> Batch:
-    return Batch(tokens[..., :-1], tokens[..., 1:], answer[..., 1:])

@@ -21,9 +21,10 @@ from spak_jax.evaluation.answers import write_answers
 from spak_jax.evaluation.calibration import calibrated
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting
 from spak_jax.evaluation.loaded import LoadedModel, load, seed_folders
+from spak_jax.evaluation.loops import Loops
 from spak_jax.evaluation.problems_file import read_problems
 from spak_jax.evaluation.results import write_results
-from spak_jax.evaluation.score import MAX_LOOPS, Settings, score, score_own_problems
+from spak_jax.evaluation.score import Settings, score, score_own_problems
 from spak_jax.reports.scores import print_over_seeds, print_results
 
 # Wrong answers that are shown.
@@ -39,7 +40,11 @@ def main() -> None:
     parser.add_argument("--lengths", help="of problems to score, such as 1-12,16,24")
     parser.add_argument("--examples", type=int, help="problems a length")
     parser.add_argument("--seed", type=int, help="of the problems")
-    parser.add_argument("--loops", type=int, help="instead of the trained number")
+    parser.add_argument(
+        "--loops",
+        help="instead of the trained number: another, such as 24, or so many times the length of"
+        " each problem, such as 2x or 2x+8",
+    )
     parser.add_argument(
         "--halt",
         nargs="?",
@@ -67,7 +72,7 @@ def main() -> None:
         lengths = parse_lengths("--lengths", arguments.lengths, MAX_LENGTH)
     check_range("--examples", arguments.examples, 1, 10_000_000)
     check_range("--seed", arguments.seed, 0, 2**31 - 1)
-    check_range("--loops", arguments.loops, 1, MAX_LOOPS)
+    loops = _loops(arguments)
     runs = seed_folders(arguments.run) or [arguments.run]
     first = load(runs[0])
     task = first.task
@@ -79,7 +84,7 @@ def main() -> None:
         lengths=lengths or defaults.lengths,
         examples=arguments.examples or defaults.examples,
         seed=defaults.seed if arguments.seed is None else arguments.seed,
-        loops=arguments.loops,
+        loops=loops,
         decode=arguments.decode,
         kinds=task.kinds if arguments.kinds else (),
     )
@@ -91,7 +96,7 @@ def main() -> None:
     for run in runs:
         loaded = first if run is runs[0] else load(run)
         if arguments.halt:
-            settings = replace(settings, halt=_halting(loaded, arguments.halt, arguments.loops))
+            settings = replace(settings, halt=_halting(loaded, arguments.halt, loops))
         wrong = []
         if own:
             results, wrong = score_own_problems(loaded, settings, own, source, run)
@@ -108,6 +113,20 @@ def main() -> None:
         every.append(results)
     if len(every) > 1:
         print_over_seeds(every)
+
+
+def _loops(arguments: argparse.Namespace) -> int | Loops | None:
+    """What `--loops` says."""
+    if arguments.loops is None:
+        return None
+    try:
+        loops = Loops.parse(arguments.loops)
+    except ValueError as error:
+        raise InputError(f"--loops {error}") from None
+    for option in ("halt", "decode"):
+        if isinstance(loops, Loops) and getattr(arguments, option):
+            raise InputError(f"--loops {loops}: --{option} takes one number for all problems")
+    return loops
 
 
 def _halting(loaded: LoadedModel, name: str, loops: int | None) -> Halting:

@@ -25,7 +25,7 @@ from spak_jax.command_line import (
 from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation.calibration import CALIBRATED_ON, measure
 from spak_jax.evaluation.loaded import load
-from spak_jax.evaluation.score import MAX_LOOPS
+from spak_jax.evaluation.loops import MAX_LOOPS
 from spak_jax.reports.scores import warn_of_loops
 
 

@@ -84,7 +84,11 @@ def _whose(registered: type[Any]) -> tuple[str, str]:
     return registered.__module__, registered.__qualname__
 
 
-TASKS = Registry("task", "spak_jax.tasks", ("spak_jax.tasks.arithmetic",))
+TASKS = Registry(
+    "task",
+    "spak_jax.tasks",
+    tuple(f"spak_jax.tasks.{module}" for module in ("arithmetic", "parity", "groups")),
+)
 POSITIONS = Registry(
     "position scheme",
     "spak_jax.positions",

@@ -13,6 +13,7 @@ from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation import loaded, score
 from spak_jax.evaluation.answers import write_answers
 from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.loops import Loops
 from spak_jax.evaluation.results import Results
 from spak_jax.evaluation.trace import Trace, trace
 from spak_jax.tasks import Task
@@ -53,27 +54,27 @@ class Run:
         return nnx.merge(definition, self.weights)
 
     @overload
-    def solve(self, problem: str, *, loops: int | None = None) -> str: ...
+    def solve(self, problem: str, *, loops: int | str | None = None) -> str: ...
     @overload
     def solve(
-        self, problem: list[str] | tuple[str, ...], *, loops: int | None = None
+        self, problem: list[str] | tuple[str, ...], *, loops: int | str | None = None
     ) -> list[str]: ...
     def solve(
-        self, problem: str | list[str] | tuple[str, ...], *, loops: int | None = None
+        self, problem: str | list[str] | tuple[str, ...], *, loops: int | str | None = None
     ) -> str | list[str]:
         """The answer that the model writes to a problem such as "123+456", or to each of several.
 
         Args:
           problem: as people write it; one, or several.
-          loops: of a looped model; None for as many as in training.
+          loops: of a looped model; None for as many as in training. Where it answers in one pass,
+            "2x" is twice the length of each problem, "2x+8" eight more.
 
         Raises:
           ValueError: a problem is none of the task's, or `loops` is out of bounds.
         """
         texts = [problem] if isinstance(problem, str) else problem
         asked = [self.task.parse(text, MAX_LENGTH) for text in texts]
-        _require_loops(loops)
-        answers = [answer.text for answer in write_answers(self._loaded, asked, loops)]
+        answers = [answer.text for answer in write_answers(self._loaded, asked, _loops(loops))]
         return answers[0] if isinstance(problem, str) else answers
 
     def trace(self, problem: str, *, loops: int | None = None) -> Trace:
@@ -87,7 +88,7 @@ class Run:
           ValueError: the problem is none of the task's or too long, `loops` is out of bounds, or
             the model does not loop.
         """
-        _require_loops(loops)
+        _loops(loops)
         return trace(self._loaded, self.task.parse(problem, MAX_LENGTH), loops)
 
     def evaluate(
@@ -96,7 +97,7 @@ class Run:
         *,
         examples: int | None = None,
         seed: int | None = None,
-        loops: int | None = None,
+        loops: int | str | None = None,
         decode: bool = False,
         kinds: Sequence[str] = (),
     ) -> Results:
@@ -106,7 +107,8 @@ class Run:
           lengths: of the problems; None for those of the configuration.
           examples: problems a length; None for as many as the configuration says.
           seed: of the problems; None for that of the configuration.
-          loops: of a looped model; None for as many as in training.
+          loops: of a looped model; None for as many as in training. "2x" is twice the length of
+            each problem, "2x+8" eight more.
           decode: whether answers are generated instead of scored by one pass over the true text.
           kinds: of the task's hard problems (`task.kinds`), scored at each length too.
 
@@ -127,9 +129,10 @@ class Run:
             if kind not in self.task.kinds:
                 known = ", ".join(self.task.kinds) or f"{self.task.name} has none"
                 raise ValueError(f"kinds = {list(kinds)}: {kind!r} must be of {known}")
-        _require_loops(loops)
         seed = asked.seed if seed is None else seed
-        settings = score.Settings(lengths, examples, seed, loops, decode=decode, kinds=tuple(kinds))
+        settings = score.Settings(
+            lengths, examples, seed, _loops(loops), decode=decode, kinds=tuple(kinds)
+        )
         return score.score(self._loaded, settings, self.path)
 
 
@@ -169,6 +172,11 @@ def train(
     return Run(LoadedModel(config, state.weights, int(state.step)), Path(path))
 
 
-def _require_loops(loops: int | None) -> None:
-    if loops is not None and not 1 <= loops <= score.MAX_LOOPS:
-        raise ValueError(f"loops = {loops}: must be from 1 to {score.MAX_LOOPS:,}")
+def _loops(loops: int | str | None) -> int | Loops | None:
+    """What an argument says; raises ValueError where it is out of bounds."""
+    if loops is None:
+        return None
+    try:
+        return Loops.parse(str(loops))
+    except ValueError as error:
+        raise ValueError(f"loops = {error}") from None

@@ -20,7 +20,7 @@ from spak_jax.command_line import (
 )
 from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation.loaded import load
-from spak_jax.evaluation.score import MAX_LOOPS
+from spak_jax.evaluation.loops import MAX_LOOPS
 from spak_jax.evaluation.trace import as_json, trace
 from spak_jax.reports.scores import warn_of_loops
 

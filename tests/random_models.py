@@ -7,8 +7,8 @@ from flax import nnx
 
 from spak_jax import models
 from spak_jax.config import Config, parse_config
-from spak_jax.data import Batch
 from spak_jax.registry import POSITIONS
+from spak_jax.tasks import Batch
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training.named_arrays import from_named, named_arrays
 

@@ -12,8 +12,10 @@ from spak_jax import jax_settings, models
 from spak_jax.config_sections import LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
-from spak_jax.evaluation.forward import Halting, generate_fn
+from spak_jax.evaluation.forward import Halting, answer_fn
 from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.loops import Loops
+from spak_jax.tasks import BLANK
 
 
 class Answer(NamedTuple):
@@ -32,15 +34,16 @@ class Answer(NamedTuple):
 def write_answers(
     loaded: LoadedModel,
     asked: Sequence[tuple[str, ...]],
-    loops: int | None = None,
+    loops: int | Loops | None = None,
     halt: Halting | None = None,
 ) -> list[Answer]:
-    """Generates the answers to problems greedily, each as if it were asked alone.
+    """The most probable answers to problems, each as if it were asked alone: generated symbol by
+    symbol, or read out at their blanks.
 
     Args:
       loaded: the model.
       asked: the inputs of each problem.
-      loops: None for as many as in training.
+      loops: None for as many as in training; `Loops` in one pass.
       halt: how each token stops; None for never.
 
     Returns:
@@ -49,19 +52,24 @@ def write_answers(
     """
     config, task = loaded.config, loaded.task
     looped = isinstance(config.model, LoopedModel)
-    write = jax.jit(generate_fn(config, loops, halt))
+    write = jax.jit(answer_fn(config, loops, halt))
     sizes = np.array([task.length(problem) for problem in asked])
-    most = lambda length: min(  # noqa: E731
-        rows_per_call(length), power_of_two(generate.max_cached_batch(config.model, length, loops))
-    )
+
+    def most(length: int) -> int:
+        if task.one_pass:
+            return rows_per_call(length)
+        held = generate.max_cached_batch(config.model, length, loops)
+        return min(rows_per_call(length), power_of_two(held))
+
     answers: list[Answer] = [Answer("", [])] * len(asked)
     for chosen, filled, length in calls(sizes, task, most):
         prompts = [task.prompt(asked[i]) for i in filled]
         tokens = np.array([task.encode(prompt.ljust(length, "\n")) for prompt in prompts])
-        starts = np.array([len(prompt) for prompt in prompts], np.int32)
+        starts = np.array([len(prompt.rstrip(BLANK)) for prompt in prompts], np.int32)
         room = np.array([task.text_length(sizes[i]) for i in filled], np.int32)
+        more = (loops.of(sizes[filled]),) if isinstance(loops, Loops) else ()
         written, taken = jax.device_get(
-            write(loaded.weights, tokens.astype(np.int32), starts, room)
+            write(loaded.weights, tokens.astype(np.int32), starts, room, *more)
         )
         for row, i in enumerate(chosen):
             start, end = starts[row], room[row]
@@ -74,7 +82,7 @@ def write_answers(
 
 @jax_settings.fixed()
 def solve(loaded: LoadedModel, asked: Sequence[tuple[str, ...]]) -> list[Answer]:
-    """Generates the answers greedily, with all the loops of training.
+    """`write_answers`, with all the loops of training.
 
     Args:
       loaded: the model.
@@ -98,17 +106,20 @@ def solve(loaded: LoadedModel, asked: Sequence[tuple[str, ...]]) -> list[Answer]
         return logits.argmax(-1).astype(jnp.int16)
 
     order = task.in_written_order
-    prompts = [task.prompt(problem) for problem in asked]
     texts = [order(answer.text) for answer in answers]
+    # What each answer is chosen from: what was written, a place before it, or the blanks.
+    shift = 0 if task.one_pass else 1
+    prompts = [task.prompt(problem) for problem in asked]
+    starts = [len(prompt.rstrip(BLANK)) for prompt in prompts]
+    if not task.one_pass:
+        prompts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     sizes = np.array([task.length(problem) for problem in asked])
     for chosen, filled, length in calls(sizes, task):
-        rows = [task.encode((prompts[i] + texts[i]).ljust(length, "\n")) for i in filled]
-        tokens = np.array(rows, np.int32)
-        after_each = np.asarray(choices(loaded.weights, tokens))
+        rows = [task.encode(prompts[i].ljust(length, "\n")) for i in filled]
+        after_each = np.asarray(choices(loaded.weights, np.array(rows, np.int32)))
         for row, i in enumerate(chosen):
-            # The token before each symbol is the one that chose it.
-            start, stop = len(prompts[i]), len(prompts[i]) + len(texts[i])
-            same = after_each[:, row, start - 1 : stop - 1] == tokens[row, start:stop]
+            chosen_at = slice(starts[i] - shift, starts[i] - shift + len(texts[i]))
+            same = after_each[:, row, chosen_at] == np.array(task.encode(texts[i]))
             loops = len(same)
             # The last loop that says otherwise, and one more; rounding may part the two passes.
             otherwise = np.where(same, 0, np.arange(1, loops + 1)[:, None]).max(0, initial=0)

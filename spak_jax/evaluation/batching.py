@@ -1,12 +1,13 @@
 """How problems are divided into calls of compiled programs: few programs serve all lengths and
 counts."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from spak_jax.tasks import Task
+from spak_jax.tasks import Batch, Problems, Task
 
 # Rows are filled up to a multiple of the step, so that many lengths share one compiled program; a
 # GPU computes so fast that compiling is what counts.
@@ -14,6 +15,12 @@ ROWS_PER_CALL, ROWS_PER_CALL_ON_GPU = 512, 4096
 LENGTH_STEP, LENGTH_STEP_ON_GPU = 16, 64
 # Fewer rows where they are long. A GPU's kernels hold no score; plain attention holds all at once.
 SCORES_PER_CALL, TOKENS_PER_CALL_ON_GPU = 2**23, 2**18
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def batch_of(problems: Problems, length: int, task: Task) -> Batch:
+    """`task.batch`, compiled."""
+    return task.batch(problems, length)
 
 
 def rows_per_call(length: int) -> int:

@@ -21,11 +21,11 @@ from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError, or_a_gpu, progress
 from spak_jax.config import Config
 from spak_jax.config_sections import LoopedModel
-from spak_jax.data import Batch, problem_rows, sample_training
-from spak_jax.evaluation.batching import padded_length, rows_per_call
+from spak_jax.data import sample_training
+from spak_jax.evaluation.batching import batch_of, padded_length, rows_per_call
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting, halting_thresholds
 from spak_jax.evaluation.loaded import LoadedModel
-from spak_jax.tasks import Problems, Task
+from spak_jax.tasks import Batch, Problems, Task
 
 # Tried in the calibration, and drawn.
 DOUBTS = {
@@ -102,7 +102,6 @@ class HaltingScorer:
 
         self._run = jax.jit(run, static_argnames="rule")
         self._each_loop = jax.jit(each_loop)
-        self._rows = jax.jit(problem_rows, static_argnums=(1, 2))
 
     def batches(self, problems: Problems) -> list[Batch]:
         """Rows of problems, as many to a call as scoring takes; the last call is filled up."""
@@ -110,7 +109,7 @@ class HaltingScorer:
         problems, count = self._task.pad(problems, length), problems.count
         rows = min(rows_per_call(length), count)
         index = [np.minimum(np.arange(i, i + rows), count - 1) for i in range(0, count, rows)]
-        return [self._rows(Problems(*(x[i] for x in problems)), length, self._task) for i in index]
+        return [batch_of(Problems(*(x[i] for x in problems)), length, self._task) for i in index]
 
     def run(self, batches: Iterable[Batch], halting: Halting) -> list[tuple]:
         """What each batch comes to, still on the device, as `HaltingPredictions` has it."""
@@ -304,7 +303,7 @@ def _drawn(
     problems = Problems(*(np.asarray(x)[picked] for x in many))
     outcomes = {rule: scorer(problems, ways[rule]) for rule in RULES}
     width = outcomes[RULES[0]].read.shape[1]
-    batch = problem_rows(problems, width, task)
+    batch = task.batch(problems, width)
     drawn = []
     for i, value in enumerate(measure[picked].tolist()):
         count = int(outcomes[RULES[0]].read[i].sum())

@@ -14,6 +14,7 @@ from spak_jax.command_line import InputError
 from spak_jax.config import Config
 from spak_jax.config_sections import LoopedModel
 from spak_jax.evaluation import generate
+from spak_jax.evaluation.loops import Loops
 from spak_jax.tasks import Task
 
 
@@ -42,12 +43,8 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
       InputError: loops or halting are asked of a model that does not loop.
     """
     looped = isinstance(config.model, LoopedModel)
-    if not looped and (loops is not None or halt):
-        asked = "--halt" if halt else "--loops"
-        raise InputError(
-            f"{asked}: {config.name} is a stack of {config.model.layers} blocks;"
-            " only a looped model has loops to choose"
-        )
+    if loops is not None or halt:
+        require_looped(config, "--halt" if halt else "--loops")
     definition, _ = models.abstract(config)
     task = tasks.of(config.data)
     depth = (loops or config.model.loops) if looped else 0
@@ -68,6 +65,62 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
         )
 
     return halting if halt else plain
+
+
+def forward_of_each(config: Config) -> Callable:
+    """A pure function of (weights, tokens, loops), the int32 loops `[batch]` of each sequence, as
+    `forward` gives it for one number: one program serves all numbers.
+
+    Raises:
+      InputError: the model does not loop.
+    """
+    require_looped(config, "--loops")
+    definition, _ = models.abstract(config)
+    task = tasks.of(config.data)
+
+    def run(weights, tokens, loops):
+        network = nnx.merge(definition, weights)
+        logits = network(tokens, position_ids=task.position_ids(tokens), loops=loops)
+        return logits, jnp.broadcast_to(loops[:, None], tokens.shape)
+
+    return run
+
+
+def require_looped(config: Config, asked: str) -> None:
+    """Raises InputError where loops or halting are asked of a model that does not loop."""
+    if not isinstance(config.model, LoopedModel):
+        raise InputError(
+            f"{asked}: {config.name} is a stack of {config.model.layers} blocks;"
+            " only a looped model has loops to choose"
+        )
+
+
+def answer_fn(
+    config: Config, loops: int | Loops | None = None, halt: Halting | None = None
+) -> Callable:
+    """What writes answers, `generate_fn`, or in one pass fills in blanks in the same way: a pure
+    function of weights, prompt, prompt_length and max_length that gives tokens and loops. With
+    `Loops` it takes the int32 loops of each sequence, too.
+
+    Raises:
+      InputError: the model does not loop, or `Loops` are asked of one that writes symbol by symbol.
+    """
+    task = tasks.of(config.data)
+    if not task.one_pass:
+        if isinstance(loops, Loops):
+            raise InputError(
+                f"loops = {loops}: {config.name} writes symbol by symbol, with one number for all"
+            )
+        return generate_fn(config, loops, halt)
+    each = isinstance(loops, Loops)
+    run = forward_of_each(config) if each else forward(config, loops, halt)
+
+    def fill_in(weights, prompt, prompt_length, max_length, *loops):
+        logits, taken = run(weights, prompt, *loops)
+        blank = prompt == task.blank
+        return jnp.where(blank, logits.argmax(-1).astype(prompt.dtype), prompt), taken
+
+    return fill_in
 
 
 def generate_fn(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:

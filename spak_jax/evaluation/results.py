@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spak_jax.command_line import InputError, first_line, write_file
+from spak_jax.evaluation.loops import Loops
 from spak_jax.former_names import with_present_names
 
 EXPECTED = "a results file as `python -m spak_jax.evaluate RUN --json FILE` writes it"
@@ -124,8 +125,10 @@ class Results(Part):
     jax: Name | None = None
     date: datetime.date
     commit: Name | None = None
-    # None of a model that does not loop.
-    loops: Positive | None
+    # None of a model that does not loop. With some for each symbol of a problem's length, those
+    # that are taken beside them.
+    loops: Count | None
+    loops_per_symbol: Annotated[float, Field(gt=0)] | None = None
     # Thresholds before the answer and from it on, and the rule they are of; None for no halting.
     halting: tuple[Fraction, ...] | None = None
     halting_rule: Name | None = None
@@ -158,6 +161,13 @@ class Results(Part):
         return cls.model_validate_json(json.dumps(_with_present_names(values)))
 
     @property
+    def loops_label(self) -> str:
+        """`24`, or in multiples of a problem's length `2x+8`; empty for a model without loops."""
+        if self.loops is None:
+            return ""
+        return str(Loops(self.loops, self.loops_per_symbol or 0.0))
+
+    @property
     def on_the_way(self) -> bool:
         """Whether the training was not at its end yet."""
         steps = self.config.train.steps
@@ -170,6 +180,8 @@ class Results(Part):
                 f"loops = {self.loops} and config.model.loops = {self.config.model.loops}: both"
                 " or neither must be a number"
             )
+        if self.loops == 0 and self.loops_per_symbol is None:
+            raise ValueError("loops = 0: a looped model takes at least one")
         return self
 
 

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from spak_jax import data, jax_settings
-from spak_jax.command_line import or_a_gpu, progress
+from spak_jax.command_line import InputError, or_a_gpu, progress
 from spak_jax.config import Config
 from spak_jax.config_sections import Evaluation, LoopedModel, Train
-from spak_jax.data import Batch
 from spak_jax.evaluation import generate
-from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
-from spak_jax.evaluation.forward import Halting, forward, generate_fn
+from spak_jax.evaluation.batching import batch_of, calls, power_of_two, rows_per_call
+from spak_jax.evaluation.forward import Halting, forward, forward_of_each, generate_fn
 from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.loops import Loops
 from spak_jax.evaluation.results import Results
 from spak_jax.evaluation.statistics import Predictions, summary
-from spak_jax.tasks import Problems
+from spak_jax.tasks import Batch, Problems
 from spak_jax.training import loggers
 
 # Beyond this length fewer problems are scored, so that their symbols are as many.
@@ -35,14 +35,11 @@ FULL_LENGTH = 100
 # Published columns split one draw; 10 times as many problems leave each about enough.
 COLUMNS_FACTOR = 10
 CURVE_POINTS = 400
-MAX_LOOPS = 10_000
 # Of waiting for scores.
 INSTEAD = (
     "fewer problems (--examples; evaluation.examples of a training) or shorter ones (--lengths;"
     " evaluation.lengths) take less"
 )
-
-_problem_rows = jax.jit(data.problem_rows, static_argnums=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,21 @@ class Settings:
     """What to score and how.
 
     lengths: of problems, all inputs exactly that long. examples: problems for each; of a length
-    n > 100, 100 / n times as many. seed: of the problems. loops: None for as many as in training.
-    halt: how each token stops; None for never. decode: generate instead of teacher forcing. kinds:
-    of the task's hard problems (`Task.kinds`), scored at each length too.
+    n > 100, 100 / n times as many. seed: of the problems. loops: None for as many as in training;
+    `Loops` for each problem's own number, in one program for all numbers. halt: how each token
+    stops; None for never. decode: generate instead of teacher forcing, which in one pass is the
+    same. kinds: of the task's hard problems (`Task.kinds`), scored at each length too. published:
+    whether problems of the published columns are, where the task has some.
     """
 
     lengths: tuple[int, ...]
     examples: int
     seed: int
-    loops: int | None = None
+    loops: int | Loops | None = None
     halt: Halting | None = None
     decode: bool = False
     kinds: tuple[str, ...] = ()
+    published: bool = True
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> "Settings":
@@ -81,7 +81,13 @@ class Scorer:
         # What the model computes does not depend on how it was trained: one program for all seeds.
         config = loaded.config.model_copy(update={"train": Train()})
         self._config, self._settings = config, settings
-        self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
+        if isinstance(settings.loops, Loops):
+            if settings.halt or settings.decode:
+                asked = "halt" if settings.halt else "decode"
+                raise InputError(f"loops = {settings.loops}: {asked} takes one number for all")
+            self._rows = _compiled_rows_of_each(config)
+        else:
+            self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
 
     @jax_settings.fixed()
     def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
@@ -100,7 +106,9 @@ class Scorer:
         parts = []
         for chosen, filled, length in calls(sizes, task, self._rows_per_call):
             rows = task.pad(Problems(*(array[filled] for array in problems)), length)
-            parts.append((chosen, self._rows(self._weights, _problem_rows(rows, length, task))))
+            loops = self._settings.loops
+            more = (jnp.asarray(loops.of(sizes[filled])),) if isinstance(loops, Loops) else ()
+            parts.append((chosen, self._rows(self._weights, batch_of(rows, length, task), *more)))
             advance(len(chosen))
         predictions = Predictions(np.empty(len(sizes), bool), np.empty(len(sizes), np.float32))
         for chosen, found in parts:
@@ -110,7 +118,7 @@ class Scorer:
 
     def _rows_per_call(self, length: int) -> int:
         rows = rows_per_call(length)
-        if self._settings.decode:
+        if self._settings.decode and not self.task.one_pass:
             # So that caches hold them; the row that is scored is one token longer.
             held = generate.max_cached_batch(self._config.model, length + 1, self._settings.loops)
             rows = min(rows, power_of_two(held))
@@ -121,11 +129,21 @@ class Scorer:
 def _compiled_rows(
     config: Config, loops: int | None, halt: Halting | None, decode: bool
 ) -> Callable:
-    if decode:
+    if decode and not config.data.one_pass:
         write = generate_fn(config, loops, halt)
         return jax.jit(lambda weights, batch: _decoded(write, weights, batch))
     run = forward(config, loops, halt)
     return jax.jit(lambda weights, batch: _teacher_forced(run, weights, batch))
+
+
+@functools.lru_cache
+def _compiled_rows_of_each(config: Config) -> Callable:
+    run = forward_of_each(config)
+    return jax.jit(
+        lambda weights, batch, loops: _teacher_forced(
+            lambda weights, tokens: run(weights, tokens, loops), weights, batch
+        )
+    )
 
 
 @jax_settings.fixed()
@@ -140,7 +158,7 @@ def score(loaded: LoadedModel, settings: Settings, run: Path | None = None) -> R
     scorer, task = Scorer(loaded, settings), loaded.task
     key, longest = jax_settings.key(settings.seed), loaded.config.data.longest
     columns = None
-    if task.published_columns:
+    if task.published_columns and settings.published:
         of_columns = jax.random.fold_in(key, 0)
         count = COLUMNS_FACTOR * settings.examples
         columns = data.sample_published_columns(of_columns, count, task)
@@ -299,13 +317,25 @@ def _by_column(
     return columns
 
 
+def _loops(model: LoopedModel, loops: int | Loops | None) -> dict[str, Any]:
+    if isinstance(loops, Loops):
+        return {"loops": loops.constant, "loops_per_symbol": loops.per_symbol or None}
+    return {"loops": loops or model.loops}
+
+
+def _method(loaded: LoadedModel, settings: Settings) -> str:
+    if loaded.task.one_pass:
+        return "one pass"
+    return "decoding" if settings.decode else "teacher forcing"
+
+
 def _description(loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
     looped = isinstance(loaded.config.model, LoopedModel)
     return loaded.describe() | {
-        "loops": (settings.loops or loaded.config.model.loops) if looped else None,
+        **(_loops(loaded.config.model, settings.loops) if looped else {"loops": None}),
         "halting": list(settings.halt[1:]) if settings.halt else None,
         "halting_rule": settings.halt.rule if settings.halt else None,
-        "method": "decoding" if settings.decode else "teacher forcing",
+        "method": _method(loaded, settings),
         "examples": settings.examples,
         "seed": settings.seed,
         "length_unit": loaded.task.unit,

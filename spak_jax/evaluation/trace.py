@@ -10,7 +10,6 @@ from flax import nnx
 from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError
 from spak_jax.config_sections import LoopedModel
-from spak_jax.data import problem_rows
 from spak_jax.evaluation.loaded import LoadedModel
 
 # What a picture can show, a pixel or two a token.
@@ -21,17 +20,18 @@ DECIMALS = 4
 class Trace(NamedTuple):
     """What every loop does with a problem and its true answer.
 
-    problem: as people write it. text: as the model reads it, its newline included; what follows
-    are of all its tokens but the last. first: the place that chooses the answer's first symbol.
-    logits: float32 `[loops, length, vocabulary]`. attention: the weights of attention, float32
-    `[loops, heads, length, length]`, keys last. confidence: the probability of the true next
-    token, float32 `[loops, length]`. chosen: what each place from `first` on chooses after the
-    last loop.
+    problem: as people write it. text: as the model reads it, of whose tokens the arrays speak.
+    first: the place that chooses the answer's first symbol: `=`, or the first blank. right: the
+    answer and its newline, which the places from `first` on are to choose. logits: float32
+    `[loops, length, vocabulary]`. attention: the weights of attention, float32
+    `[loops, heads, length, length]`, keys last. confidence: the probability of the right symbol,
+    float32 `[loops, length]`. chosen: what the places of `right` choose after the last loop.
     """
 
     problem: str
     text: str
     first: int
+    right: str
     logits: np.ndarray
     attention: np.ndarray
     confidence: np.ndarray
@@ -53,10 +53,12 @@ def trace(loaded: LoadedModel, problem: tuple[str, ...], loops: int | None = Non
     config, task = loaded.config, loaded.task
     if not isinstance(config.model, LoopedModel):
         raise InputError(f"{config.name} is a stack of blocks: it has no loops to trace")
-    text = task.text(problem)
-    if len(text) > LONGEST_TEXT:
-        raise InputError(f"a text of {len(text)} symbols: at most {LONGEST_TEXT} can be traced")
-    batch = problem_rows(task.arrays([problem]), len(text) - 1, task)
+    text = task.prompt(problem) if task.one_pass else task.text(problem)[:-1]
+    if len(text) >= LONGEST_TEXT:
+        raise InputError(f"a text of {len(text) + 1} symbols: at most {LONGEST_TEXT} can be traced")
+    batch = task.batch(task.arrays([problem]), len(text))
+    first, *_, last = np.flatnonzero(batch.answer[0]).tolist()
+    choosing = slice(first, last + 1)
     definition, _ = models.abstract(config)
 
     @jax.jit
@@ -74,25 +76,29 @@ def trace(loaded: LoadedModel, problem: tuple[str, ...], loops: int | None = Non
         return logits[:, 0], attention[:, 0], right
 
     logits, attention, confidence = map(np.asarray, run(loaded.weights, batch))
-    first = text.index("=")
-    chosen = task.decode(logits[-1, first:].argmax(-1))
-    return Trace(task.format(problem), text, first, logits, attention, confidence, chosen)
+    right, chosen = batch.targets[0, choosing], logits[-1, choosing].argmax(-1)
+    return Trace(
+        task.format(problem), text, choosing.start, task.decode(right),
+        logits, attention, confidence, task.decode(chosen),
+    )  # fmt: skip
 
 
 def as_json(traced: Trace) -> dict[str, Any]:
     """What pictures show of it, as plain values.
 
-    `problem`, `text`, `first`, `chosen`, `loops`; for each loop and each token from `first` on
-    `confidence`, and `looked`, the weights of attention over the text, the mean over heads.
+    `problem`, `text`, `first`, `right`, `chosen`, `loops`; for each loop and each token that
+    chooses a symbol of `right` `confidence`, and `looked`, the weights of attention over the text,
+    the mean over heads.
     """
-    first = traced.first
+    choosing = slice(traced.first, traced.first + len(traced.right))
     rounded = lambda array: np.round(array.astype(float), DECIMALS).tolist()  # noqa: E731
     return {
         "problem": traced.problem,
         "loops": len(traced.logits),
         "text": traced.text,
-        "first": first,
+        "first": traced.first,
+        "right": traced.right,
         "chosen": traced.chosen,
-        "confidence": rounded(traced.confidence[:, first:]),
-        "looked": rounded(traced.attention.mean(1)[:, first:]),
+        "confidence": rounded(traced.confidence[:, choosing]),
+        "looked": rounded(traced.attention.mean(1)[:, choosing]),
     }

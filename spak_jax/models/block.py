@@ -41,9 +41,10 @@ class BlockSettings:
     width, heads, hidden: channels of the stream, heads of attention, channels of the MLP. gated:
     whether the MLP is a SwiGLU. dropout: its rate. depth: blocks that add to one residual stream;
     their outputs start out smaller for it. dtype: of the products. window: differences of position
-    ids beyond which keys are masked; None for no window. bias_table: that of the position scheme
-    before training, float32 `[heads, 2 * max_relative_distance + 2]`; None for none. attention: an
-    implementation, as `pallas_kernels.attention` takes it; None for the fastest.
+    ids beyond which keys are masked; None for no window. causal: whether tokens see those before
+    them alone. init_std: standard deviation of the first weights. bias_table: that of the position
+    scheme before training, float32 `[heads, 2 * max_relative_distance + 2]`; None for none.
+    attention: an implementation, as `pallas_kernels.attention` takes it; None for the fastest.
     """
 
     width: int
@@ -54,6 +55,8 @@ class BlockSettings:
     depth: int = 1
     dtype: Any = jnp.float32
     window: int | None = None
+    causal: bool = True
+    init_std: float = INIT_STD
     bias_table: jax.Array | None = None
     attention: str | None = None
 
@@ -64,20 +67,21 @@ class BlockSettings:
     @property
     def output_std(self) -> float:
         """Standard deviation of the first weights of what is added to the stream."""
-        return INIT_STD / (2 * self.depth) ** 0.5
+        return self.init_std / (2 * self.depth) ** 0.5
 
 
 class Attention(nnx.Module):
-    """Causal self-attention of several heads, with what a position scheme gives it."""
+    """Self-attention of several heads, with what a position scheme gives it."""
 
     def __init__(self, settings: BlockSettings, *, rngs: nnx.Rngs):
         self.heads = settings.heads
         self.dropout = settings.dropout
         self.dtype = settings.dtype
         self.window = settings.window
+        self.causal = settings.causal
         self.attention_implementation = settings.attention
         width = settings.width
-        self.qkv = matrix(width, 3 * width, settings.dtype, rngs)
+        self.qkv = matrix(width, 3 * width, settings.dtype, rngs, settings.init_std)
         self.attention_out = matrix(width, width, settings.dtype, rngs, settings.output_std)
         self.biased = settings.bias_table is not None
         if self.biased:
@@ -130,6 +134,7 @@ class Attention(nnx.Module):
             window=self._window_of(position_inputs),
             dropout_rate=self.dropout,
             dropout_key=key,
+            causal=self.causal,
             implementation=self.attention_implementation,
         )
 
@@ -146,7 +151,7 @@ class Attention(nnx.Module):
             positions=position_inputs.rope_positions,
             segment_ids=None,
             ids=position_inputs.position_ids,
-            causal=True,
+            causal=self.causal,
             **self.scoring(position_inputs, q.shape[-1]),
         )
 
@@ -181,9 +186,9 @@ class MLP(nnx.Module):
         width, hidden, dtype = settings.width, settings.hidden, settings.dtype
         self.dtype = dtype
         self.gated = settings.gated
-        self.mlp_in = matrix(width, hidden, dtype, rngs)
+        self.mlp_in = matrix(width, hidden, dtype, rngs, settings.init_std)
         if self.gated:
-            self.mlp_value = matrix(width, hidden, dtype, rngs)
+            self.mlp_value = matrix(width, hidden, dtype, rngs, settings.init_std)
         self.mlp_out = matrix(hidden, width, dtype, rngs, settings.output_std)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
@@ -253,7 +258,7 @@ class Block(Attention, MLP):
         return self.weights_of_keys(q, k, position_inputs=position_inputs)
 
 
-def matrix(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, std: float = INIT_STD) -> nnx.Linear:
+def matrix(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, std: float) -> nnx.Linear:
     """A layer without a bias, its weights drawn from a normal distribution."""
     return nnx.Linear(
         inputs,

@@ -292,6 +292,7 @@ def supports_fused(model: nnx.Module, tokens: jax.Array) -> bool:
     block = model.block
     return (
         is_known(block)
+        and block.causal
         and block.attention_implementation is None
         and looped.supports_fused(
             tokens.shape[1],
@@ -331,6 +332,8 @@ def fused_forward(
     block, kernel = model.block, lambda layer: layer.kernel[...]
     if not is_known(block):
         raise ValueError(f"model.block is a {type(block).__name__}: one launch knows Block alone")
+    if not block.causal:
+        raise ValueError("model.causal = false: one launch knows causal attention alone")
     weights = looped.Weights(
         norm1=block.norm1.scale[...],
         qkv=kernel(block.qkv),

@@ -106,7 +106,7 @@ def decode_step(
         jnp.broadcast_to(of_all, tokens.shape), cache_position[:, None], axis=1
     )
     position_inputs = model._position_inputs(tokens, position_ids=position_ids)
-    x = model.embedding(of_token(tokens))
+    x = model._embed_tokens(of_token(tokens))
     if position_inputs.embedding is not None:
         x += jnp.take_along_axis(position_inputs.embedding, cache_position[:, None, None], axis=1)
     thresholds = None if thresholds is None else of_token(thresholds)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from pallas_kernels.ops import reference
 from spak_jax.models import fused
-from spak_jax.models.block import EPSILON, INIT_STD
+from spak_jax.models.block import EPSILON
 from spak_jax.models.fused import Stream
 from spak_jax.models.halting import init_halting, update_halting
 from spak_jax.models.transformer import Architecture, Transformer, make_block
@@ -22,14 +22,16 @@ class LoopedArchitecture(Architecture, Protocol):
     normalize_state: bool
     shared_step: bool
     no_grad_warmup_loops: int
+    supervised_loops: int | None
 
 
 class LoopLM(Transformer):
     """One block applied `config.loops` times, or as often as a call asks for.
 
     A learned step embedding is added before each loop, and the training loss reads out every loop
-    of the second half, not the last alone. Halting runs the loops of the model that was trained,
-    position information included, and only freezes what has been decided.
+    of the second half, or of the last `config.supervised_loops`, not the last alone. Halting runs
+    the loops of the model that was trained, position information included, and only freezes what
+    has been decided.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class LoopLM(Transformer):
         self.step_embedding = nnx.Embed(
             self.steps,
             config.width,
-            embedding_init=nnx.initializers.normal(INIT_STD),
+            embedding_init=nnx.initializers.normal(config.init_std),
             rngs=rngs,
         )
 
@@ -56,16 +58,18 @@ class LoopLM(Transformer):
         self,
         tokens: jax.Array,
         *,
-        loops: int | None = None,
+        loops: int | jax.Array | None = None,
         positions: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Next-token logits after the last loop.
+        """Logits after the last loop.
 
         Args:
           tokens: int `[batch, length]`.
-          loops: None for as many as in training; beyond those the last step embedding repeats.
+          loops: None for as many as in training; beyond those the last step embedding repeats. An
+            int32 array `[batch]` gives each sequence its own number, in one program for all
+            numbers; it has no gradient and no dropout.
           positions: int `[length]` or `[batch, length]`; None counts from 0.
           position_ids: int32 `[batch, length]`, the task's, for the schemes that go by them.
           key: PRNG key for dropout; None is deterministic.
@@ -73,13 +77,26 @@ class LoopLM(Transformer):
         Returns:
           float32 `[batch, length, vocabulary]`.
         """
+        more = {"positions": positions, "position_ids": position_ids}
+        if isinstance(loops, jax.Array):
+            return self._loops_of_each(tokens, loops, **more)
         if key is None and fused.supports_fused(self, tokens):
-            more = {"positions": positions, "position_ids": position_ids}
             return self.fused_forward(tokens, loops=loops, **more)[0]
         step, stream, inputs = self._loop(tokens, loops, positions, position_ids, key)
         stream, last = jax.lax.scan(step, stream, inputs)
         last = None if last is None else last[-1]
         return self.unembed(fused.apply_pending(stream, last, self.dropout))
+
+    def _loops_of_each(self, tokens, loops, positions, position_ids):
+        embedded = self._embed(tokens, positions, position_ids, None, 0)
+        enter, _ = self._inference(embedded.x, 1)
+
+        def body(i, x):
+            block, entered, shift = enter(x, self._steps_of(i[None])[0])
+            moved = fused.run_block(block, entered, embedded.position_inputs, shift)
+            return jnp.where((i < loops)[:, None, None], moved, x)
+
+        return self.unembed(jax.lax.fori_loop(0, loops.max(), body, embedded.x))
 
     def supervised_losses(
         self,
@@ -91,7 +108,8 @@ class LoopLM(Transformer):
         key: jax.Array | None = None,
         progress: jax.Array | float | None = None,
     ) -> jax.Array:
-        """What the training loss averages over: a sum for every loop of the second half.
+        """What the training loss averages over: a sum for every loop that is supervised, the last
+        `config.supervised_loops`, or the second half.
 
         With `config.no_grad_warmup_loops` and a key, the state has gone through a random number of
         loops before, which the gradient does not go back through (as Bansal et al. 2022 train
@@ -108,7 +126,7 @@ class LoopLM(Transformer):
             outside it.
 
         Returns:
-          float32 `[loops - loops // 2]`: weighted sums of the cross-entropies.
+          float32 `[supervised]`: weighted sums of the cross-entropies.
         """
         given = tokens, targets, weights, position_ids, key, progress
         return fused.with_batched_weight_grads(LoopLM._losses, self, "block", self.loops, given)
@@ -118,18 +136,20 @@ class LoopLM(Transformer):
         step, stream, inputs = self._loop(tokens, None, None, position_ids, key, progress)
         if self.config.no_grad_warmup_loops and key is not None:
             stream = self._after_warmup_loops(stream, tokens, position_ids, key, progress)
-        half = self.loops // 2
+        unread = self.loops // 2
+        if self.config.supervised_loops:
+            unread = self.loops - self.config.supervised_loops
 
         def scored(x, given, deferred):
             stream, last = step(Stream(x), given, deferred)
             return fused.add_loss(self, stream, last, targets, weights)
 
-        first = jax.tree.map(lambda x: x[:half], inputs)
-        second = jax.tree.map(lambda x: x[half:], inputs)
-        early, late = (None, None) if deferred is None else (deferred[:half], deferred[half:])
+        first = jax.tree.map(lambda x: x[:unread], inputs)
+        second = jax.tree.map(lambda x: x[unread:], inputs)
+        early, late = (None, None) if deferred is None else (deferred[:unread], deferred[unread:])
         stream, last = fused.scan_or_unroll(step, stream, first, early)
         # Before the first loop nothing is pending, and there is no key to drop it by.
-        last = last[-1] if half and key is not None else None
+        last = last[-1] if unread and key is not None else None
         x = fused.apply_pending(stream, last, self.dropout)
         return fused.scan_or_unroll(scored, x, second, late)[1]
 
@@ -293,8 +313,11 @@ class LoopLM(Transformer):
 
     def _step_embeddings(self, loops):
         """The step embedding of each loop, float32 `[loops, width]`."""
-        index = jnp.arange(self.loops if loops is None else loops)
-        return self.step_embedding(jnp.minimum(index, self.steps - 1))
+        return self._steps_of(jnp.arange(self.loops if loops is None else loops))
+
+    def _steps_of(self, loops):
+        """The step embedding of some loops, counted from 0: `[loops]` to `[loops, width]`."""
+        return self.step_embedding(jnp.minimum(loops, self.steps - 1))
 
     def _enter(self, stream, first, keys):
         """The stream as a loop's block takes it.

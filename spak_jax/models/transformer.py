@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spak_jax.models.block import INIT_STD, BlockSettings, dropout, norm
+from spak_jax.models.block import BlockSettings, dropout, norm
 from spak_jax.positions.base import PositionInputs, SchemeSettings
 from spak_jax.registry import BLOCKS, POSITIONS
 
@@ -22,6 +22,9 @@ class Architecture(Protocol):
     positions: str
     max_relative_distance: int
     window: bool
+    causal: bool
+    init_std: float
+    scale_embedding: bool
     dropout: float
 
 
@@ -51,7 +54,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Embed(
             vocabulary,
             config.width,
-            embedding_init=nnx.initializers.normal(INIT_STD),
+            embedding_init=nnx.initializers.normal(config.init_std),
             rngs=rngs,
         )
         self.final_norm = norm(config.width, dtype, rngs)
@@ -79,7 +82,7 @@ class Transformer(nnx.Module):
     def _embed(self, tokens, positions, position_ids, key, depth, progress=None) -> Embedded:
         """Arguments as of a call; `depth` blocks are given keys."""
         position_inputs = self._position_inputs(tokens, positions, position_ids, key, progress)
-        x = self.embedding(tokens)
+        x = self._embed_tokens(tokens)
         if position_inputs.embedding is not None:
             x += position_inputs.embedding
         first, keys = None, None
@@ -89,6 +92,10 @@ class Transformer(nnx.Module):
             # The last of a block's keys is for what it leaves pending: the next one's first.
             keys = jnp.concatenate([rest[:-1], rest[1:, :1]], axis=1)
         return Embedded(dropout(x, self.dropout, first), position_inputs, keys)
+
+    def _embed_tokens(self, tokens):
+        x = self.embedding(tokens)
+        return x * self.config.width**0.5 if self.config.scale_embedding else x
 
     def _position_inputs(
         self, tokens, positions=None, position_ids=None, key=None, progress=None
@@ -131,6 +138,8 @@ def make_block(
         depth=depth,
         dtype=dtype,
         window=distance if config.window else None,
+        causal=config.causal,
+        init_std=config.init_std,
         bias_table=scheme.initial_bias(config.heads, distance),
         attention=attention,
     )

@@ -12,6 +12,7 @@ from spak_jax.reports.canvas import saved
 from spak_jax.reports.grouping import Evaluated, gather
 from spak_jax.reports.length_figures import draw_generalization, draw_schemes
 from spak_jax.reports.loops_figure import draw_test_time_loops
+from spak_jax.reports.reach_figure import draw_reach
 from spak_jax.reports.style import style
 from spak_jax.reports.tables import latex_table, markdown_table, table_rows
 from spak_jax.reports.training_figure import draw_training
@@ -34,6 +35,7 @@ def render(evaluated: Sequence[Evaluated]) -> dict[str, str | bytes]:
             "generalization": None if is_crowded else draw_generalization(evaluated),
             "schemes": schemes,
             "test_time_loops": draw_test_time_loops(evaluated),
+            "reach": draw_reach(evaluated),
             "training": draw_training(evaluated),
         }
         for name, figure in drawings.items():

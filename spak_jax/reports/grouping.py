@@ -15,7 +15,10 @@ from spak_jax.evaluation.results import LengthScore, Results
 from spak_jax.evaluation.statistics import OVER_SEEDS, WILSON, Estimate, estimate
 
 # Besides the configuration, what makes an evaluation what it is.
-IDENTITY = ("system", "loops", "halting", "problems", "step", "method", "dtype", "examples", "seed")
+IDENTITY = (
+    "system", "loops", "loops_per_symbol", "halting", "problems", "step", "method", "dtype",
+    "examples", "seed",
+)  # fmt: skip
 
 Item = TypeVar("Item")
 
@@ -121,7 +124,11 @@ def loop_families(evaluated: Sequence[Evaluated]) -> list[tuple[str, list[Evalua
     def family(line: Evaluated) -> dict[str, Any]:
         return _identity(line.first) | {"loops": None}
 
-    looped = [line for line in evaluated if line.first.loops is not None]
+    looped = [
+        line
+        for line in evaluated
+        if line.first.loops is not None and line.first.loops_per_symbol is None
+    ]
     families = [
         sorted(lines, key=lambda line: line.first.loops)
         for lines in _grouped(looped, family)
@@ -266,7 +273,7 @@ def _system(results: Results) -> str:
 def _name(results: Results, with_loops: bool = True) -> str:
     name = _system(results)
     if with_loops and results.loops != results.config.model.loops:
-        name += f" at {results.loops} loops"
+        name += f" at {results.loops_label} loops"
     return name + _circumstances(results)
 
 
@@ -294,7 +301,7 @@ def _depth(results: Results) -> str:
         ("GPT", model.layers, "layer") if model.loops is None else ("LoopLM", model.loops, "loop")
     )
     depth = kind if count is None else f"{kind}, {count} {unit}{'s' if count > 1 else ''}"
-    return depth if results.loops == model.loops else f"{depth}, at {results.loops}"
+    return depth if results.loops == model.loops else f"{depth}, at {results.loops_label}"
 
 
 def _beside_the_scheme(results: Results) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from spak_jax.reports.grouping import Evaluated, ranges
 
 def print_results(results: Results) -> None:
     """The zero-shot table."""
-    loops = f", {results.loops} loops" if results.loops else ""
+    loops = f", {results.loops_label} loops" if results.loops_label else ""
     seed = results.config.train.seed
     table = _table(
         f"{results.system}, training seed {seed}{loops}, step {results.step:,}", results.length_unit
@@ -26,7 +26,7 @@ def print_results(results: Results) -> None:
         for name, score in scores.items():
             _add_row(table, f"{prefix}{name}", score)
     console.print(table)
-    if results.loops:
+    if results.loops and not results.loops_per_symbol:
         warn_of_loops(results.config.model.model_dump(), results.loops)
 
 
@@ -34,7 +34,7 @@ def print_over_seeds(every: Sequence[Results]) -> None:
     """The same of runs that differ in their training seed: means over seeds and intervals."""
     first, line = every[0], Evaluated(every[0].system, tuple(every))
     numbers = ranges(results.config.train.seed for results in every)
-    loops = f", {first.loops} loops" if first.loops else ""
+    loops = f", {first.loops_label} loops" if first.loops_label else ""
     table = _table(f"{line.label}, mean over training seeds {numbers}{loops}", first.length_unit)
     for prefix, part, estimate, names in (
         ("", "lengths", line.at_length, line.lengths),

@@ -13,10 +13,8 @@ WRONG = "; in red with the right one behind it where it is another"
 
 def draw(traced: dict[str, Any]) -> Figure:
     """A panel of attention for each loop, and confidence by loop below them."""
-    text, first, loops = traced["text"], traced["first"], traced["loops"]
-    read, right, chosen = (
-        part.replace("\n", "¶") for part in (text[:-1], text[first + 1 :], traced["chosen"])
-    )
+    loops = traced["loops"]
+    read, right, chosen = (traced[part].replace("\n", "¶") for part in ("text", "right", "chosen"))
     confidence, looked = np.array(traced["confidence"]), np.array(traced["looked"])
     width, margin = WIDE + 1.6, 0.45
     panel = 0.35 + 0.075 * len(right)

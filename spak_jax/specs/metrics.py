@@ -42,7 +42,7 @@ from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config, Specification, read_specification
 from spak_jax.config_files import referred_file
 from spak_jax.config_sections import LoopedModel
-from spak_jax.data import problem_rows, sample_training, training_batch
+from spak_jax.data import sample_training, training_batch
 from spak_jax.evaluation.statistics import Estimate
 from spak_jax.reports.grouping import Evaluated
 from spak_jax.specs import design_space, gpu_metrics, roofline
@@ -253,7 +253,7 @@ def _written(config: Config) -> dict[str, str]:
     length = task.text_length(problems.width)
     given = tasks.Problems(*map(jnp.asarray, problems))
     trained = training_batch(jax.random.key(0), data, 1, given)
-    scored = problem_rows(given, length, task)
+    scored = task.batch(given, length)
     text = lambda batch: task.decode(  # noqa: E731
         np.append(batch.tokens[0], batch.targets[0, -1])
     ).partition("\n")[0]
@@ -274,14 +274,14 @@ def _halting_difference(config: Config) -> float:
 
     data, task = config.data, tasks.of(config.data)
     problems = task.sample_exact(jax_settings.key(0), data.longest, 4)
-    length = task.text_length(data.longest) - 1
+    length = task.row_length(data.longest)
 
     @jax.jit
     def difference(key):
         network = models.build(config, key, "xla")
         definition, weights = nnx.split(network)
         network = nnx.merge(definition, jax.tree.map(lambda x: ENLARGED * x, weights))
-        tokens = problem_rows(problems, length, task).tokens
+        tokens = task.batch(problems, length).tokens
         ids = task.position_ids(tokens)
         plain = network(tokens, position_ids=ids)
         never = jnp.full(tokens.shape, 2.0)

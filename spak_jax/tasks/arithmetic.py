@@ -13,7 +13,7 @@ import numpy as np
 
 from spak_jax import baseline
 from spak_jax.registry import TASKS
-from spak_jax.tasks.base import Problems, Task, Written, uniform_symbols
+from spak_jax.tasks.base import Problems, Task, Written, aligned_ids, uniform_symbols
 
 
 class Arithmetic(Task):
@@ -76,17 +76,12 @@ class Arithmetic(Task):
         return np.concatenate([rest, first], axis=1)
 
     def position_ids(self, tokens: jax.Array) -> jax.Array:
-        """Ids that tell which digits belong together (position coupling, Cho et al. 2024).
-
-        Digits of equal significance share an id, of operands and answer alike, 2, 3, 4 ... from the
-        least; `=`, which chooses the first digit of the answer, has 1, as each digit has one less
-        than the next. The operator and newlines have none, 0.
+        """Ids that tell which digits belong together: those of equal significance share one, of
+        operands and answer alike, 2, 3, 4 ... from the least; `=`, which chooses the first digit of
+        the answer, has 1, as each digit has one less than the next. The operator and newlines have
+        none, 0.
         """
-        t = jnp.arange(tokens.shape[-1])
-        digit = (tokens >= self.first_symbol) & (tokens < self.equals)
-        before = jax.lax.cummax(jnp.where(digit, -1, t), axis=tokens.ndim - 1)
-        ids = jnp.where(digit, t - before + 1, jnp.where(tokens == self.equals, 1, 0))
-        return ids.astype(jnp.int32)
+        return aligned_ids(self.is_symbol(tokens), tokens == self.equals)
 
     def in_written_order(self, sequence: Written) -> Written:
         return sequence[::-1]

@@ -5,6 +5,10 @@ Its text is the inputs with the operator between them, `=`, the answer and a new
 `321+654=975`. On the device problems are arrays of symbols, so one code serves any length; for
 people a problem is a tuple of strings, `("123", "456")`.
 
+A model answers symbol by symbol, each token predicting the next one, or in one pass: it reads
+`321+654=_____`, as many blanks as the longest answer and its newline need, and each symbol is read
+out at its own blank.
+
 A task of one's own says which symbols there are and what the answer is, on arrays and in plain
 Python; everything else has a default that it may replace:
 
@@ -34,6 +38,8 @@ from spak_jax.registry import TASKS
 
 Written = TypeVar("Written", str, list)
 
+# People see it where an answer in one pass goes.
+BLANK = "_"
 # Symbols that one program draws at least.
 LEAST_DRAWN = 2**14
 
@@ -58,13 +64,29 @@ class Problems(NamedTuple):
         return self.inputs.shape[-1]
 
 
+class Batch(NamedTuple):
+    """What a model reads and what it is to say: int32 tokens and targets, bool answer mask, all
+    `[batch, length]`.
+
+    `answer[i, t]` is set where the target belongs to an answer: its symbols and its newline. Symbol
+    by symbol the target is the next token; in one pass it is the symbol that a blank stands for.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    answer: jax.Array
+
+
 class Task(abc.ABC):
     """One kind of problem.
 
-    A task has no state: all that is drawn comes from keys. Array functions are pure and run inside
-    `jit`, but for those that scoring calls, `sample_exact` and `sample_kind`: they give arrays of
-    the host, so that nothing is compiled for each length. A key draws the same whatever JAX's
-    default integers, floats and keys are.
+    Args:
+      one_pass: whether answers are given in one pass, at blanks, instead of symbol by symbol.
+
+    A task has no other state: all that is drawn comes from keys. Array functions are pure and run
+    inside `jit`, but for those that scoring calls, `sample_exact` and `sample_kind`: they give
+    arrays of the host, so that nothing is compiled for each length. A key draws the same whatever
+    JAX's default integers, floats and keys are.
     """
 
     # The name it is registered by.
@@ -80,6 +102,9 @@ class Task(abc.ABC):
     kinds: ClassVar[tuple[str, ...]] = ()
     # Columns of a published table, by name: lengths from and to, both included.
     published_columns: ClassVar[Mapping[str, tuple[int, int]]] = {}
+
+    def __init__(self, one_pass: bool = False):
+        self.one_pass = one_pass
 
     # ---- What every task must say. ----
 
@@ -97,7 +122,7 @@ class Task(abc.ABC):
     # ---- What a task may say otherwise: sizes. ----
 
     def answer_length(self, length: int) -> int:
-        """Symbols of the longest answer to a problem of a length."""
+        """Symbols of the longest answer to a problem of a length, an int or an array of them."""
         return length
 
     def lengths(self, problems: Problems) -> jax.Array:
@@ -176,8 +201,9 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def vocabulary(self) -> str:
-        """A character for each token: newline, operator, symbols and `=`."""
-        return f"\n{self.operator}{self.symbols}="
+        """A character for each token: newline, operator, symbols, `=` and, in one pass, the
+        blank."""
+        return f"\n{self.operator}{self.symbols}={BLANK if self.one_pass else ''}"
 
     @property
     def end(self) -> int:
@@ -187,12 +213,21 @@ class Task(abc.ABC):
     @property
     def equals(self) -> int:
         """The token behind which the answer stands."""
-        return len(self.vocabulary) - 1
+        return self.first_symbol + len(self.symbols)
+
+    @property
+    def blank(self) -> int:
+        """The token that stands where an answer goes that is given in one pass."""
+        return self.equals + 1
 
     @property
     def first_symbol(self) -> int:
         """The token of the first of `symbols`; the others follow."""
         return 1 + len(self.operator)
+
+    def is_symbol(self, tokens: jax.Array) -> jax.Array:
+        """Which tokens are symbols, or blanks that stand for some: bool, as the tokens."""
+        return (tokens >= self.first_symbol) & (tokens != self.equals)
 
     def position_ids(self, tokens: jax.Array) -> jax.Array | None:
         """Ids that say which tokens belong together, int32 `[..., length]`, 0 for no place.
@@ -228,13 +263,36 @@ class Task(abc.ABC):
             start = stop + 1
         return tokens, mask
 
+    def batch(self, problems: Problems, length: int) -> Batch:
+        """One problem a row, then newlines that no loss or score counts: a `[count, length]` batch.
+
+        Args:
+          problems: `[count]` of them.
+          length: of the rows; a problem that it cuts still counts as far as it goes.
+        """
+        if not self.one_pass:
+            return next_token_batch(*self.render(problems, length + 1))
+        text, answer = self.render(problems, length)
+        start = problems.lengths.sum(-1) + self.inputs
+        blanks = self.answer_length(self.lengths(problems)) + 1
+        t = jnp.arange(length)
+        blank = (start[..., None] <= t) & (t < (start + blanks)[..., None])
+        return Batch(jnp.where(blank, self.blank, text), text, answer)
+
+    def row_length(self, length: int) -> int:
+        """Tokens that a model reads of the longest problem of a length: of a text that it writes
+        itself, all but the last."""
+        return self.text_length(length) - (not self.one_pass)
+
     def written_lengths(self, problems: Problems) -> jax.Array:
         """Tokens of each problem's text, int32 `[...]`."""
         return problems.lengths.sum(-1) + self.answers(problems)[1] + self.inputs + 1
 
     def answering(self, tokens: jax.Array) -> jax.Array:
-        """Where an answer is being written: from each `=` up to its newline, bool
+        """Where an answer is being written: from each `=` up to its newline, or its blanks, bool
         `[..., length]`."""
+        if self.one_pass:
+            return tokens == self.blank
         t = jnp.arange(tokens.shape[-1])
         last = lambda token: jax.lax.cummax(  # noqa: E731
             jnp.where(tokens == token, t, -1), axis=tokens.ndim - 1
@@ -292,12 +350,16 @@ class Task(abc.ABC):
         return self.operator.join(problem)
 
     def prompt(self, problem: Sequence[str]) -> str:
-        """`321+654=`, what a model is asked to go on from."""
-        return self.operator.join(map(self.in_written_order, problem)) + "="
+        """`321+654=`, what a model is asked to go on from, or `321+654=_____`, to fill in."""
+        blanks = self.answer_length(self.length(problem)) + 1 if self.one_pass else 0
+        return f"{self._asked(problem)}{BLANK * blanks}"
 
     def text(self, problem: tuple[str, ...]) -> str:
         """`321+654=975` and a newline."""
-        return f"{self.prompt(problem)}{self.in_written_order(self.solve(problem))}\n"
+        return f"{self._asked(problem)}{self.in_written_order(self.solve(problem))}\n"
+
+    def _asked(self, problem: Sequence[str]) -> str:
+        return self.operator.join(map(self.in_written_order, problem)) + "="
 
     def length(self, problem: Sequence[str]) -> int:
         """The size of one problem, as `lengths` gives it."""
@@ -336,17 +398,38 @@ class Task(abc.ABC):
         stacked = xp.stack([symbols for symbols, _ in inputs], -2)
         return self.arrange(stacked, xp.stack([length for _, length in inputs], -1), xp)
 
-    # A task is known by its class: programs that are compiled for one serve all its instances.
+    # Programs that are compiled for a task serve all its instances that answer alike.
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
+        return type(self) is type(other) and self.one_pass == other.one_pass
 
     def __hash__(self) -> int:
-        return hash(type(self))
+        return hash((type(self), self.one_pass))
 
 
 def of(data) -> Task:
-    """The task that a configuration's section `data` names."""
-    return TASKS.get(data.task)()
+    """The task that a configuration's section `data` names, answered as it says."""
+    return TASKS.get(data.task)(one_pass=data.one_pass)
+
+
+def next_token_batch(tokens: jax.Array, answer: jax.Array) -> Batch:
+    """Texts and the mask of their answers, `[..., length + 1]`, as a batch of that length."""
+    return Batch(tokens[..., :-1], tokens[..., 1:], answer[..., 1:])
+
+
+def aligned_ids(symbol: jax.Array, lead: jax.Array) -> jax.Array:
+    """Position ids that count each run of symbols from 2 on, so that those of equal place in inputs
+    and answer share one (position coupling, Cho et al. 2024).
+
+    Args:
+      symbol: bool `[..., length]`, where symbols stand.
+      lead: bool `[..., length]`, other tokens that come before a run's first symbol and have 1.
+
+    Returns:
+      int32 `[..., length]`, 0 elsewhere.
+    """
+    t = jnp.arange(symbol.shape[-1])
+    before = jax.lax.cummax(jnp.where(symbol, -1, t), axis=symbol.ndim - 1)
+    return jnp.where(symbol, t - before + 1, jnp.where(lead, 1, 0)).astype(jnp.int32)
 
 
 def uniform_symbols(key: jax.Array, lowest: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:

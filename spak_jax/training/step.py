@@ -17,8 +17,8 @@ from pallas_kernels import shards
 from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config
 from spak_jax.config_sections import Train
-from spak_jax.data import Batch, FixedDataset, make_dataset, training_batch
-from spak_jax.tasks import Task
+from spak_jax.data import FixedDataset, make_dataset, training_batch
+from spak_jax.tasks import Batch, Task
 from spak_jax.training import parallel
 
 VALIDATION_BATCHES = 8
@@ -136,15 +136,15 @@ def make_training(
     update = optimizer(config.train).update
 
     def one_step(state: TrainState, dataset: FixedDataset):
+        progress = state.step / config.train.steps
         batch = training_batch(
             jax.random.fold_in(_key(state.seed, "data"), state.step),
             config.data,
             config.train.batch,
             dataset.training,
+            progress,
         )
-
         dropout_key = jax.random.fold_in(_key(state.seed, "dropout"), state.step)
-        progress = state.step / config.train.steps
 
         def objective(weights, batch, dropout_key, progress):
             return loss(nnx.merge(definition, weights), batch, task, dropout_key, progress)

@@ -124,7 +124,7 @@ def test_one_long_problem_costs_its_own_tokens_only(half_trained, monkeypatch):
     own = [(str(i), str(i + 1)) for i in range(300)]
     own[17] = ("1" + "0" * 999, "1")
     tokens, widths = [], []
-    rows, arrays = score_module._problem_rows, Addition.arrays
+    rows, arrays = score_module.batch_of, Addition.arrays
 
     def counted(problems, length, task):
         tokens.append(problems.count * length)
@@ -134,7 +134,7 @@ def test_one_long_problem_costs_its_own_tokens_only(half_trained, monkeypatch):
         widths.append(arrays(task, problems).inputs.size)
         return arrays(task, problems)
 
-    monkeypatch.setattr(score_module, "_problem_rows", counted)
+    monkeypatch.setattr(score_module, "batch_of", counted)
     monkeypatch.setattr(Addition, "arrays", measured)
     results, _ = score_own_problems(trained, Settings((1,), 1, 0), own, "standard input")
     assert {n: line.total for n, line in results.lengths.items()} == {

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from spak_jax import models
 from spak_jax.command_line import InputError, console, parse_lengths
 from spak_jax.config_sections import MAX_LENGTH
-from spak_jax.data import problem_rows, sample_published_columns
+from spak_jax.data import sample_published_columns
 from spak_jax.evaluation import batching, calibration, generate
 from spak_jax.evaluation import score as score_module
 from spak_jax.evaluation.answers import solve
@@ -62,7 +62,7 @@ def test_teacher_forcing_equals_generation(strength, salt):
     """Any causal model, right or wrong: the same problems count, with the same loops."""
     problems = ADDITION.sample_exact(jax.random.key(salt), 9, 64)
     weights, run = (problems, salt), erring_model(strength)
-    batch = problem_rows(problems, LENGTH - 1, ADDITION)
+    batch = ADDITION.batch(problems, LENGTH - 1)
     forced, forced_steps = score_module._teacher_forced(run, weights, batch)
     write = functools.partial(generate.generate, generate.without_cache(run), ADDITION.end)
     decoded, decoded_steps = score_module._decoded(write, weights, batch)
@@ -105,7 +105,7 @@ def test_scores_count_whole_answers_by_hand(half_trained, tmp_path):
     results = score(trained, Settings((1, 2), 150, 3))
     problems = ADDITION.sample_exact(jax.random.fold_in(jax.random.key(3), 1), 1, 150)
     definition, _ = models.abstract(trained.config)
-    batch = problem_rows(problems, 32, ADDITION)
+    batch = ADDITION.batch(problems, 32)
     chosen = np.asarray(nnx.merge(definition, trained.weights)(batch.tokens).argmax(-1))
     right = [
         all(c == t for c, t, m in zip(*row, strict=True) if m)

@@ -9,7 +9,6 @@ from conftest import assert_refused, run_program, tiny_config
 
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config
-from spak_jax.data import problem_rows
 from spak_jax.evaluation.forward import forward
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.trace import as_json, trace
@@ -22,13 +21,13 @@ ADDITION = Addition()
 def test_a_trace_is_of_the_answer(half_trained):
     trained = load(half_trained)
     traced = as_json(trace(trained, ("57", "8"), None))
-    assert traced["text"] == "75+8=56\n" and traced["first"] == 4
+    assert traced["text"] == "75+8=56" and traced["first"] == 4 and traced["right"] == "56\n"
     confidence, looked = np.array(traced["confidence"]), np.array(traced["looked"])
     # Of each loop: the tokens that choose 5, 6 and the newline; they look at the text before.
     assert confidence.shape == (3, 3) and looked.shape == (3, 3, 7)
     np.testing.assert_allclose(looked.sum(-1), 1, atol=1e-2)
     assert (looked[:, 0, 5:] == 0).all()
-    batch = problem_rows(ADDITION.arrays([("57", "8")]), 7, ADDITION)
+    batch = ADDITION.batch(ADDITION.arrays([("57", "8")]), 7)
     logits, _ = forward(trained.config)(trained.weights, batch.tokens)
     chances = np.exp(logits[0] - np.logaddexp.reduce(logits[0], axis=-1, keepdims=True))
     expected = [chances[4 + i, batch.targets[0, 4 + i]] for i in range(3)]

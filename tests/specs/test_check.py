@@ -21,7 +21,6 @@ from spak_jax import models, tasks
 from spak_jax import tune as command
 from spak_jax.command_line import InputError
 from spak_jax.config import read_specification
-from spak_jax.data import problem_rows
 from spak_jax.specs import check, claims, design_space, language, metrics, tune
 from spak_jax.specs.gpu_metrics import training_attention
 from spak_jax.specs.language import ExpressionError
@@ -321,9 +320,8 @@ def test_halting_that_forgets_positions_breaks_its_invariant(tmp_path, monkeypat
 def test_scoring_in_another_format_breaks_its_invariant(tmp_path, monkeypatch):
     path = with_invariant(tmp_path, "format.training == format.scoring")
     assert verdict(path).holds is True
-    right = problem_rows
-    backwards = lambda problems, *more: right(  # noqa: E731
-        problems._replace(inputs=problems.inputs[..., ::-1]), *more
+    backwards = lambda problems, length, task: task.batch(  # noqa: E731
+        problems._replace(inputs=problems.inputs[..., ::-1]), length
     )
     monkeypatch.setattr(metrics, "training_batch", lambda key, data, rows, given: backwards(
         given, data.row_length, tasks.of(data)

@@ -1,0 +1,125 @@
+"""How far a model reaches: accuracy over lengths and loops, a panel for each system."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from spak_jax.reports.canvas import SINGLE, WIDE, lines_of
+from spak_jax.reports.grouping import (
+    Evaluated,
+    length_unit,
+    loop_families,
+    origin,
+    problem_counts,
+)
+from spak_jax.reports.style import GREY
+
+# A grid of fewer numbers of loops, or of lengths, is no grid.
+LEAST = 3
+# A length is reached where so many answers are right.
+REACHED = 0.99
+# Inches.
+CELL, LABELS, ABOVE, BELOW, BAR = 0.26, 0.62, 0.42, 0.62, 0.5
+
+
+def draw_reach(evaluated: Sequence[Evaluated]) -> Figure | None:
+    """Accuracy as colour over the length of problems and the number of loops, the least number that
+    reaches each length marked; stacks of blocks, which have no loops to choose, as one row.
+
+    Returns:
+      None where no system was evaluated over at least three lengths and three numbers of loops.
+    """
+    families = [
+        (label, lines)
+        for label, lines in loop_families(evaluated)
+        if len(lines) >= LEAST and len(_shared_lengths(lines)) >= LEAST
+    ]
+    if not families:
+        return None
+    in_grids = {line.label for _, lines in families for line in lines}
+    stacks = [
+        (line.label, [line])
+        for line in evaluated
+        if line.first.loops is None and len(line.lengths) >= LEAST
+    ]
+    panels = families + stacks
+    members = [line for line in evaluated if line.label in in_grids] + [
+        line for _, (line,) in stacks
+    ]
+    columns = 1 if len(panels) == 1 else 2
+    width = SINGLE if columns == 1 else WIDE
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(len(lines) for _, lines in row) * CELL for row in rows]
+    results = [each for line in members for each in line.results]
+    caption = (
+        f"{origin(results)}, {problem_counts(results)}. Line: the fewest loops that solve at least"
+        f" {REACHED:.0%} of a length's problems. Dashed: the longest trained length."
+    )
+    text = "\n".join(lines_of(caption, int(width / 0.0435)))
+    foot = 0.11 * (text.count("\n") + 1) + 0.1
+    total = sum(heights) + len(rows) * (ABOVE + BELOW) + foot
+    figure = Figure(figsize=(width, total))
+    FigureCanvasAgg(figure)
+    panel_width = (width - BAR - columns * LABELS - 0.1) / columns
+    top = total
+    image = None
+    for row, height in zip(rows, heights, strict=True):
+        top -= ABOVE
+        for column, (label, lines) in enumerate(row):
+            left = LABELS + column * (panel_width + LABELS)
+            own = len(lines) * CELL
+            box = left / width, (top - own) / total, panel_width / width, own / total
+            image = _draw_panel(figure.add_axes(box), label, lines)
+        top -= height + BELOW
+    bar = figure.add_axes(
+        ((width - BAR + 0.05) / width, (total - ABOVE - heights[0]) / total, 0.1 / width,
+         heights[0] / total)
+    )  # fmt: skip
+    figure.colorbar(image, cax=bar, ticks=[0, 50, 100])
+    bar.set_title("%", fontsize=6)
+    figure.text(0.06 / width, 0.06 / total, text, color=GREY, fontsize=6, va="bottom")
+    return figure
+
+
+def _draw_panel(axes: Axes, label: str, lines: Sequence[Evaluated]):
+    """The colours of one system, a row for each number of loops; gives the image."""
+    lengths = _shared_lengths(lines)
+    cells = np.array([[line.at_length(n).mean for n in lengths] for line in lines])
+    image = axes.imshow(
+        100 * cells, origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis"
+    )
+    axes.set_title("\n".join(lines_of(label, 40)), pad=4)
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axes.set_xlabel(f"{length_unit(lines)} of a problem")
+    if lines[0].first.loops is None:
+        axes.set_yticks([])
+    else:
+        axes.set_yticks(range(len(lines)), [f"{line.first.loops:,}" for line in lines])
+        axes.set_ylabel("loops")
+    for at, row in enumerate(cells):
+        for column, accuracy in enumerate(row):
+            axes.text(
+                column, at, f"{100 * accuracy:.0f}", ha="center", va="center", fontsize=5,
+                color="black" if accuracy > 0.6 else "white",
+            )  # fmt: skip
+    trained = [n for n in lengths if n <= _longest_trained(lines[0])]
+    if 0 < len(trained) < len(lengths):
+        axes.axvline(len(trained) - 0.5, color=GREY, linestyle="--", linewidth=1)
+    fewest = [next((i for i, row in enumerate(cells) if row[j] >= REACHED), None)
+              for j in range(len(lengths))]  # fmt: skip
+    reached = [(j, i) for j, i in enumerate(fewest) if i is not None]
+    if len(lines) > 1 and reached:
+        axes.step(*zip(*reached, strict=True), where="mid", color="red", linewidth=1)
+    return image
+
+
+def _shared_lengths(lines: Sequence[Evaluated]) -> list[int]:
+    """The lengths that every one of these was scored at."""
+    return sorted(set.intersection(*(set(line.lengths) for line in lines)))
+
+
+def _longest_trained(line: Evaluated) -> int:
+    return max((n for n in line.lengths if not line.is_zero_shot(n)), default=0)
