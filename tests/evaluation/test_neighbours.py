@@ -90,7 +90,7 @@ def test_every_scheme_answers_alone_as_among_others(scheme, way, problems, order
 def test_scores_and_answers_are_those_of_each_problem_alone(decode, half_trained):
     trained = load(half_trained)
     own = [(str(a), str(b)) for a in range(10) for b in range(10)]
-    own[3], own[7] = ("1" + "0" * 30, "7"), ("5", "1" + "0" * 9)
+    own[3] = ("1" + "0" * 30, "7")
     scorer = Scorer(trained, Settings((1,), 1, 0, decode=decode))
     together = scorer(ADDITION.arrays(own))
     right, answers = together.correct, solve(trained, own)
@@ -98,8 +98,8 @@ def test_scores_and_answers_are_those_of_each_problem_alone(decode, half_trained
     assert [
         answer.text == str(sum(map(int, numbers))) for answer, numbers in pairs
     ] == right.tolist()
-    some = [3, 7, *np.flatnonzero(right)[:4], *np.flatnonzero(~right)[-4:]]
-    assert len(some) == 10
+    some = [3, *np.flatnonzero(right)[:4], *np.flatnonzero(~right)[-4:]]
+    assert len(some) == 9
     for i in some:
         alone = scorer(ADDITION.arrays([own[i]]))
         assert (alone.correct[0], alone.loops[0]) == (right[i], together.loops[i])

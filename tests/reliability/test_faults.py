@@ -12,7 +12,7 @@ from spak_jax.command_line import InputError
 @pytest.mark.parametrize(
     ("name", "times", "became"),
     [
-        ("killed", 2, "killed"),
+        ("killed", 1, "killed"),
         ("signals", 3, "ended with a checkpoint of the last step"),
         ("damage", 1, "refused, the checkpoint and the good one before it named"),
         ("disk-full", 2, "one message, and the training went on to the same bits"),
