@@ -46,9 +46,7 @@ def test_a_task_of_ones_own_is_trained_and_goes_on_to_the_same_bits(copying, tmp
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_task_of_ones_own_is_scored_solved_traced_and_drawn(
-    copying, tmp_path, monkeypatch
-):
+def test_a_task_of_ones_own_is_scored_solved_traced_and_drawn(copying, tmp_path, monkeypatch):
     example = lambda *words: run_program("examples/copying.py", *words)  # noqa: E731
     scores = tmp_path / "scores.json"
     result = example("evaluate", copying, "--lengths", "1-3", "--decode", "--json", scores)
