@@ -1,6 +1,7 @@
 """What several test files share: tiny configurations, and programs run as a user runs them."""
 
 import contextlib
+import fcntl
 import io
 import os
 import runpy
@@ -54,9 +55,12 @@ hypothesis.settings.load_profile("compiling")
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_let_go():
     """Each compiled program holds memory maps, of which a process may have some 65,000: beyond them
-    the compiler crashes."""
+    the compiler crashes. Up to then modules share what they compile."""
     yield
-    jax.clear_caches()
+    with open("/proc/self/maps") as maps:
+        used = sum(1 for _ in maps)
+    if used > 20_000:
+        jax.clear_caches()
 
 
 TINY = """
@@ -85,8 +89,8 @@ examples = 20
 """
 
 
-@pytest.fixture(scope="module")
-def optimized():
+@contextlib.contextmanager
+def optimizing():
     """What is compiled here, or by a program that is started here, is compiled as users have it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
@@ -94,6 +98,12 @@ def optimized():
         jax.config.update("jax_disable_most_optimizations", False)
         yield
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    with optimizing():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +185,29 @@ def assert_refused(result: subprocess.CompletedProcess, *said: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def half_trained(tmp_path_factory) -> Path:
+def made_once(tmp_path_factory, testrun_uid):
+    """A folder by its name, filled by a function of its path: once, also by several workers."""
+    shared = tmp_path_factory.getbasetemp().parent / f"shared-{testrun_uid}"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, fill) -> Path:
+        folder = shared / name
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                (unfinished := shared / f"{name}.unfinished").mkdir()
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def half_trained(made_once) -> Path:
     """The run folder of a small LoopLM that adds some single digits right and others not."""
     from spak_jax.training.loop import train
 
-    run = tmp_path_factory.mktemp("runs") / "half-trained"
     config = tiny_config(
         model={"width": 32, "dropout": 0.0},
         data={"max_length": 1, "bridge_fraction": 0.0, "row_length": 8, "examples": 0},
@@ -192,5 +220,4 @@ def half_trained(tmp_path_factory) -> Path:
             "checkpoint_every": 110,
         },
     )
-    train(config, run)
-    return run
+    return made_once("half-trained", lambda folder: train(config, folder / "run")) / "run"

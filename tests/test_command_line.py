@@ -1,5 +1,6 @@
 """What all programs share: help, one way to be run, output on any terminal or none, names."""
 
+import functools
 import json
 import os
 import re
@@ -79,23 +80,34 @@ def words(text: str) -> set[str]:
     return set(re.sub("[^!-9;-~]", " ", text).split())
 
 
-@pytest.mark.parametrize("columns", [80, 40, 20])
-def test_narrow_output_loses_no_word(half_trained, columns, monkeypatch, tmp_path):
-    monkeypatch.setattr(progress_bar, "FIRST_LINE", 1e6)
-    problems = tmp_path / "problems"
+@pytest.fixture(scope="module")
+def shown(half_trained, tmp_path_factory):
+    """What commands print in so many columns."""
+    problems = tmp_path_factory.mktemp("shown") / "problems"
     problems.write_text("1+2\n99+1\n")
-    for command in (
+    commands = (
         ["spak_jax.evaluate", half_trained, "--examples", "9", "--lengths", "1,2"],
         ["spak_jax.evaluate", half_trained, "--problems", problems],
         ["spak_jax.solve", half_trained, "1+2", "123456789123456789123456789+1"],
         ["spak_jax.check", "quickstart"],
-    ):
-        monkeypatch.setenv("COLUMNS", "500")
-        wide = run_program(*command)
-        monkeypatch.setenv("COLUMNS", str(columns))
-        narrow = run_program(*command)
-        assert (wide.returncode, narrow.returncode) == (0, 0)
-        assert words(wide.stdout) <= words(narrow.stdout), command
+    )
+
+    @functools.cache
+    def in_columns(columns):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(progress_bar, "FIRST_LINE", 1e6)
+            patch.setenv("COLUMNS", str(columns))
+            results = [run_program(*command) for command in commands]
+        assert [result.returncode for result in results] == [0] * len(commands)
+        return [result.stdout for result in results]
+
+    return in_columns
+
+
+@pytest.mark.parametrize("columns", [80, 40, 20])
+def test_narrow_output_loses_no_word(shown, columns):
+    for wide, narrow in zip(shown(500), shown(columns), strict=True):
+        assert words(wide) <= words(narrow)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

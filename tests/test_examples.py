@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT, assert_refused, run_program
 
 import spak_jax as spak
+from pallas_kernels.ops.looped import RULES
+from spak_jax.evaluation import calibration
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHORT = (
@@ -44,7 +46,7 @@ def test_a_task_of_ones_own_is_trained_and_goes_on_to_the_same_bits(copying, tmp
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_task_of_ones_own_is_scored_solved_traced_and_drawn(copying, tmp_path):
+def test_a_task_of_ones_own_is_scored_solved_traced_and_drawn(copying, tmp_path, monkeypatch):
     example = lambda *words: run_program("examples/copying.py", *words)  # noqa: E731
     scores = tmp_path / "scores.json"
     result = example("evaluate", copying, "--lengths", "1-3", "--decode", "--json", scores)
@@ -58,6 +60,8 @@ def test_a_task_of_ones_own_is_scored_solved_traced_and_drawn(copying, tmp_path)
     result = example("figures", copying / "results.json", "--out", tmp_path / "figures")
     assert result.returncode == 0, result.stderr
     assert "letters" in (tmp_path / "figures" / "table.md").read_text()
+    monkeypatch.setattr(calibration, "CALIBRATED_ON", 64)
+    monkeypatch.setattr(calibration, "DOUBTS", dict.fromkeys(RULES, (0.1, 0.01)))
     result = example("halting", copying, "--lengths", "2", "--examples", "8", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert_refused(example("solve", copying, "abz"), "'abz' is not a problem such as abcd")

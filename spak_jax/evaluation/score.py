@@ -78,8 +78,10 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel, settings: Settings):
         self.task, self._weights = loaded.task, loaded.weights
-        # What the model computes does not depend on how it was trained: one program for all seeds.
-        config = loaded.config.model_copy(update={"train": Train()})
+        # What the model computes does not depend on its name, how it was trained, or what its file
+        # has scored: one program for all seeds.
+        beside = {"name": "any", "system": "any", "train": Train(), "evaluation": Evaluation()}
+        config = loaded.config.model_copy(update=beside)
         self._config, self._settings = config, settings
         if isinstance(settings.loops, Loops):
             if settings.halt or settings.decode:

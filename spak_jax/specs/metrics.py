@@ -41,7 +41,7 @@ from pallas_kernels.tuning.stream_cases import OPERATIONS
 from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config, Specification, read_specification
 from spak_jax.config_files import referred_file
-from spak_jax.config_sections import LoopedModel
+from spak_jax.config_sections import Data, LoopedModel
 from spak_jax.data import sample_training, training_batch
 from spak_jax.evaluation.statistics import Estimate
 from spak_jax.reports.grouping import Evaluated
@@ -94,7 +94,7 @@ class Metrics:
                 return tuple(range(1, self._config.data.longest + 1))
             case ("data", "sampled_lengths"):
                 self._take_time("a million problems are drawn by `check`")
-                return _sampled_lengths(self._config)
+                return _sampled_lengths(self._config.data)
             case (section, key) if section in SECTIONS:
                 return self._configured(name, getattr(self._config, section), key)
             case ("system", "zero_shot"):
@@ -110,7 +110,12 @@ class Metrics:
                 return _written(self._config)[where]
             case ("halting", "difference"):
                 self._take_time("the model is run by `check`")
-                return _halting_difference(self._config)
+                if not isinstance(self._config.model, LoopedModel):
+                    raise ExpressionError(
+                        f"halting.difference: {self._config.name} is a stack of blocks, which never"
+                        " halts"
+                    )
+                return _halting_difference(self._config.model, self._config.data)
             case ("compared", other, *rest) if rest:
                 return self._compared(other)(tuple(rest))
             case ("target", *_):
@@ -235,12 +240,13 @@ def _parameters(config: Config) -> int:
     return models.parameter_count(weights)
 
 
-def _sampled_lengths(config: Config) -> tuple[int, ...]:
+@functools.cache
+def _sampled_lengths(data: Data) -> tuple[int, ...]:
     """Lengths of operands in a million problems drawn for training."""
 
     @jax.jit
     def lengths():
-        problems = sample_training(jax.random.key(config.data.seed), config.data, (SAMPLED,))
+        problems = sample_training(jax.random.key(data.seed), data, (SAMPLED,))
         return problems.lengths
 
     return tuple(np.unique(lengths()).tolist())
@@ -261,18 +267,15 @@ def _written(config: Config) -> dict[str, str]:
 
 
 @functools.cache
-def _halting_difference(config: Config) -> float:
-    """Largest difference between logits of a plain run and one whose thresholds none reaches."""
-    if not isinstance(config.model, LoopedModel):
-        raise ExpressionError(
-            f"halting.difference: {config.name} is a stack of blocks, which never halts"
-        )
-    # What one path leaves out it leaves out of any loop, and of any weights: but the first ones are
-    # so small that little depends on positions yet.
-    few = {"dtype": "float32", "loops": min(config.model.loops, HALTING_LOOPS)}
-    config = config.model_copy(update={"model": config.model.model_copy(update=few)})
+def _halting_difference(model: LoopedModel, data: Data) -> float:
+    """Largest difference between logits of a plain run and one whose thresholds none reaches.
 
-    data, task = config.data, tasks.of(config.data)
+    What one path leaves out it leaves out of any loop, and of any weights: but the first ones are
+    so small that little depends on positions yet.
+    """
+    few = {"dtype": "float32", "loops": min(model.loops, HALTING_LOOPS)}
+    config = Config(name="halting", system="halting", model=model.model_copy(update=few), data=data)
+    task = tasks.of(data)
     problems = task.sample_exact(jax_settings.key(0), data.longest, 4)
     length = task.row_length(data.longest)
 

@@ -16,7 +16,7 @@ from flax import nnx
 from pallas_kernels import shards
 from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config
-from spak_jax.config_sections import Train
+from spak_jax.config_sections import Evaluation, Train
 from spak_jax.data import FixedDataset, make_dataset, training_batch
 from spak_jax.tasks import Batch, Task
 from spak_jax.training import parallel
@@ -220,9 +220,23 @@ def sharded_dataset(config: Config) -> FixedDataset:
     )()
 
 
-@functools.lru_cache(maxsize=1)
 def compiled(config: Config) -> tuple[Callable, Callable]:
-    """The programs of `make_training`, which takes its state's memory, and `make_validation`."""
+    """The programs of `make_training`, which takes its state's memory, and `make_validation`.
+
+    Those of the last configurations are kept. No program knows its seed, which its state has: a
+    training of another seed, by another name or scored otherwise runs the same one.
+    """
+    of_steps = {
+        "name": "any",
+        "system": "any",
+        "train": config.train.model_copy(update={"seed": 0, "checkpoint_every": 1}),
+        "evaluation": Evaluation(),
+    }
+    return _compiled(config.model_copy(update=of_steps))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(config: Config) -> tuple[Callable, Callable]:
     where, everywhere = shardings(config), parallel.replicated(config.parallel)
     validation_loss = jax.jit(
         make_validation(config),

@@ -1,5 +1,6 @@
 """Specifications are held to their invariants: what ships holds, what is broken is named."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, TINY, assert_refused, run_program
+from conftest import ROOT, TINY, assert_refused, optimizing, run_program
 from results_files import results, score, written
 
 from pallas_kernels import tiles
@@ -72,7 +73,9 @@ def verdict(path: Path, **more):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_specification_states_invariants_and_none_is_broken(path):
     specification = read_specification(path)
-    findings = check.judge(specification, path.parent)
+    # One invariant limits rounding, of which code that is not optimized has more.
+    with optimizing() if path.stem == "frontier" else contextlib.nullcontext():
+        findings = check.judge(specification, path.parent)
     assert len(findings) >= 4
     for finding in findings:
         assert finding.verdict.holds is not False, (finding.name, check.measured(finding.verdict))

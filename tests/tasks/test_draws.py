@@ -94,22 +94,25 @@ def drawn(name: str) -> dict[str, str]:
     for count in (1, 50, 5000):
         problems = sample_published_columns(jax.random.fold_in(key(3), 0), count, task)
         found[f"columns {name} {count}"] = digest(problems)
-    for layout in ("packed", "single"):
-        data = Data(task=name, layout=layout, examples=0, row_length=64)
-        fixed = Data(task=name, layout=layout, examples=900, seed=4, row_length=64)
 
-        @jax.jit
-        def batches(data=data, fixed=fixed):
+    @jax.jit
+    def batches():
+        made = {"training": sample_training(key(9), Data(task=name), (40, 3))}
+        for layout in ("packed", "single"):
+            data = Data(task=name, layout=layout, examples=0, row_length=64)
+            fixed = Data(task=name, layout=layout, examples=900, seed=4, row_length=64)
             dataset = make_dataset(fixed)
-            return {
-                "batch": training_batch(key(5), data, 16, None),
-                "dataset": dataset,
-                "rows": training_batch(key(6), fixed, 16, dataset[0]),
+            made |= {
+                f"batch {layout}": training_batch(key(5), data, 16, None),
+                f"dataset {layout}": dataset,
+                f"rows {layout}": training_batch(key(6), fixed, 16, dataset[0]),
             }
+        return made
 
-        found |= {f"{what} {name} {layout}": digest(x) for what, x in batches().items()}
-    training = jax.jit(lambda: sample_training(key(9), Data(task=name), (40, 3)))
-    return found | {f"training {name}": digest(training())}
+    for what, arrays in batches().items():
+        kind, *layout = what.split()
+        found[" ".join((kind, name, *layout))] = digest(arrays)
+    return found
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

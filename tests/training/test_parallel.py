@@ -1,6 +1,5 @@
 """Several devices: as on one, whichever and however many; several processes: as one."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -15,23 +14,20 @@ from spak_jax.config import first_difference
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, testrun_uid):
-    """What `eight_devices` tells, once for all workers."""
-    folder = tmp_path_factory.getbasetemp().parent / f"devices-{testrun_uid}"
-    folder.mkdir(exist_ok=True)
-    path = folder / "found.json"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-            result = subprocess.run(
-                [sys.executable, ROOT / "tests" / "eight_devices.py", folder],
-                capture_output=True,
-                text=True,
-                env=environment,
-            )
-            assert result.returncode == 0, result.stderr
-    return json.loads(path.read_text())
+def found(made_once):
+    """What `eight_devices` tells."""
+
+    def tell(folder):
+        flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
+        result = subprocess.run(
+            [sys.executable, ROOT / "tests" / "eight_devices.py", folder],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": " ".join(flags).strip()},
+        )
+        assert result.returncode == 0, result.stderr
+
+    return json.loads((made_once("devices", tell) / "found.json").read_text())
 
 
 def test_losses_are_those_of_one_device_and_runs_go_on_with_others(found):
