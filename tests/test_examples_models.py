@@ -53,7 +53,8 @@ def test_it_trains_resumes_scores_and_writes(own, tmp_path):
     one, other = (checkpoint.restore(tmp_path / name).weights for name in ("at once", "run"))
     assert digest(one) == digest(other)
     learned = {"block": "block.q_scale", "scheme": "position_scheme.table.embedding"}[own]
-    start = named_arrays(nnx.state(models.build(config, jax.random.key(0))))
+    initial = jax.jit(lambda: nnx.state(models.build(config, jax.random.key(0))))()
+    start = named_arrays(initial)
     assert start.keys() == one.keys() and not np.array_equal(one[learned], start[learned])
 
     trained = load(tmp_path / "run")
@@ -99,8 +100,8 @@ def test_queries_and_keys_are_normed_and_probabilities_shown():
     ours = make_config(**KINDS["loop"])
     known = {name: x for name, x in weights.items() if not name.endswith(("q_scale", "k_scale"))}
     assert error(logits_of(build(ours, known), tokens), plain) > 0.01
-    _, looked = build(config, weights).forward_with_intermediates(jnp.asarray(tokens))
-    np.testing.assert_allclose(looked.sum(-1), 1, rtol=1e-5)
+    shown = nnx.jit(lambda network: network.forward_with_intermediates(jnp.asarray(tokens))[1])
+    np.testing.assert_allclose(np.sum(shown(build(config, weights)), -1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,7 +134,7 @@ def test_gradients_are_those_of_the_block_called_by_hand(kind, monkeypatch):
     def trained(network):
         return network.supervised_losses(tokens, wanted, weights).sum()
 
-    found, expected = (jax.tree.leaves(nnx.grad(f)(network)) for f in (trained, by_hand))
+    found, expected = (jax.tree.leaves(nnx.jit(nnx.grad(f))(network)) for f in (trained, by_hand))
     for value, truth in zip(found, expected, strict=True):
         assert error(value, truth) < 1e-5
 

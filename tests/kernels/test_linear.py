@@ -1,5 +1,6 @@
 """A block's products as kernels, and gradients of all blocks' matrices in one launch."""
 
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -9,13 +10,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import build, random_batch, random_weights
 from test_stream import with_gradients
 
 from pallas_kernels import targets
 from pallas_kernels.ops import linear, matmul
-from spak_jax import models, tasks
+from spak_jax import tasks
 from spak_jax.config import read_config
-from spak_jax.data import make_dataset, training_batch
 from spak_jax.training.step import loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
@@ -36,9 +37,9 @@ def taken():
 @given(st.sampled_from([(128,), (2, 64), (3, 128)]), SIZES, SIZES, st.integers(0, 2**31 - 1))
 def test_a_product_and_its_gradients(leading, inputs, outputs, seed):
     draw = drawer(seed)
-    plain = lambda x, weights: x @ weights  # noqa: E731
-    kernels = lambda x, weights: linear.linear(x, weights, dtype=jnp.float32)  # noqa: E731
-    assert_same(kernels, plain, (draw(*leading, inputs), draw(inputs, outputs)), draw)
+    kernels = partial(linear.linear, dtype=jnp.float32)
+    given = draw(*leading, inputs), draw(inputs, outputs)
+    assert_same(kernels, lambda x, weights: x @ weights, given, draw(*leading, outputs))
 
 
 @settings(deadline=None, max_examples=6)
@@ -57,9 +58,9 @@ def test_an_mlp_and_its_gradients(leading, width, hidden, seed):
         draw(width, hidden) / width**0.5,
         draw(hidden, width) / hidden**0.5,
     )
-    assert_same(kernels, plain, arguments, draw)
+    truth = assert_same(kernels, plain, arguments, draw(*leading, width))
     # What is not differentiated is computed by other kernels.
-    np.testing.assert_allclose(kernels(*arguments), plain(*arguments), atol=1e-4)
+    np.testing.assert_allclose(jax.jit(kernels)(*arguments), truth, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=5)
@@ -75,7 +76,8 @@ def test_gradients_of_several_matrices(count, inputs, outputs, tokens, seed):
     pairs = [
         linear.DeferredWeightGrad(draw(tokens, inputs), draw(tokens, outputs)) for _ in range(count)
     ]
-    for made, (x, d_y) in zip(linear.weight_grads(pairs).sum(1), pairs, strict=True):
+    gradients = jax.jit(linear.weight_grads)(pairs)
+    for made, (x, d_y) in zip(np.sum(gradients, 1), pairs, strict=True):
         np.testing.assert_allclose(made, x.T @ d_y, atol=1e-4)
 
 
@@ -83,19 +85,26 @@ def test_gradients_of_several_matrices(count, inputs, outputs, tokens, seed):
 def test_long_sums_leave_nothing_out(inner):
     draw = drawer(inner)
     # Later channels weigh more: a sum that ends early is far off.
-    a = draw(128, inner) * (1 + jnp.arange(inner) // 64)
+    a = draw(128, inner) * (1 + np.arange(inner, dtype=np.float32) // 64)
     b, by = draw(inner, 128) / inner, draw(128, 128)
     on_cpu = jax.default_backend() == "cpu"
-    for made, plain in (
-        (matmul.matmul(a, b, interpret=on_cpu), a @ b),
-        (matmul.matmul(a, b.T, transpose_b=True, interpret=on_cpu), a @ b),
-        (matmul.matmul_mul(a, b.T, by, interpret=on_cpu), (a @ b) * by),
-        (
+
+    @jax.jit
+    def by_kernels(a, b, by):
+        return (
+            matmul.matmul(a, b, interpret=on_cpu),
+            matmul.matmul(a, b.T, transpose_b=True, interpret=on_cpu),
+            matmul.matmul_mul(a, b.T, by, interpret=on_cpu),
             matmul.matmul_gelu(a, b, slopes=False, interpret=on_cpu)[0],
-            jax.nn.gelu(a @ b, approximate=False),
-        ),
-    ):
-        np.testing.assert_allclose(made, plain, atol=2e-5 * float(jnp.abs(plain).max()))
+        )
+
+    @jax.jit
+    def plain(a, b, by):
+        product = a @ b
+        return product, product, product * by, jax.nn.gelu(product, approximate=False)
+
+    for made, expected in zip(by_kernels(a, b, by), plain(a, b, by), strict=True):
+        np.testing.assert_allclose(made, expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -124,11 +133,11 @@ def test_which_products_are_kernels(changed, taken, monkeypatch):
 def test_bfloat16_is_added_up_in_float32():
     draw = drawer(0)
     x, weights = draw(128, 192), draw(192, 64)
-    made = linear.linear(x, weights, dtype=jnp.bfloat16)
+    made = jax.jit(partial(linear.linear, dtype=jnp.bfloat16))(x, weights)
     assert made.dtype == jnp.bfloat16
-    x, weights = (y.astype(jnp.bfloat16).astype(jnp.float32) for y in (x, weights))
+    made, x, weights = (np.asarray(y, jnp.bfloat16).astype(np.float32) for y in (made, x, weights))
     # Half a unit in the last of bfloat16's eight bits.
-    np.testing.assert_allclose(made.astype(jnp.float32), x @ weights, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(made, x @ weights, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["loop12", "gpt12"])
@@ -136,27 +145,32 @@ def test_a_training_step_has_the_same_gradients(name, taken):
     """With all gradients of matrices made at once, as with no kernel at all."""
     layers = "layers" if name == "gpt12" else "loops"
     config = small(name, f"model.{layers}=3")
-    kernels = value_and_gradient(config)
+    weights = weights_of(config)
+    kernels = jax.jit(value_and_gradient(config))(weights)
     taken.setattr(linear, "supports", lambda *sizes: False)
-    plain = value_and_gradient(config)
+    plain = jax.jit(value_and_gradient(config))(weights)
     taken.setattr(linear, "supports", lambda tokens, *sizes: tokens % 128 == 0)
     for one, other in zip(*map(jax.tree.leaves, (kernels, plain)), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-6 + 2e-5 * float(jnp.abs(other).max()))
+        np.testing.assert_allclose(one, other, atol=2e-6 + 2e-5 * np.abs(other).max())
 
 
 @pytest.mark.parametrize("most", [2 * 128, 128])
 def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
     """Whether the products of two are kernels, as those of one, or XLA's."""
     monkeypatch.setattr(matmul, "MOST_OF_A_PRODUCT", most)
-    config = small("loop12", "model.loops=2")
-    draw = drawer(0)
-    weights = nnx.state(models.build(config, jax.random.key(0)))
-    several = jax.tree.map(lambda x: jnp.stack([x, x + 0.01 * draw(*x.shape)]), weights)
-    together = jax.vmap(lambda weights: value_and_gradient(config, weights)[1])(several)
-    for i in range(2):
-        _, alone = value_and_gradient(config, jax.tree.map(lambda x: x[i], several))  # noqa: B023
-        for a, b in zip(*map(jax.tree.leaves, (together, alone)), strict=True):
-            np.testing.assert_allclose(a[i], b, atol=1e-5)
+    several, alone = two_seeds()
+    together = jax.jit(jax.vmap(value_and_gradient(TWO_LOOPS)))(several)
+    for a, b in zip(*map(jax.tree.leaves, (together, alone)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@cache
+def two_seeds():
+    """Weights of two models side by side, and what one program makes of each alone."""
+    one, other = weights_of(TWO_LOOPS), weights_of(TWO_LOOPS, seed=1)
+    stack = partial(jax.tree.map, lambda *leaves: np.stack(leaves))
+    run = jax.jit(value_and_gradient(TWO_LOOPS))
+    return stack(one, other), stack(run(one), run(other))
 
 
 def small(name: str, *overrides: str):
@@ -164,30 +178,37 @@ def small(name: str, *overrides: str):
     return read_config(Path(f"configs/{name}.toml"), [*sizes, *overrides])
 
 
-def value_and_gradient(config, weights=None):
-    """Of the training loss, with dropout."""
-    network = models.build(config, jax.random.key(1))
-    definition, drawn = nnx.split(network)
-    dataset = make_dataset(config.data)
-    key = jax.random.key(2)
-    batch = training_batch(key, config.data, config.train.batch, dataset.training)
+TWO_LOOPS = small("loop12", "model.loops=2")
 
-    @jax.jit
+
+def weights_of(config, seed: int = 0) -> nnx.State:
+    weights = random_weights(config, seed)
+    # As large as initial ones, but for scales: rounding grows with the loops.
+    return nnx.state(
+        build(config, {k: w if k.endswith("scale") else w / 5 for k, w in weights.items()})
+    )
+
+
+def value_and_gradient(config):
+    """Of the training loss, with dropout, by weights."""
+    definition = nnx.graphdef(build(config, random_weights(config)))
+    batch = random_batch(rows=config.train.batch, length=64)
+
     def objective(weights):
-        return loss(
-            nnx.merge(definition, weights), batch, tasks.of(config.data), jax.random.key(3), 0.5
-        )
+        network = nnx.merge(definition, weights)
+        return loss(network, batch, tasks.of(config.data), jax.random.key(3), 0.5)
 
-    return jax.value_and_grad(objective)(drawn if weights is None else weights)
+    return jax.value_and_grad(objective)
 
 
 def drawer(seed: int):
-    keys = iter(jax.random.split(jax.random.key(seed), 100))
-    return lambda *shape: jax.random.normal(next(keys), shape)
+    random = np.random.default_rng(seed)
+    return lambda *shape: random.standard_normal(shape, np.float32)
 
 
-def assert_same(kernels, plain, given, draw):
-    d_out = draw(*jax.eval_shape(plain, *given).shape)
-    results = (jax.tree.leaves(with_gradients(f, given, d_out)) for f in (kernels, plain))
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5 * float(jnp.abs(other).max()))
+def assert_same(kernels, plain, given, d_out):
+    """Outputs and gradients; returns the plain output."""
+    found, expected = (jax.jit(partial(with_gradients, f))(given, d_out) for f in (kernels, plain))
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
+    return expected[0]

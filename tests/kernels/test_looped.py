@@ -82,7 +82,7 @@ MODELS = {
     ),
     "frontier": (FRONTIER | {"width": 24, "heads": 2, "hidden": 40}, (3, 24), {"loops": 7}),
     "pointer": ({"positions": "learned", "window": True, "heads": 4}, (7, 12), {}),
-    "positions by row": ({"loops": 1}, (3, 40), {"positions": jnp.arange(120).reshape(3, 40) % 50}),
+    "positions by row": ({"loops": 1}, (3, 40), {"positions": np.arange(120).reshape(3, 40) % 50}),
 }  # fmt: skip
 
 
@@ -136,17 +136,24 @@ def test_a_token_is_still_once_its_state_does_not_move():
     """Rows of one token, where nobody else's halting matters, loop after loop by hand."""
     network = network_of(loops=8)
     tokens = jnp.arange(13)[:, None]
-    step, (state, _), (shifts, _) = network._loop(
-        tokens, 8, None, ADDITION.position_ids(tokens), None
-    )
-    moved = []
-    for shift in shifts:
-        stream, _ = step(fused.Stream(state), (shift, None))
-        state, before = fused.apply_pending(stream, None, 0.0), state
-        change = np.linalg.norm(state - before, axis=-1) / np.linalg.norm(state, axis=-1)
-        moved.append(change[:, 0])
+
+    @nnx.jit
+    def states(network):
+        step, (state, _), (shifts, _) = network._loop(
+            tokens, 8, None, ADDITION.position_ids(tokens), None
+        )
+
+        def once(state, shift):
+            stream, _ = step(fused.Stream(state), (shift, None))
+            after = fused.apply_pending(stream, None, 0.0)
+            return after, after
+
+        return jnp.concatenate([state[None], jax.lax.scan(once, state, shifts)[1]])
+
+    found = np.asarray(states(network))[:, :, 0]
+    moved = np.linalg.norm(np.diff(found, axis=0), axis=-1) / np.linalg.norm(found[1:], axis=-1)
     thresholds = np.linspace(0, 1, 13)
-    halted = np.array(moved) <= thresholds
+    halted = moved <= thresholds
     expected = np.where(halted.any(0), halted.argmax(0) + 1, 8)
     assert len(np.unique(expected)) >= 3
     _, steps = run(
@@ -169,10 +176,11 @@ def test_no_token_is_still_before_those_in_front_of_it(how):
 def test_what_follows_a_problem_is_not_waited_for():
     config = make_config(kind="loop", loops=4)
     weights = nnx.state(build(config, random_weights(config)))
-    tokens = jnp.array([ADDITION.encode("1+2=3\n\n\n"), ADDITION.encode("7+9=61\n\n")])
-    over = ADDITION.after_end(tokens)
+    tokens = np.array([ADDITION.encode("1+2=3\n\n\n"), ADDITION.encode("7+9=61\n\n")])
+    over = np.asarray(jax.jit(ADDITION.after_end)(tokens))
     assert over.tolist() == [[False] * 5 + [True] * 3, [False] * 6 + [True] * 2]
-    _, steps = forward(config, halt=PUBLISHED_HALTING)(weights, tokens)
+    run = jax.jit(forward(config, halt=PUBLISHED_HALTING))
+    steps = np.asarray(run(weights, jnp.asarray(tokens))[1])
     assert (steps[over] == 1).all() and (steps[~over] > 1).any()
 
 
@@ -182,18 +190,20 @@ def test_what_is_broken_in_a_token_is_nothing_to_those_before_it(rule):
     network, tokens = network_of(), texts(3, 12)
     thresholds = None if rule is None else jnp.full((3, 12), 0.6)
 
-    def logits(broken):
+    @nnx.jit
+    def logits(network, broken):
         embed = LoopLM._embed
 
         def embedded(self, *given):
             found = embed(self, *given)
-            return found._replace(x=found.x.at[1, 7].set(jnp.nan)) if broken else found
+            x = found.x.at[1, 7].set(jnp.where(broken, jnp.nan, found.x[1, 7]))
+            return found._replace(x=x)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LoopLM, "_embed", embedded)
             return network.fused_forward(tokens, thresholds, rule=rule or "confidence")
 
-    whole, found = logits(False), logits(True)
+    whole, found = (jax.tree.map(np.asarray, logits(network, broken)) for broken in (False, True))
     others = np.ones((3, 12), bool)
     others[1, 7:] = False
     for value, expected in zip(found, whole, strict=True):
@@ -203,8 +213,11 @@ def test_what_is_broken_in_a_token_is_nothing_to_those_before_it(rule):
 
 def drawn(length: int, width=32, heads=2, dtype="float32", **sizes) -> tuple:
     """A state and weights of any size, and ids."""
-    keys = iter(jax.random.split(jax.random.key(length), 20))
-    array = lambda *shape: jax.random.normal(next(keys), shape) / shape[0] ** 0.5  # noqa: E731
+    random = np.random.default_rng(length)
+
+    def array(*shape):
+        return random.standard_normal(shape, np.float32) / np.float32(shape[0] ** 0.5)
+
     hidden = sizes.get("hidden", 2 * width)
     weights = looped.Weights(
         norm1=1 + array(width), qkv=3 * array(width, 3 * width), attention_out=array(width, width),
@@ -214,8 +227,16 @@ def drawn(length: int, width=32, heads=2, dtype="float32", **sizes) -> tuple:
         mlp_value=array(width, hidden) if sizes.get("gated") else None,
         bias_table=array(heads, 4) if sizes.get("biased") else None,
     )  # fmt: skip
-    ids = jnp.asarray(np.random.default_rng(length).integers(0, 6, (2, length)), jnp.int32)
+    ids = np.random.default_rng(length).integers(0, 6, (2, length), np.int32)
     return array(2, length, width), weights, ids
+
+
+looped_block = jax.jit(
+    looped.looped_block,
+    static_argnames=(
+        "heads", "loops", "dtype", "rule", "inject_input", "normalize_state", "implementation"
+    ),
+)  # fmt: skip
 
 
 @settings(deadline=None, max_examples=6)
@@ -230,12 +251,12 @@ def drawn(length: int, width=32, heads=2, dtype="float32", **sizes) -> tuple:
 def test_one_launch_equals_plain_code(length, heads, gated, biased, rule, starts):
     x, weights, ids = drawn(length, heads=heads, gated=gated, biased=biased)
     options = starts | {"heads": heads, "loops": 4, "dtype": jnp.float32}
-    options |= {"ids": ids} if biased else {"positions": jnp.arange(length)}
+    options |= {"ids": ids} if biased else {"positions": np.arange(length)}
     if rule:
         thresholds = np.random.default_rng(length).uniform(0.1, 0.5, (2, length))
-        options |= {"rule": rule, "thresholds": jnp.asarray(thresholds)}
-    found = looped.looped_block(x, weights, **options, implementation="pallas")
-    plain = looped.looped_block(x, weights, **options, implementation="xla")
+        options |= {"rule": rule, "thresholds": thresholds.astype("f")}
+    found = looped_block(x, weights, **options, implementation="pallas")
+    plain = looped_block(x, weights, **options, implementation="xla")
     np.testing.assert_array_equal(found[1], plain[1])
     # Loops pass rounding on, and with a sharp softmax make more of it.
     assert error(found[0], plain[0]) < 1e-4
@@ -260,14 +281,16 @@ def test_what_no_program_holds_goes_loop_by_loop(length, sizes):
         length, x.shape[-1], heads, len(weights.head), options["dtype"], with_ids=False
     )
 
-    def logits(x, weights):
-        return looped.looped_block(x, weights, **options)[0]
+    @jax.jit
+    def gradient(x, weights):
+        squared = lambda *given: (looped.looped_block(*given, **options)[0] ** 2).mean()  # noqa: E731
+        return jax.grad(squared, (0, 1))(x, weights)
 
-    found = logits(x, weights)
+    found = looped_block(x, weights, **options)[0]
     assert found.shape == (2, length, len(weights.head))
-    plain = looped.looped_block(x, weights, **options, implementation="xla")[0]
+    plain = looped_block(x, weights, **options, implementation="xla")[0]
     np.testing.assert_array_equal(found, plain)
-    gradients = jax.grad(lambda *given: (logits(*given) ** 2).mean(), (0, 1))(x, weights)
+    gradients = gradient(x, weights)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 

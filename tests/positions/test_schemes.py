@@ -32,11 +32,12 @@ ONE_LOOP = LOOP | {"loops": 1}
 
 def seen_by_the_last(network, tokens, **more) -> list[bool]:
     """Which tokens change the logits of the last one."""
-    before, seen = logits_of(network, tokens, **more)[:, -1], []
+    last = lambda tokens: np.asarray(logits_of(network, tokens, **more))[:, -1]  # noqa: E731
+    before, seen = last(tokens), []
     for place in range(LENGTH):
         changed = tokens.copy()
         changed[:, place] = (changed[:, place] + 1) % len(ADDITION.vocabulary)
-        after = logits_of(network, changed, **more)[:, -1]
+        after = last(changed)
         seen.append(bool((np.abs(after - before) > 1e-6).any()))
     return seen
 
@@ -44,7 +45,7 @@ def seen_by_the_last(network, tokens, **more) -> list[bool]:
 def test_no_scheme_knows_only_which_tokens_came_before():
     network, tokens = random_model(**ONE_LOOP | {"positions": "none"}), random_batch().tokens
     moved = np.concatenate([tokens[:, -2::-1], tokens[:, -1:]], axis=1)
-    assert error(logits_of(network, moved)[:, -1], logits_of(network, tokens)[:, -1]) < 1e-6
+    assert error(*(np.asarray(logits_of(network, x))[:, -1] for x in (moved, tokens))) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [GPT | {"layers": 1}, ONE_LOOP], ids=["gpt", "loop"])
@@ -61,14 +62,14 @@ def test_a_window_over_tokens_ends_there(kind):
 def test_a_window_over_coupled_ids_leaves_what_has_none():
     network = random_model(**ONE_LOOP | {"positions": "coupled-bias", "window": True})
     tokens = random_batch(rows=1).tokens
-    ids = jnp.array([[2, 3, 4, 0, 2, 3, 4, 1, 2, 3, 4, 5, 0, 3]])
+    ids = np.array([[2, 3, 4, 0, 2, 3, 4, 1, 2, 3, 4, 5, 0, 3]])
     expected = [bool(i == 0 or abs(int(i) - 3) <= 1) for i in ids[0]]
     assert seen_by_the_last(network, tokens, position_ids=ids) == expected
     # For tokens with a place only differences count; what has none is seen all the same.
-    placed = lambda ids: logits_of(network, tokens, position_ids=ids)[:, np.asarray(ids[0]) > 0]  # noqa: E731
-    moved = jnp.where(ids > 0, ids + 40, 0)
+    everywhere = lambda ids: np.asarray(logits_of(network, tokens, position_ids=ids))  # noqa: E731
+    placed = lambda ids: everywhere(ids)[:, ids[0] > 0]  # noqa: E731
+    moved = np.where(ids > 0, ids + 40, 0)
     assert error(placed(moved), placed(ids)) < 1e-6
-    everywhere = lambda ids: logits_of(network, tokens, position_ids=ids)  # noqa: E731
     assert error(everywhere(ids + 1), everywhere(ids)) > 0.001
 
 
@@ -97,18 +98,18 @@ def test_random_gaps_are_turned_by_in_training_too():
 
 
 def test_embedded_ids_are_moved_in_training_only():
-    ids = jnp.array([[0, 2, 3, 4], [1, 5, 6, 0]])
-    assert (offset_ids(ids, None) == ids).all()
-    assert (offset_ids(ids * 100, None).max(-1) == EMBEDDED_IDS - 1).all()
-    offsets = []
-    for key in jax.random.split(jax.random.key(0), 200):
-        moved = offset_ids(ids, key)
-        assert ((moved == 0) == (ids == 0)).all() and (moved < EMBEDDED_IDS).all()
-        # One offset a row.
-        offset = jnp.where(ids > 0, moved - ids, -1)
-        assert ((offset == offset.max(-1, keepdims=True)) | (offset == -1)).all()
-        offsets.append(offset.max(-1))
-    assert (np.min(offsets, 0) < 5).all() and (np.max(offsets, 0) > EMBEDDED_IDS - 15).all()
+    ids = np.array([[0, 2, 3, 4], [1, 5, 6, 0]])
+    offset = jax.jit(offset_ids)
+    np.testing.assert_array_equal(offset(ids, None), ids)
+    assert (np.max(offset(ids * 100, None), -1) == EMBEDDED_IDS - 1).all()
+    keys = jax.random.split(jax.random.key(0), 200)
+    moved = np.asarray(jax.jit(jax.vmap(offset_ids, (None, 0)))(ids, keys))
+    assert ((moved == 0) == (ids == 0)).all() and (moved < EMBEDDED_IDS).all()
+    # One offset a row.
+    offsets = np.where(ids > 0, moved - ids, -1)
+    most = offsets.max(-1, keepdims=True)
+    assert ((offsets == most) | (offsets == -1)).all()
+    assert (most.min(0) < 5).all() and (most.max(0) > EMBEDDED_IDS - 15).all()
     network = random_model(**LOOP | {"positions": "coupled-embedding"})
     tokens = random_batch(rows=2, length=4).tokens
     plain = logits_of(network, tokens, position_ids=ids)
@@ -129,20 +130,22 @@ def learned_model(**architecture):
 
 
 def test_a_counter_counts_and_starts_anew():
-    counter = learned_model().position_scheme.counter
-    tokens = jnp.array([ADDITION.encode("12+345=6789\n1+")])
-    ids = counter(tokens)
-    assert ids.dtype == jnp.int32
+    learned = learned_model().position_scheme.counter
+    tokens = np.array([ADDITION.encode("12+345=6789\n1+")])
+    run = nnx.jit(lambda counter, *progress: counter(tokens, *progress))
+    counter = lambda *progress: np.asarray(run(learned, *progress))  # noqa: E731
+    ids = counter()
+    assert ids.dtype == np.int32
     assert ids[0].tolist() == [1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 0]
     # In the first part of training gates are soft, after it they are decided.
-    early, late = (counter(tokens, progress) for progress in (0.1, 0.9))
-    assert 0 < float(jnp.abs(early - 1 - ids).max()) < 0.2
-    assert late.dtype == jnp.float32 and (late == ids).all()
+    early, late = (counter(progress) for progress in (0.1, 0.9))
+    assert 0 < np.abs(early - 1 - ids).max() < 0.2
+    assert late.dtype == np.float32 and (late == ids).all()
     # However near to a half they are.
-    counter.gate_logits[...] *= 0.05
-    early, late = (counter(tokens, progress) for progress in (0.1, 0.9))
-    assert float(jnp.abs(early - 1 - ids).max()) > 0.5 and (late == ids).all()
-    assert (counter(tokens) == ids).all()
+    learned.gate_logits[...] *= 0.05
+    early, late = (counter(progress) for progress in (0.1, 0.9))
+    assert np.abs(early - 1 - ids).max() > 0.5 and (late == ids).all()
+    assert (counter() == ids).all()
 
 
 def test_learned_ids_reach_attention_and_gradients_reach_them():
@@ -150,7 +153,7 @@ def test_learned_ids_reach_attention_and_gradients_reach_them():
     as_bias = random_model(
         **LOOP | {"positions": "coupled-bias", "max_relative_distance": 2, "window": True}
     )
-    ids = network.position_scheme.counter(jnp.asarray(tokens))
+    ids = nnx.jit(lambda network: network.position_scheme.counter(jnp.asarray(tokens)))(network)
     definition, state = nnx.split(network)
     shared = {k: v for k, v in nnx.to_pure_dict(state).items() if k != "position_scheme"}
     target, other = nnx.split(as_bias)
@@ -170,23 +173,27 @@ def test_learned_ids_reach_attention_and_gradients_reach_them():
         return losses.mean()
 
     # While gates are soft the window reaches one difference further, and not after.
-    seen = {}
-    for progress in (0.1, 0.9):
+    @nnx.jit
+    def looked_at(network, progress):
         given = network._position_inputs(jnp.asarray(tokens), progress=progress)
-        x, ids = network.embedding(jnp.asarray(tokens)), given.position_ids
-        looked = attention_weights(network.block, x, given, None).max(1)
-        difference = jnp.abs(ids[:, :, None] - ids[:, None, :])
+        looked = attention_weights(network.block, network.embedding(tokens), given, None).max(1)
+        return looked, given.position_ids, jnp.asarray(given.window_slack)
+
+    seen, past = {}, np.tril(np.ones((LENGTH, LENGTH), bool))
+    for progress in (0.1, 0.9):
+        looked, ids, slack = map(np.asarray, looked_at(network, progress))
+        difference = np.abs(ids[:, :, None] - ids[:, None, :])
         placed = ids[:, None, :] >= 0.5
-        seen[progress] = float(jnp.where((looked > 0) & placed, difference, 0).max())
-        past = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
-        within = (difference <= 2.5 + given.window_slack) | ~placed
+        seen[progress] = np.where((looked > 0) & placed, difference, 0).max()
+        within = (difference <= 2.5 + slack) | ~placed
         assert ((looked > 0) == (within & past)).all()
     assert seen[0.1] > 2.5 and seen[0.9] == 2
 
     def of_gates(progress):
-        return gradient(state, progress)["position_scheme"]["counter"]["gate_logits"][...]
+        gates = gradient(state, progress)["position_scheme"]["counter"]["gate_logits"]
+        return np.asarray(gates[...])
 
-    assert jnp.abs(of_gates(0.1)).max() > 1e-5
+    assert np.abs(of_gates(0.1)).max() > 1e-5
     assert (of_gates(0.9) == 0).all()
 
 
