@@ -56,7 +56,7 @@ def test_a_task_of_ones_own_is_scored_solved_traced_and_drawn(copying, tmp_path,
     assert result.returncode == 0 and "abc" in result.stdout, result.stderr
     result = example("trace", copying, "abcd", "--out", tmp_path / "trace")
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "trace" / "trace.json").read_text())["text"] == "abcd=abcd\n"
+    assert json.loads((tmp_path / "trace" / "trace.json").read_text())["text"] == "abcd=abcd"
     result = example("figures", copying / "results.json", "--out", tmp_path / "figures")
     assert result.returncode == 0, result.stderr
     assert "letters" in (tmp_path / "figures" / "table.md").read_text()

@@ -29,8 +29,9 @@ class Loops(NamedTuple):
         Raises:
           ValueError: the text is none of these, or asks for none or for more than `MAX_LOOPS`.
         """
-        match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)x)?(?:(?:^|\+)(\d+))?", text)
-        found = cls(int(match[2] or 0), float(match[1] or 0)) if match and text else cls()
+        match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)x(?:\+(\d+))?|(\d+))", text, re.ASCII)
+        per_symbol, more, constant = match.groups() if match else (None,) * 3
+        found = cls(int(constant or more or 0), float(per_symbol or 0))
         if not (found.constant + found.per_symbol > 0 and found.constant <= MAX_LOOPS):
             raise ValueError(
                 f"{text}: must be from 1 to {MAX_LOOPS:,}, or so many times the length of each"

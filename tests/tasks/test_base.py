@@ -26,6 +26,9 @@ WIDTH = 12
 render = jax.jit(
     lambda problems, length, task: task.render(problems, length), static_argnums=(1, 2)
 )
+one_pass_batch = jax.jit(
+    lambda problems, length, task: task.batch(problems, length), static_argnums=(1, 2)
+)
 answers = jax.jit(lambda problems, task: task.answers(problems), static_argnums=1)
 
 
@@ -118,6 +121,55 @@ def test_ids_do_not_depend_on_what_follows(task):
     for length in range(1, tokens.shape[-1] + 1):
         rest = jnp.where(jnp.arange(tokens.shape[-1]) < length, tokens, task.end)
         np.testing.assert_array_equal(task.position_ids(rest)[:, :length], whole[:, :length])
+
+
+@pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
+def test_hard_problems_are_problems_of_their_length(task):
+    random = np.random.default_rng(0)
+    for kind in task.kinds:
+        for length in (1, 2, 9):
+            count = task.kind_count(kind, 30)
+            problems = problems_of(task, task.sample_kind(random, kind, length, count))
+            assert len(problems) == count
+            for problem in problems:
+                assert task.parse(task.format(problem), length) == problem
+                assert task.length(problem) == length
+
+
+@pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
+@settings(max_examples=4)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_in_one_pass_blanks_hide_the_answer_and_nothing_else(task, seed):
+    """All that a row of the one format says is in the other's, and its blanks tell no length."""
+    problems, task = drawn(task, seed), type(task)(one_pass=True)
+    length = task.row_length(WIDTH)
+    batch = [np.asarray(x) for x in one_pass_batch(problems, length, task)]
+    for tokens, targets, answer, problem in zip(*batch, problems_of(task, problems), strict=True):
+        prompt, text = task.prompt(problem), task.text(problem)
+        assert len(prompt) <= length and task.decode(tokens) == prompt.ljust(length, "\n")
+        assert task.decode(targets) == text.ljust(length, "\n")
+        assert np.flatnonzero(answer).tolist() == [*range(text.index("=") + 1, len(text))]
+        assert set(task.decode(tokens[answer])) == {"_"}
+        asked, blanks = prompt.split("=")
+        assert len(blanks) == task.answer_length(task.length(problem)) + 1
+    rows = one_pass_batch(problems, length, task)
+    places = np.arange(length)
+    expected = (rows.tokens == task.blank) & (places < length)
+    np.testing.assert_array_equal(task.answering(rows.tokens), expected)
+    ids = task.position_ids(rows.tokens)
+    if ids is not None:
+        # The blanks have the ids that the answer's symbols have where it is written.
+        text, _ = render(problems, length, type(task)())
+        written = np.asarray(type(task)().position_ids(text))
+        symbols = np.asarray(rows.answer) & (np.asarray(text) != task.end)
+        np.testing.assert_array_equal(np.asarray(ids)[symbols], written[symbols])
+
+
+def test_a_task_in_one_pass_is_another_task():
+    """Programs are kept by task: one for each format."""
+    task = type(EVERY[0])
+    assert task() == task() and task(one_pass=True) == task(one_pass=True)
+    assert task() != task(one_pass=True) and task().vocabulary + "_" == task(True).vocabulary
 
 
 def test_a_task_that_is_not_there_is_named():
