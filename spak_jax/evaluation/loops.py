@@ -32,7 +32,7 @@ class Loops(NamedTuple):
         match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)x(?:\+(\d+))?|(\d+))", text, re.ASCII)
         per_symbol, more, constant = match.groups() if match else (None,) * 3
         found = cls(int(constant or more or 0), float(per_symbol or 0))
-        if not (found.constant + found.per_symbol > 0 and found.constant <= MAX_LOOPS):
+        if not (found != cls() and max(found) <= MAX_LOOPS):
             raise ValueError(
                 f"{text}: must be from 1 to {MAX_LOOPS:,}, or so many times the length of each"
                 " problem, such as 2x or 2x+8"
