@@ -96,6 +96,13 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python -m spak_jax.evaluate runs/loop12 --halt": Lives(SCORES),
     "python -m spak_jax.evaluate runs/loop12 --lengths 1-12,16,24 --decode": Lives(SCORES),
     "python -m spak_jax.evaluate runs/quickstart --lengths 100,1000 --kinds": Ends("100.0%"),
+    # In one pass.
+    "python -m spak_jax.train parity": Lives(STEPS, "runs/parity"),
+    "python -m spak_jax.evaluate runs/parity --lengths 32,64 --examples 100 --loops 2x": Ends(
+        "2x loops"
+    ),
+    "python -m spak_jax.grid runs/parity --lengths 8,16,32,64 --loops 8,16,32,64,128"
+    " --examples 200": Ends(WRITES, ("runs/parity/grid/reach.png",)),
     r"printf '123+456\n99+1=100\n' | python -m spak_jax.evaluate runs/loop12 --problems -": Ends(
         "whole answers right"
     ),
