@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from spak_jax.command_line import (
-    InputError,
     check_range,
     console,
     parse_lengths,
@@ -18,7 +17,9 @@ from spak_jax.command_line import (
     run_program,
     writable_folder,
 )
+from spak_jax.config import Config
 from spak_jax.config_sections import MAX_LENGTH, LoopedModel
+from spak_jax.evaluation.forward import require_looped
 from spak_jax.evaluation.loaded import load, seed_folders
 from spak_jax.evaluation.loops import MAX_LOOPS, Loops
 from spak_jax.evaluation.results import Results, write_results
@@ -47,7 +48,8 @@ def main() -> None:
     check_range("--examples", arguments.examples, 1, 10_000_000)
     check_range("--seed", arguments.seed, 0, 2**31 - 1)
     runs = seed_folders(arguments.run) or [arguments.run]
-    config = load(runs[0]).config
+    first = load(runs[0])
+    config = first.config
     defaults = config.evaluation
     longest = config.data.longest
     lengths = tuple(factor * longest for factor in FACTORS if factor * longest <= MAX_LENGTH)
@@ -59,7 +61,7 @@ def main() -> None:
         seed=defaults.seed if arguments.seed is None else arguments.seed,
         published=False,
     )
-    rows = _rows(config.model, arguments.loops, config.name)
+    rows = _rows(config, arguments.loops)
     out = writable_folder(arguments.out or arguments.run / "grid")
     # Before the work, as the folder is.
     prepare_drawing()
@@ -67,7 +69,7 @@ def main() -> None:
 
     paths = []
     for run in runs:
-        loaded = load(run)
+        loaded = first if run is runs[0] else load(run)
         for loops in rows:
             given = settings if loops is None else replace(settings, loops=Loops(loops))
             results = score(loaded, given, run)
@@ -79,18 +81,14 @@ def main() -> None:
     export(paths, out)
 
 
-def _rows(model, asked: str | None, name: str) -> tuple[int | None, ...]:
+def _rows(config: Config, asked: str | None) -> tuple[int | None, ...]:
     """The numbers of loops; None for a model that has none to choose."""
-    if not isinstance(model, LoopedModel):
-        if asked is not None:
-            raise InputError(
-                f"--loops: {name} is a stack of {model.layers} blocks; only a looped model has"
-                " loops to choose"
-            )
+    if asked is not None:
+        require_looped(config, "--loops")
+        return parse_lengths("--loops", asked, MAX_LOOPS)
+    if not isinstance(config.model, LoopedModel):
         return (None,)
-    if asked is None:
-        return tuple(factor * model.loops for factor in FACTORS)
-    return parse_lengths("--loops", asked, MAX_LOOPS)
+    return tuple(factor * config.model.loops for factor in FACTORS)
 
 
 def _summary(results: Results) -> str:

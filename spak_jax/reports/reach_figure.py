@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spak_jax.reports.canvas import SINGLE, WIDE, lines_of
+from spak_jax.reports.canvas import CAPTION_LINE, PAD, SINGLE, WIDE, lines_of
 from spak_jax.reports.grouping import (
     Evaluated,
     length_unit,
@@ -39,27 +39,23 @@ def draw_reach(evaluated: Sequence[Evaluated]) -> Figure | None:
     ]
     if not families:
         return None
-    in_grids = {line.label for _, lines in families for line in lines}
     stacks = [
         (line.label, [line])
         for line in evaluated
         if line.first.loops is None and len(line.lengths) >= LEAST
     ]
     panels = families + stacks
-    members = [line for line in evaluated if line.label in in_grids] + [
-        line for _, (line,) in stacks
-    ]
     columns = 1 if len(panels) == 1 else 2
     width = SINGLE if columns == 1 else WIDE
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(len(lines) for _, lines in row) * CELL for row in rows]
-    results = [each for line in members for each in line.results]
+    results = [each for _, lines in panels for line in lines for each in line.results]
     caption = (
         f"{origin(results)}, {problem_counts(results)}. Line: the fewest loops that solve at least"
         f" {REACHED:.0%} of a length's problems. Dashed: the longest trained length."
     )
     text = "\n".join(lines_of(caption, int(width / 0.0435)))
-    foot = 0.11 * (text.count("\n") + 1) + 0.1
+    foot = CAPTION_LINE * (text.count("\n") + 1) + 2 * PAD
     total = sum(heights) + len(rows) * (ABOVE + BELOW) + foot
     figure = Figure(figsize=(width, total))
     FigureCanvasAgg(figure)
@@ -80,7 +76,7 @@ def draw_reach(evaluated: Sequence[Evaluated]) -> Figure | None:
     )  # fmt: skip
     figure.colorbar(image, cax=bar, ticks=[0, 50, 100])
     bar.set_title("%", fontsize=6)
-    figure.text(0.06 / width, 0.06 / total, text, color=GREY, fontsize=6, va="bottom")
+    figure.text(PAD / width, PAD / total, text, color=GREY, fontsize=6, va="bottom")
     return figure
 
 

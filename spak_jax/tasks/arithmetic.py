@@ -13,7 +13,7 @@ import numpy as np
 
 from spak_jax import baseline
 from spak_jax.registry import TASKS
-from spak_jax.tasks.base import Problems, Task, Written, aligned_ids, uniform_symbols
+from spak_jax.tasks.base import Problems, Task, Written, uniform_symbols
 
 
 class Arithmetic(Task):
@@ -81,7 +81,7 @@ class Arithmetic(Task):
         the answer, has 1, as each digit has one less than the next. The operator and newlines have
         none, 0.
         """
-        return aligned_ids(self.is_symbol(tokens), tokens == self.equals)
+        return self.aligned_ids(tokens)
 
     def in_written_order(self, sequence: Written) -> Written:
         return sequence[::-1]

@@ -239,6 +239,18 @@ class Task(abc.ABC):
         """
         return None
 
+    def aligned_ids(self, tokens: jax.Array) -> jax.Array:
+        """Position ids that count each run of symbols from 2 on, so that those of equal place in
+        inputs and answer share one (position coupling, Cho et al. 2024). `=`, which comes before
+        the answer's first symbol, has 1; other tokens have no place, 0.
+
+        Args, returns: as of `position_ids`.
+        """
+        symbol, t = self.is_symbol(tokens), jnp.arange(tokens.shape[-1])
+        before = jax.lax.cummax(jnp.where(symbol, -1, t), axis=tokens.ndim - 1)
+        others = jnp.where(tokens == self.equals, 1, 0)
+        return jnp.where(symbol, t - before + 1, others).astype(jnp.int32)
+
     def render(self, problems: Problems, length: int) -> tuple[jax.Array, jax.Array]:
         """The text of each problem in a row of its own, cut or filled with newlines to `length`.
 
@@ -414,22 +426,6 @@ def of(data) -> Task:
 def next_token_batch(tokens: jax.Array, answer: jax.Array) -> Batch:
     """Texts and the mask of their answers, `[..., length + 1]`, as a batch of that length."""
     return Batch(tokens[..., :-1], tokens[..., 1:], answer[..., 1:])
-
-
-def aligned_ids(symbol: jax.Array, lead: jax.Array) -> jax.Array:
-    """Position ids that count each run of symbols from 2 on, so that those of equal place in inputs
-    and answer share one (position coupling, Cho et al. 2024).
-
-    Args:
-      symbol: bool `[..., length]`, where symbols stand.
-      lead: bool `[..., length]`, other tokens that come before a run's first symbol and have 1.
-
-    Returns:
-      int32 `[..., length]`, 0 elsewhere.
-    """
-    t = jnp.arange(symbol.shape[-1])
-    before = jax.lax.cummax(jnp.where(symbol, -1, t), axis=symbol.ndim - 1)
-    return jnp.where(symbol, t - before + 1, jnp.where(lead, 1, 0)).astype(jnp.int32)
 
 
 def uniform_symbols(key: jax.Array, lowest: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:

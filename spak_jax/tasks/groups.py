@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spak_jax.registry import TASKS
-from spak_jax.tasks.base import Problems, Task, aligned_ids
+from spak_jax.tasks.base import Problems, Task
 
 # A character for each element, the first for the identity.
 CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
@@ -78,7 +78,7 @@ class GroupProducts(Task):
     def position_ids(self, tokens: jax.Array) -> jax.Array:
         """An element and the product up to it share an id, 2, 3, 4 ... from the first; `=` has
         1."""
-        return aligned_ids(self.is_symbol(tokens), tokens == self.equals)
+        return self.aligned_ids(tokens)
 
 
 def checked_table(table) -> np.ndarray:
@@ -105,8 +105,11 @@ def permutation_table(degree: int, even: bool = False) -> np.ndarray:
     """The table of the permutations of so many things, or of the even ones alone, the identity
     first: the product of a and b does a first."""
     elements = [p for p in itertools.permutations(range(degree)) if not even or _is_even(p)]
-    index = {p: i for i, p in enumerate(elements)}
-    return np.array([[index[tuple(b[i] for i in a)] for b in elements] for a in elements])
+    permutations, digits = np.array(elements), degree ** np.arange(degree)
+    # Every permutation as a number, so that products are looked up at once: this runs on import.
+    index = np.zeros(degree**degree, int)
+    index[permutations @ digits] = np.arange(len(elements))
+    return index[permutations[:, permutations] @ digits].T
 
 
 def _is_even(permutation: tuple[int, ...]) -> bool:

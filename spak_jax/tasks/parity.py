@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spak_jax.registry import TASKS
-from spak_jax.tasks.base import Problems, Task, aligned_ids
+from spak_jax.tasks.base import Problems, Task
 
 
 @TASKS.register("parity")
@@ -18,9 +18,8 @@ class Parity(Task):
 
     def answers(self, problems: Problems):
         bits = problems.inputs[..., 0, :]
-        return (jnp.cumsum(bits, -1, dtype=jnp.int32) % 2).astype(jnp.uint8), problems.lengths[
-            ..., 0
-        ]
+        parities = jnp.cumsum(bits, -1, dtype=jnp.int32) % 2
+        return parities.astype(jnp.uint8), problems.lengths[..., 0]
 
     def solve(self, problem: tuple[str, ...]) -> str:
         answer, odd = "", False
@@ -49,4 +48,4 @@ class Parity(Task):
 
     def position_ids(self, tokens: jax.Array) -> jax.Array:
         """A bit and its parity share an id, 2, 3, 4 ... from the first; `=` has 1."""
-        return aligned_ids(self.is_symbol(tokens), tokens == self.equals)
+        return self.aligned_ids(tokens)
