@@ -184,6 +184,16 @@ def derived(operation, kind):
     return jax.jit(lambda: kind(scalar, arguments, direction))()
 
 
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_argument_is_traced_while_the_others_are_numpy_arrays(operation, implementation):
+    function, arguments = operation(implementation, 0.0, True)
+    shapes = jax.eval_shape(function, *arguments)
+    for i, argument in enumerate(arguments):
+        around = lambda x, i=i: function(*arguments[:i], x, *arguments[i + 1 :])  # noqa: E731
+        assert jax.eval_shape(around, argument) == shapes
+
+
 @pytest.mark.parametrize("kind", [gradient, forward_mode, of_a_gradient, in_a_scan])
 def test_outside_of_jit_too(kind):
     def derived_of(implementation):

@@ -118,6 +118,27 @@ def test_halting_equals_the_scanned_model(rule, low, high):
     assert error(logits, truth) < 1e-5
 
 
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_one_argument_is_traced_while_the_others_are_numpy_arrays(implementation):
+    normal = lambda *shape: np.random.default_rng(0).standard_normal(shape, np.float32)  # noqa: E731
+    x, row, square, thresholds = normal(1, 3, 16), normal(16), normal(16, 16), normal(1, 3)
+    weights = looped.Weights(
+        row, normal(16, 48), square, row, square, square, row, square, square, None, normal(2, 4)
+    )
+
+    def block(x, weights):
+        return looped.looped_block(
+            x, weights, heads=2, loops=3, positions=np.arange(3), ids=np.array([[1, 2, 0]]),
+            window=1, thresholds=thresholds, implementation=implementation,
+        )  # fmt: skip
+
+    shapes = jax.eval_shape(block, x, weights)
+    assert jax.eval_shape(lambda x: block(x, weights), x) == shapes
+    for name, value in weights._asdict().items():
+        around = lambda weight, name=name: block(x, weights._replace(**{name: weight}))  # noqa: E731
+        assert jax.eval_shape(around, value) == shapes
+
+
 def test_a_program_stops_once_all_its_tokens_have():
     """With more loops than could be run here, were they run."""
     network, tokens = network_of(), texts(4, 32)

@@ -84,6 +84,9 @@ def attention(
     arguments.require_one_of("implementation", implementation, (*IMPLEMENTATIONS, None))
     arguments.require_dropout(dropout_rate, dropout_key)
     positions, segment_ids, ids = _checked(qkv, positions, segment_ids, ids, bias_table, window)
+    # NumPy's arrays take no traced indices.
+    qkv, bias_table = jax.tree.map(jnp.asarray, (qkv, bias_table))
+    q = qkv[0]
     length, head_dim = q.shape[1], q.shape[-1]
     if q.size == 0:
         return jnp.zeros((q.shape[0], length, *q.shape[-2:]), q.dtype)

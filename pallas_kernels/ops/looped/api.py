@@ -85,6 +85,8 @@ def looped_block(
     )
     arguments.require_one_of("implementation", implementation, (*arguments.KERNELS_OR_PLAIN, None))
     arguments.require_dtype("dtype", jnp.zeros((), dtype), *arguments.FLOATS)
+    # NumPy's arrays take no traced indices.
+    x, weights = jax.tree.map(jnp.asarray, (x, weights))
     batch, length, width = x.shape
     if batch * length == 0:
         logits = jnp.zeros((batch, length, len(weights.head)), jnp.float32)
