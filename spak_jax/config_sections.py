@@ -144,8 +144,9 @@ class Data(Section):
     # Of the training, from its start: while longest inputs grow evenly from one symbol to those
     # above (a curriculum of lengths, Bengio et al. 2009).
     curriculum: Fraction = 0.0
-    # How answers are given: each symbol after the one before it, or all in one pass over blanks.
-    answers: Literal["symbol-by-symbol", "one-pass"] = "symbol-by-symbol"
+    # How answers are given: each symbol after the one before it; all in one pass over blanks; or,
+    # where a problem's one input is as long as its answer, in one pass over the input itself.
+    answers: Literal["symbol-by-symbol", "one-pass", "in-place"] = "symbol-by-symbol"
     # "packed": problems follow one another in a row; "single": one problem a row, padded.
     layout: Literal["packed", "single"] = "packed"
     row_length: Positive = 64
@@ -155,7 +156,8 @@ class Data(Section):
 
     @property
     def one_pass(self) -> bool:
-        return self.answers == "one-pass"
+        """Whether all symbols of an answer are read out at once."""
+        return self.answers != "symbol-by-symbol"
 
     @property
     def longest(self) -> int:
@@ -165,7 +167,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _rows_hold_a_problem(self) -> Self:
-        task = _registered(TASKS, "data.task", self.task)(one_pass=self.one_pass)
+        try:
+            task = _registered(TASKS, "data.task", self.task)(self.answers)
+        except ValueError as error:
+            raise ValueError(str(error).replace("answered", "data.answers", 1)) from None
         needed = task.row_length(self.longest)
         if self.row_length < needed:
             raise ValueError(
@@ -184,7 +189,7 @@ class Data(Section):
             )
         if self.one_pass and self.layout == "packed":
             raise ValueError(
-                'data.answers = "one-pass" needs data.layout = "single": one problem a row'
+                f'data.answers = "{self.answers}" needs data.layout = "single": one problem a row'
             )
         return self
 
@@ -276,8 +281,8 @@ class RunSections(Section):
     def _what_is_written_is_not_seen(self) -> Self:
         if not self.model.causal and not self.data.one_pass:
             raise ValueError(
-                'model.causal = false needs data.answers = "one-pass": symbol by symbol a model'
-                " would see what it is to predict"
+                'model.causal = false needs data.answers = "one-pass" or "in-place": symbol by'
+                " symbol a model would see what it is to predict"
             )
         return self
 

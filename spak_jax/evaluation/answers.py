@@ -15,7 +15,6 @@ from spak_jax.evaluation.batching import calls, power_of_two, rows_per_call
 from spak_jax.evaluation.forward import Halting, answer_fn
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.loops import Loops
-from spak_jax.tasks import BLANK
 
 
 class Answer(NamedTuple):
@@ -38,7 +37,7 @@ def write_answers(
     halt: Halting | None = None,
 ) -> list[Answer]:
     """The most probable answers to problems, each as if it were asked alone: generated symbol by
-    symbol, or read out at their blanks.
+    symbol, or read out in one pass.
 
     Args:
       loaded: the model.
@@ -65,8 +64,8 @@ def write_answers(
     for chosen, filled, length in calls(sizes, task, most):
         prompts = [task.prompt(asked[i]) for i in filled]
         tokens = np.array([task.encode(prompt.ljust(length, "\n")) for prompt in prompts])
-        starts = np.array([len(prompt.rstrip(BLANK)) for prompt in prompts], np.int32)
-        room = np.array([task.text_length(sizes[i]) for i in filled], np.int32)
+        starts = np.array([task.answer_start(asked[i]) for i in filled], np.int32)
+        room = np.array([task.filled_length(sizes[i]) for i in filled], np.int32)
         more = (loops.of(sizes[filled]),) if isinstance(loops, Loops) else ()
         written, taken = jax.device_get(
             write(loaded.weights, tokens.astype(np.int32), starts, room, *more)
@@ -107,10 +106,10 @@ def solve(loaded: LoadedModel, asked: Sequence[tuple[str, ...]]) -> list[Answer]
 
     order = task.in_written_order
     texts = [order(answer.text) for answer in answers]
-    # What each answer is chosen from: what was written, a place before it, or the blanks.
+    # Where each answer is chosen: a place before it was written, or where it is read out.
     shift = 0 if task.one_pass else 1
     prompts = [task.prompt(problem) for problem in asked]
-    starts = [len(prompt.rstrip(BLANK)) for prompt in prompts]
+    starts = [task.answer_start(problem) for problem in asked]
     if not task.one_pass:
         prompts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     sizes = np.array([task.length(problem) for problem in asked])

@@ -33,7 +33,7 @@ def rows_per_call(length: int) -> int:
 def padded_length(size: int, task: Task) -> int:
     """Tokens that rows of problems are filled up to, so that one program serves many lengths."""
     step = LENGTH_STEP_ON_GPU if jax.default_backend() == "gpu" else LENGTH_STEP
-    length = task.text_length(size)
+    length = task.filled_length(size)
     # Longer rows by larger steps: a tenth more work, and fewer programs.
     step *= power_of_two(length // (10 * step))
     return -(-length // step) * step

@@ -98,7 +98,7 @@ def require_looped(config: Config, asked: str) -> None:
 def answer_fn(
     config: Config, loops: int | Loops | None = None, halt: Halting | None = None
 ) -> Callable:
-    """What writes answers, `generate_fn`, or in one pass fills in blanks in the same way: a pure
+    """What writes answers, `generate_fn`, or in one pass puts them in their places: a pure
     function of weights, prompt, prompt_length and max_length that gives tokens and loops. With
     `Loops` it takes the int32 loops of each sequence, too.
 
@@ -117,8 +117,8 @@ def answer_fn(
 
     def fill_in(weights, prompt, prompt_length, max_length, *loops):
         logits, taken = run(weights, prompt, *loops)
-        blank = prompt == task.blank
-        return jnp.where(blank, logits.argmax(-1).astype(prompt.dtype), prompt), taken
+        chosen = logits.argmax(-1).astype(prompt.dtype)
+        return jnp.where(task.answering(prompt), chosen, prompt), taken
 
     return fill_in
 

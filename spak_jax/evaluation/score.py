@@ -327,7 +327,7 @@ def _loops(model: LoopedModel, loops: int | Loops | None) -> dict[str, Any]:
 
 def _method(loaded: LoadedModel, settings: Settings) -> str:
     if loaded.task.one_pass:
-        return "one pass"
+        return "in place" if loaded.task.in_place else "one pass"
     return "decoding" if settings.decode else "teacher forcing"
 
 

@@ -21,8 +21,9 @@ class Trace(NamedTuple):
     """What every loop does with a problem and its true answer.
 
     problem: as people write it. text: as the model reads it, of whose tokens the arrays speak.
-    first: the place that chooses the answer's first symbol: `=`, or the first blank. right: the
-    answer and its newline, which the places from `first` on are to choose. logits: float32
+    first: the place that chooses the answer's first symbol: `=`, or the first blank, or in place
+    the first of all. right: the answer and, but in place, its newline, which the places from
+    `first` on are to choose. logits: float32
     `[loops, length, vocabulary]`. attention: the weights of attention, float32
     `[loops, heads, length, length]`, keys last. confidence: the probability of the right symbol,
     float32 `[loops, length]`. chosen: what the places of `right` choose after the last loop.

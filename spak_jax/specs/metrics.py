@@ -260,9 +260,12 @@ def _written(config: Config) -> dict[str, str]:
     given = tasks.Problems(*map(jnp.asarray, problems))
     trained = training_batch(jax.random.key(0), data, 1, given)
     scored = task.batch(given, length)
-    text = lambda batch: task.decode(  # noqa: E731
-        np.append(batch.tokens[0], batch.targets[0, -1])
-    ).partition("\n")[0]
+
+    def text(batch: tasks.Batch) -> str:
+        """What is read, and with it the last token of what is written."""
+        written = batch.targets[0, len(batch.targets[0]) - (not task.one_pass) :]
+        return task.decode(np.append(batch.tokens[0], written)).partition("\n")[0]
+
     return {"training": text(trained), "scoring": text(scored)}
 
 

@@ -5,9 +5,11 @@ Its text is the inputs with the operator between them, `=`, the answer and a new
 `321+654=975`. On the device problems are arrays of symbols, so one code serves any length; for
 people a problem is a tuple of strings, `("123", "456")`.
 
-A model answers symbol by symbol, each token predicting the next one, or in one pass: it reads
-`321+654=_____`, as many blanks as the longest answer and its newline need, and each symbol is read
-out at its own blank.
+A model answers in one of three ways (`ANSWERS`). Symbol by symbol, each token predicts the next
+one. In one pass, it reads `321+654=_____`, as many blanks as the longest answer and its newline
+need, and each symbol is read out at its own blank. In place, where a problem's one input and its
+answer are equally long, it reads `1011` alone, and each symbol of the answer is read out at the
+input's symbol of the same place: as word problems are posed to recurrent networks.
 
 A task of one's own says which symbols there are and what the answer is, on arrays and in plain
 Python; everything else has a default that it may replace:
@@ -38,7 +40,9 @@ from spak_jax.registry import TASKS
 
 Written = TypeVar("Written", str, list)
 
-# People see it where an answer in one pass goes.
+# How answers are given; both of the last two come in one pass.
+ANSWERS = ("symbol-by-symbol", "one-pass", "in-place")
+# People see it where an answer at blanks goes.
 BLANK = "_"
 # Symbols that one program draws at least.
 LEAST_DRAWN = 2**14
@@ -69,7 +73,8 @@ class Batch(NamedTuple):
     `[batch, length]`.
 
     `answer[i, t]` is set where the target belongs to an answer: its symbols and its newline. Symbol
-    by symbol the target is the next token; in one pass it is the symbol that a blank stands for.
+    by symbol the target is the next token; at blanks, what the blank stands for; in place, where
+    answers have no newline, the answer's symbol of the same place.
     """
 
     tokens: jax.Array
@@ -81,7 +86,11 @@ class Task(abc.ABC):
     """One kind of problem.
 
     Args:
-      one_pass: whether answers are given in one pass, at blanks, instead of symbol by symbol.
+      answered: how, of `ANSWERS`.
+
+    Raises:
+      ValueError: it is none of these, or in place, where problems have several inputs or answers of
+        another length than theirs.
 
     A task has no other state: all that is drawn comes from keys. Array functions are pure and run
     inside `jit`, but for those that scoring calls, `sample_exact` and `sample_kind`: they give
@@ -103,8 +112,25 @@ class Task(abc.ABC):
     # Columns of a published table, by name: lengths from and to, both included.
     published_columns: ClassVar[Mapping[str, tuple[int, int]]] = {}
 
-    def __init__(self, one_pass: bool = False):
-        self.one_pass = one_pass
+    def __init__(self, answered: str = ANSWERS[0]):
+        if answered not in ANSWERS:
+            raise ValueError(f"answered = {answered!r}: one of {', '.join(ANSWERS)}")
+        if answered == "in-place" and (self.inputs > 1 or self.answer_length(7) != 7):
+            raise ValueError(
+                f"answered = 'in-place': {self.name} has {self.inputs} inputs of 7 {self.unit} and"
+                f" an answer of {self.answer_length(7)}, where one of each of the same length is"
+                " needed"
+            )
+        self.answered = answered
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether all symbols of an answer are read out at once, at blanks or in place."""
+        return self.answered != "symbol-by-symbol"
+
+    @property
+    def in_place(self) -> bool:
+        return self.answered == "in-place"
 
     # ---- What every task must say. ----
 
@@ -201,9 +227,10 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def vocabulary(self) -> str:
-        """A character for each token: newline, operator, symbols, `=` and, in one pass, the
-        blank."""
-        return f"\n{self.operator}{self.symbols}={BLANK if self.one_pass else ''}"
+        """A character for each token: newline, operator, symbols, then `=`, and the blank, where
+        they are read."""
+        read = {"symbol-by-symbol": "=", "one-pass": f"={BLANK}", "in-place": ""}
+        return f"\n{self.operator}{self.symbols}{read[self.answered]}"
 
     @property
     def end(self) -> int:
@@ -217,7 +244,7 @@ class Task(abc.ABC):
 
     @property
     def blank(self) -> int:
-        """The token that stands where an answer goes that is given in one pass."""
+        """The token that stands where an answer goes that is read out at blanks."""
         return self.equals + 1
 
     @property
@@ -284,6 +311,13 @@ class Task(abc.ABC):
         """
         if not self.one_pass:
             return next_token_batch(*self.render(problems, length + 1))
+        if self.in_place:
+            written = jnp.arange(length) < problems.lengths
+            inputs, answers = problems.inputs[..., 0, :], self.answers(problems)[0]
+            place = lambda symbols: jnp.where(  # noqa: E731
+                written, self.first_symbol + _cut_or_filled(symbols, length), self.end
+            )
+            return Batch(place(inputs), place(answers), written)
         text, answer = self.render(problems, length)
         start = problems.lengths.sum(-1) + self.inputs
         blanks = self.answer_length(self.lengths(problems)) + 1
@@ -294,15 +328,22 @@ class Task(abc.ABC):
     def row_length(self, length: int) -> int:
         """Tokens that a model reads of the longest problem of a length: of a text that it writes
         itself, all but the last."""
-        return self.text_length(length) - (not self.one_pass)
+        return self.filled_length(length) - (not self.one_pass)
+
+    def filled_length(self, length: int) -> int:
+        """Tokens of a row that holds the longest problem of a length and its answer: its text, or
+        in place the input alone."""
+        return length if self.in_place else self.text_length(length)
 
     def written_lengths(self, problems: Problems) -> jax.Array:
         """Tokens of each problem's text, int32 `[...]`."""
         return problems.lengths.sum(-1) + self.answers(problems)[1] + self.inputs + 1
 
     def answering(self, tokens: jax.Array) -> jax.Array:
-        """Where an answer is being written: from each `=` up to its newline, or its blanks, bool
-        `[..., length]`."""
+        """Where an answer is being written: from each `=` up to its newline, or its blanks, or in
+        place the input's symbols, bool `[..., length]`."""
+        if self.in_place:
+            return self.is_symbol(tokens)
         if self.one_pass:
             return tokens == self.blank
         t = jnp.arange(tokens.shape[-1])
@@ -362,9 +403,16 @@ class Task(abc.ABC):
         return self.operator.join(problem)
 
     def prompt(self, problem: Sequence[str]) -> str:
-        """`321+654=`, what a model is asked to go on from, or `321+654=_____`, to fill in."""
+        """`321+654=`, what a model is asked to go on from, or `321+654=_____`, to fill in, or in
+        place `1011`."""
+        if self.in_place:
+            return self.in_written_order(problem[0])
         blanks = self.answer_length(self.length(problem)) + 1 if self.one_pass else 0
         return f"{self._asked(problem)}{BLANK * blanks}"
+
+    def answer_start(self, problem: Sequence[str]) -> int:
+        """The place of an answer's first symbol in a row."""
+        return 0 if self.in_place else len(self._asked(problem))
 
     def text(self, problem: tuple[str, ...]) -> str:
         """`321+654=975` and a newline."""
@@ -412,20 +460,27 @@ class Task(abc.ABC):
 
     # Programs that are compiled for a task serve all its instances that answer alike.
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.one_pass == other.one_pass
+        return type(self) is type(other) and self.answered == other.answered
 
     def __hash__(self) -> int:
-        return hash((type(self), self.one_pass))
+        return hash((type(self), self.answered))
 
 
 def of(data) -> Task:
     """The task that a configuration's section `data` names, answered as it says."""
-    return TASKS.get(data.task)(one_pass=data.one_pass)
+    return TASKS.get(data.task)(data.answers)
 
 
 def next_token_batch(tokens: jax.Array, answer: jax.Array) -> Batch:
     """Texts and the mask of their answers, `[..., length + 1]`, as a batch of that length."""
     return Batch(tokens[..., :-1], tokens[..., 1:], answer[..., 1:])
+
+
+def _cut_or_filled(symbols: jax.Array, length: int) -> jax.Array:
+    """int32 `[..., length]` of symbols `[..., width]`, with zeros behind."""
+    more = max(0, length - symbols.shape[-1])
+    filled = jnp.pad(symbols[..., :length], [(0, 0)] * (symbols.ndim - 1) + [(0, more)])
+    return filled.astype(jnp.int32)
 
 
 def uniform_symbols(key: jax.Array, lowest: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:

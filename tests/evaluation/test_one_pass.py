@@ -25,8 +25,8 @@ def parity(tmp_path_factory):
             "init_std": 0.25, "scale_embedding": True, "dropout": 0.0,
         },
         data={
-            "task": "parity", "answers": "one-pass", "max_length": 3, "bridge_fraction": 0.0,
-            "row_length": 8, "examples": 0, "curriculum": 0.5,
+            "task": "parity", "answers": "in-place", "max_length": 3, "bridge_fraction": 0.0,
+            "row_length": 3, "examples": 0, "curriculum": 0.5,
         },
         train={
             "steps": 120, "decay_steps": 120, "batch": 32, "learning_rate": 1e-2,
@@ -38,7 +38,7 @@ def parity(tmp_path_factory):
     return run
 
 
-def test_answers_are_read_out_at_their_blanks(parity):
+def test_answers_are_read_out_in_their_places(parity):
     """What is written is what is scored, and what Python gives is what the program does."""
     loaded = load(parity)
     asked = [(f"{i:0{n}b}",) for n in (1, 2, 3, 6) for i in range(min(2**n, 8))]
@@ -55,8 +55,23 @@ def test_answers_are_read_out_at_their_blanks(parity):
     result = run_program("spak_jax.solve", parity, "1")
     assert result.returncode == 0 and "settled after, of 4 loops" in result.stdout, result.stderr
     trace = run.trace("10")
-    assert trace.text == "10=___" and trace.first == 3 and trace.right == "11\n"
-    assert trace.attention.shape == (4, 2, 6, 6) and len(trace.chosen) == 3
+    assert trace.text == "10" and trace.first == 0 and trace.right == "11"
+    assert trace.attention.shape == (4, 2, 2, 2) and len(trace.chosen) == 2
+
+
+def test_answers_are_read_out_at_their_blanks(tmp_path):
+    """Whatever they are: the model has learned next to nothing."""
+    data = {"answers": "one-pass", "max_length": 2, "bridge_fraction": 0.0}
+    train(tiny_config(data=data, train={"steps": 5, "checkpoint_every": 5}), tmp_path / "run")
+    loaded = load(tmp_path / "run")
+    asked = [("1", "2"), ("34", "5"), ("99", "99")]
+    predictions = Scorer(loaded, Settings((1,), 1, 0))(loaded.task.arrays(asked))
+    assert not predictions.correct.any()
+    for problem, answer in zip(asked, write_answers(loaded, asked), strict=True):
+        trace = spak.load(tmp_path / "run").trace("+".join(problem))
+        assert trace.text == loaded.task.prompt(problem) and trace.text.count("_") > 2
+        written = trace.chosen.partition("\n")[0]
+        assert trace.first == trace.text.index("_") and answer.text == written[::-1]
 
 
 def test_a_problem_takes_its_own_loops(parity):
@@ -113,7 +128,7 @@ def test_a_grid_is_scored_and_drawn(parity, half_trained, tmp_path):
     assert {"reach.png", "reach.pdf"} <= {path.name for path in tmp_path.iterdir()}
     # Each cell is what `evaluate` gives.
     own = spak.load(parity).evaluate([1, 2, 3, 6], examples=5, loops=2)
-    assert found["method"] == own.method == "one pass"
+    assert found["method"] == own.method == "in place"
     cells = json.loads((tmp_path / "tiny-loops2.json").read_text())["lengths"]
     assert {n: each.correct for n, each in own.lengths.items()} == {
         n: each["correct"] for n, each in cells.items()

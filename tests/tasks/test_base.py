@@ -141,7 +141,7 @@ def test_hard_problems_are_problems_of_their_length(task):
 @given(seed=st.integers(0, 2**31 - 1))
 def test_in_one_pass_blanks_hide_the_answer_and_nothing_else(task, seed):
     """All that a row of the one format says is in the other's, and its blanks tell no length."""
-    problems, task = drawn(task, seed), type(task)(one_pass=True)
+    problems, task = drawn(task, seed), type(task)("one-pass")
     length = task.row_length(WIDTH)
     batch = [np.asarray(x) for x in one_pass_batch(problems, length, task)]
     for tokens, targets, answer, problem in zip(*batch, problems_of(task, problems), strict=True):
@@ -165,11 +165,45 @@ def test_in_one_pass_blanks_hide_the_answer_and_nothing_else(task, seed):
         np.testing.assert_array_equal(np.asarray(ids)[symbols], written[symbols])
 
 
-def test_a_task_in_one_pass_is_another_task():
+AS_LONG_AS_ASKED = [task for task in EVERY if task.inputs == 1 and task.answer_length(7) == 7]
+
+
+@pytest.mark.parametrize("task", AS_LONG_AS_ASKED, ids=lambda task: task.name)
+@settings(max_examples=4)
+@given(seed=st.integers(0, 2**31 - 1), length=st.integers(1, 2 * WIDTH))
+def test_in_place_each_symbol_is_answered_where_it_stands(task, seed, length):
+    """A longer row is filled with newlines, a shorter one cuts both alike."""
+    problems, task = drawn(task, seed), type(task)("in-place")
+    rows = one_pass_batch(problems, length, task)
+    for tokens, targets, answer, problem in zip(
+        *map(np.asarray, rows), problems_of(task, problems), strict=True
+    ):
+        prompt, right = task.prompt(problem), task.in_written_order(task.solve(problem))
+        assert len(prompt) == len(right) == task.row_length(task.length(problem))
+        assert task.decode(tokens) == prompt.ljust(length, "\n")[:length]
+        assert task.decode(targets) == right.ljust(length, "\n")[:length]
+        assert np.flatnonzero(answer).tolist() == [*range(min(length, len(prompt)))]
+    np.testing.assert_array_equal(task.answering(rows.tokens), rows.answer)
+    assert task.answer_start(task.example) == 0
+    assert set("=_").isdisjoint(task.vocabulary)
+
+
+def test_other_answers_have_no_place_in_their_problems():
+    for task in EVERY:
+        if task not in AS_LONG_AS_ASKED:
+            with pytest.raises(ValueError, match=f"'in-place': {task.name} has {task.inputs} inp"):
+                type(task)("in-place")
+    with pytest.raises(ValueError, match="answered = 'in one go': one of symbol-by-symbol, one-"):
+        type(EVERY[0])("in one go")
+    with pytest.raises(Exception, match="data.answers = 'in-place': addition has 2 inputs of 7"):
+        tiny_config(data={"answers": "in-place"})
+
+
+def test_a_task_that_answers_otherwise_is_another_task():
     """Programs are kept by task: one for each format."""
     task = type(EVERY[0])
-    assert task() == task() and task(one_pass=True) == task(one_pass=True)
-    assert task() != task(one_pass=True) and task().vocabulary + "_" == task(True).vocabulary
+    assert task() == task() and task("one-pass") == task("one-pass")
+    assert task() != task("one-pass") and task().vocabulary + "_" == task("one-pass").vocabulary
 
 
 def test_a_task_that_is_not_there_is_named():
