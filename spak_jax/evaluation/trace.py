@@ -22,7 +22,7 @@ class Trace(NamedTuple):
 
     problem: as people write it. text: as the model reads it, of whose tokens the arrays speak.
     first: the place that chooses the answer's first symbol: `=`, or the first blank, or in place
-    the first of all. right: the answer and, but in place, its newline, which the places from
+    the one behind `=`. right: the answer and, but in place, its newline, which the places from
     `first` on are to choose. logits: float32
     `[loops, length, vocabulary]`. attention: the weights of attention, float32
     `[loops, heads, length, length]`, keys last. confidence: the probability of the right symbol,

@@ -8,8 +8,9 @@ people a problem is a tuple of strings, `("123", "456")`.
 A model answers in one of three ways (`ANSWERS`). Symbol by symbol, each token predicts the next
 one. In one pass, it reads `321+654=_____`, as many blanks as the longest answer and its newline
 need, and each symbol is read out at its own blank. In place, where a problem's one input and its
-answer are equally long, it reads `1011` alone, and each symbol of the answer is read out at the
-input's symbol of the same place: as word problems are posed to recurrent networks.
+answer are equally long, it reads `=1011` alone, and each symbol of the answer is read out at the
+input's symbol of the same place: as word problems are posed to recurrent networks. The `=` says
+where the input starts: without it nothing would tell the places of `1111` apart.
 
 A task of one's own says which symbols there are and what the answer is, on arrays and in plain
 Python; everything else has a default that it may replace:
@@ -227,10 +228,10 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def vocabulary(self) -> str:
-        """A character for each token: newline, operator, symbols, then `=`, and the blank, where
-        they are read."""
-        read = {"symbol-by-symbol": "=", "one-pass": f"={BLANK}", "in-place": ""}
-        return f"\n{self.operator}{self.symbols}{read[self.answered]}"
+        """A character for each token: newline, operator, symbols, `=` and, where it is read, the
+        blank."""
+        blank = BLANK * (self.answered == "one-pass")
+        return f"\n{self.operator}{self.symbols}={blank}"
 
     @property
     def end(self) -> int:
@@ -312,12 +313,13 @@ class Task(abc.ABC):
         if not self.one_pass:
             return next_token_batch(*self.render(problems, length + 1))
         if self.in_place:
-            written = jnp.arange(length) < problems.lengths
+            t = jnp.arange(length)
+            written = (t >= 1) & (t <= problems.lengths)
             inputs, answers = problems.inputs[..., 0, :], self.answers(problems)[0]
             place = lambda symbols: jnp.where(  # noqa: E731
-                written, self.first_symbol + _cut_or_filled(symbols, length), self.end
+                written, self.first_symbol + _behind_one(symbols, length), self.end
             )
-            return Batch(place(inputs), place(answers), written)
+            return Batch(place(inputs).at[..., :1].set(self.equals), place(answers), written)
         text, answer = self.render(problems, length)
         start = problems.lengths.sum(-1) + self.inputs
         blanks = self.answer_length(self.lengths(problems)) + 1
@@ -332,8 +334,8 @@ class Task(abc.ABC):
 
     def filled_length(self, length: int) -> int:
         """Tokens of a row that holds the longest problem of a length and its answer: its text, or
-        in place the input alone."""
-        return length if self.in_place else self.text_length(length)
+        in place `=` and the input."""
+        return length + 1 if self.in_place else self.text_length(length)
 
     def written_lengths(self, problems: Problems) -> jax.Array:
         """Tokens of each problem's text, int32 `[...]`."""
@@ -404,15 +406,15 @@ class Task(abc.ABC):
 
     def prompt(self, problem: Sequence[str]) -> str:
         """`321+654=`, what a model is asked to go on from, or `321+654=_____`, to fill in, or in
-        place `1011`."""
+        place `=1011`."""
         if self.in_place:
-            return self.in_written_order(problem[0])
+            return "=" + self.in_written_order(problem[0])
         blanks = self.answer_length(self.length(problem)) + 1 if self.one_pass else 0
         return f"{self._asked(problem)}{BLANK * blanks}"
 
     def answer_start(self, problem: Sequence[str]) -> int:
         """The place of an answer's first symbol in a row."""
-        return 0 if self.in_place else len(self._asked(problem))
+        return 1 if self.in_place else len(self._asked(problem))
 
     def text(self, problem: tuple[str, ...]) -> str:
         """`321+654=975` and a newline."""
@@ -476,11 +478,11 @@ def next_token_batch(tokens: jax.Array, answer: jax.Array) -> Batch:
     return Batch(tokens[..., :-1], tokens[..., 1:], answer[..., 1:])
 
 
-def _cut_or_filled(symbols: jax.Array, length: int) -> jax.Array:
-    """int32 `[..., length]` of symbols `[..., width]`, with zeros behind."""
-    more = max(0, length - symbols.shape[-1])
-    filled = jnp.pad(symbols[..., :length], [(0, 0)] * (symbols.ndim - 1) + [(0, more)])
-    return filled.astype(jnp.int32)
+def _behind_one(symbols: jax.Array, length: int) -> jax.Array:
+    """int32 `[..., length]` of symbols `[..., width]` from the second place on; zeros elsewhere."""
+    more = max(0, length - 1 - symbols.shape[-1])
+    filled = jnp.pad(symbols, [(0, 0)] * (symbols.ndim - 1) + [(1, more)])
+    return filled[..., :length].astype(jnp.int32)
 
 
 def uniform_symbols(key: jax.Array, lowest: int, stop: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -26,7 +26,7 @@ def parity(tmp_path_factory):
         },
         data={
             "task": "parity", "answers": "in-place", "max_length": 3, "bridge_fraction": 0.0,
-            "row_length": 3, "examples": 0, "curriculum": 0.5,
+            "row_length": 4, "examples": 0, "curriculum": 0.5,
         },
         train={
             "steps": 120, "decay_steps": 120, "batch": 32, "learning_rate": 1e-2,
@@ -55,8 +55,8 @@ def test_answers_are_read_out_in_their_places(parity):
     result = run_program("spak_jax.solve", parity, "1")
     assert result.returncode == 0 and "settled after, of 4 loops" in result.stdout, result.stderr
     trace = run.trace("10")
-    assert trace.text == "10" and trace.first == 0 and trace.right == "11"
-    assert trace.attention.shape == (4, 2, 2, 2) and len(trace.chosen) == 2
+    assert trace.text == "=10" and trace.first == 1 and trace.right == "11"
+    assert trace.attention.shape == (4, 2, 3, 3) and len(trace.chosen) == 2
 
 
 def test_answers_are_read_out_at_their_blanks(tmp_path):

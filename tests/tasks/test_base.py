@@ -179,13 +179,12 @@ def test_in_place_each_symbol_is_answered_where_it_stands(task, seed, length):
         *map(np.asarray, rows), problems_of(task, problems), strict=True
     ):
         prompt, right = task.prompt(problem), task.in_written_order(task.solve(problem))
-        assert len(prompt) == len(right) == task.row_length(task.length(problem))
+        assert len(prompt) == len(right) + 1 == task.row_length(task.length(problem))
         assert task.decode(tokens) == prompt.ljust(length, "\n")[:length]
-        assert task.decode(targets) == right.ljust(length, "\n")[:length]
-        assert np.flatnonzero(answer).tolist() == [*range(min(length, len(prompt)))]
+        assert task.decode(targets) == f"\n{right}".ljust(length, "\n")[:length]
+        assert np.flatnonzero(answer).tolist() == [*range(1, min(length, len(prompt)))]
     np.testing.assert_array_equal(task.answering(rows.tokens), rows.answer)
-    assert task.answer_start(task.example) == 0
-    assert set("=_").isdisjoint(task.vocabulary)
+    assert task.answer_start(task.example) == 1 and "_" not in task.vocabulary
 
 
 def test_other_answers_have_no_place_in_their_problems():
