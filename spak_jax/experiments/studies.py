@@ -12,18 +12,20 @@ from spak_jax.command_line import InputError
 from spak_jax.config import Config, leaves, parse_config, read_config
 from spak_jax.config_files import specification_file
 from spak_jax.config_sections import Architecture
+from spak_jax.evaluation.loops import Loops
 from spak_jax.registry import TASKS
 
 
 class Scoring(NamedTuple):
     """When a training's models are scored, and at how many loops; None for its end, and its own.
 
-    kinds: whether on each of the task's hard problems too (`Task.kinds`). examples: problems a
-    length at most; None for those of the configuration's evaluation.
+    loops: `Loops` for so many times each problem's length. kinds: whether on each of the task's
+    hard problems too (`Task.kinds`). examples: problems a length at most; None for those of the
+    configuration's evaluation.
     """
 
     step: int | None = None
-    loops: int | None = None
+    loops: int | Loops | None = None
     kinds: bool = False
     examples: int | None = None
 
