@@ -160,6 +160,19 @@ class Task(abc.ABC):
         """What else scores are grouped by, each int32 `[...]`, by name."""
         return {}
 
+    @property
+    def depth_unit(self) -> str:
+        """What depths count, for messages, tables and figures."""
+        return self.unit
+
+    def depths(self, problems: Problems) -> jax.Array:
+        """The depth that each problem needs, int32 `[...]`, of arrays of the device or of the host:
+        how many steps a model takes, at least, that passes information on by one place a step.
+
+        As a rule `lengths`: the answer's last symbol hangs on the first one of the problem.
+        """
+        return self.lengths(problems)
+
     def text_length(self, length: int) -> int:
         """Tokens that the longest problem of a length takes, its newline included."""
         return self.inputs * length + self.inputs + 1 + self.answer_length(length)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.data import sample_training
 from spak_jax.registry import TASKS, Registry
-from spak_jax.tasks import Task
+from spak_jax.tasks import Problems, Task
 
 with mock.patch("spak_jax.__main__.main"):
     runpy.run_path(str(ROOT / "examples" / "copying.py"), run_name="__main__")
@@ -30,6 +30,7 @@ one_pass_batch = jax.jit(
     lambda problems, length, task: task.batch(problems, length), static_argnums=(1, 2)
 )
 answers = jax.jit(lambda problems, task: task.answers(problems), static_argnums=1)
+depths = jax.jit(lambda problems, task: task.depths(problems), static_argnums=1)
 
 
 def problems_of(task: Task, problems) -> list[tuple[str, ...]]:
@@ -66,6 +67,10 @@ def test_arrays_are_what_plain_python_says(task, seed):
         assert task.in_written_order(answer) == task.solve(problem)
     sizes = np.asarray(task.lengths(problems)).tolist()
     assert sizes == list(map(task.length, problems_of(task, problems)))
+    found = np.asarray(depths(problems, task))
+    assert found.dtype == np.int32 and task.depth_unit
+    host = task.depths(Problems(*map(np.asarray, problems)))
+    assert isinstance(host, np.ndarray) and host.tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
@@ -118,9 +123,10 @@ def test_ids_do_not_depend_on_what_follows(task):
     whole = task.position_ids(tokens)
     if whole is None:
         return
-    for length in range(1, tokens.shape[-1] + 1):
-        rest = jnp.where(jnp.arange(tokens.shape[-1]) < length, tokens, task.end)
-        np.testing.assert_array_equal(task.position_ids(rest)[:, :length], whole[:, :length])
+    place = jnp.arange(tokens.shape[-1])
+    begun = place <= place[:, None, None]
+    ids = task.position_ids(jnp.where(begun, tokens, task.end))
+    np.testing.assert_array_equal(jnp.where(begun, ids, 0), jnp.where(begun, whole, 0))
 
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
