@@ -87,7 +87,15 @@ def _whose(registered: type[Any]) -> tuple[str, str]:
 TASKS = Registry(
     "task",
     "spak_jax.tasks",
-    tuple(f"spak_jax.tasks.{module}" for module in ("arithmetic", "parity", "groups")),
+    tuple(
+        f"spak_jax.tasks.{module}"
+        for module in (
+            "arithmetic",
+            "multiplication",
+            "parity",
+            "groups",
+        )
+    ),
 )
 POSITIONS = Registry(
     "position scheme",
