@@ -3,8 +3,8 @@
 A class is registered under a name by the module that defines it, by a package of someone else's
 through an entry point, or from a notebook:
 
-    @TASKS.register("copying")
-    class Copying(Task): ...
+    @TASKS.register("caesar")
+    class Caesar(Task): ...
 """
 
 import difflib
@@ -94,6 +94,9 @@ TASKS = Registry(
             "multiplication",
             "parity",
             "groups",
+            "copying",
+            "reversing",
+            "sorting",
         )
     ),
 )

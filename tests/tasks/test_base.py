@@ -19,7 +19,7 @@ from spak_jax.registry import TASKS, Registry
 from spak_jax.tasks import Problems, Task
 
 with mock.patch("spak_jax.__main__.main"):
-    runpy.run_path(str(ROOT / "examples" / "copying.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "examples" / "caesar.py"), run_name="__main__")
 EVERY = [TASKS.get(name)() for name in TASKS.names()]
 WIDTH = 12
 
