@@ -97,6 +97,7 @@ TASKS = Registry(
             "copying",
             "reversing",
             "sorting",
+            "hops",
         )
     ),
 )

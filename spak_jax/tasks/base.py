@@ -392,7 +392,7 @@ class Task(abc.ABC):
 
         Args:
           text: what was written.
-          longest: symbols that an input may have.
+          longest: the length that the problem may have.
 
         Raises:
           ValueError: saying what is wrong with the text.
@@ -404,9 +404,8 @@ class Task(abc.ABC):
             shown = text if len(text) <= 40 else text[:37] + "..."
             raise ValueError(f"{shown!r} is not a problem such as {self.format(self.example)}")
         inputs = tuple(match[1].split(self.operator)) if self.operator else (match[1],)
-        for each in inputs:
-            if len(each) > longest:
-                raise ValueError(f"an input of {len(each)} {self.unit}: at most {longest}")
+        if self.length(inputs) > longest:
+            raise ValueError(f"a problem of {self.length(inputs)} {self.unit}: at most {longest}")
         self.check(inputs)
         right = self.solve(inputs)
         if match[2] is not None and match[2] != right:

@@ -86,8 +86,8 @@ def test_what_people_write_is_read_back(task, seed):
             task.parse(f"{text}={task.solve(problem)}{task.symbols[0]}", WIDTH)
     arrays = task.arrays(problems)
     assert problems_of(task, arrays) == problems
-    wide = task.pad(arrays, WIDTH + 7)
-    assert problems_of(task, wide) == problems and wide.width == WIDTH + 7
+    wide = task.pad(arrays, arrays.width + 7)
+    assert problems_of(task, wide) == problems and wide.width == arrays.width + 7
 
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
@@ -111,7 +111,7 @@ def test_texts_have_room_and_are_as_long_as_is_said(task):
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
 def test_training_shows_nothing_longer_than_configured(task):
-    data = tiny_config(data={"task": task.name, "row_length": 40}).data
+    data = tiny_config(data={"task": task.name, "row_length": task.row_length(6)}).data
     sizes = np.asarray(task.lengths(sample_training(jax.random.key(0), data, (2_000,))))
     assert sizes.max() == data.longest == 6 and sizes.min() == 1
 
