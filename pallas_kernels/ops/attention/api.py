@@ -9,7 +9,7 @@ import numpy as np
 from pallas_kernels import arguments, targets, tiles
 from pallas_kernels.derivatives import by_vjp, differentiable
 from pallas_kernels.dropout import dropout_words
-from pallas_kernels.ops.attention import flash, fused_row, reference
+from pallas_kernels.ops.attention import flash, fused_row, reference, windowed
 from pallas_kernels.ops.attention.rope import apply_rope, rope_tables, rotate_halves
 from pallas_kernels.ops.attention.tile import AttentionInputs, Options, table_dtype
 
@@ -111,6 +111,12 @@ def attention(
         if positions is not None:
             q, k = apply_rope(q, positions), apply_rope(k, positions)
         return _cudnn((q, k, v), (), (causal, scale))
+    if implementation == "xla" and not dropping and windowed.is_faster(length, ids, window):
+        return windowed.attention(
+            (*_apart(qkv), bias_table),
+            windowed.WindowedInputs(ids=ids, positions=positions, segment_ids=segment_ids),
+            windowed.WindowedOptions(window=window, clip=clip, scale=scale, causal=causal),
+        )
     if implementation == "xla":
         return reference.attention(
             *_apart(qkv),

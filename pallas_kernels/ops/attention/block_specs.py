@@ -5,6 +5,7 @@ The last two axes of a grid are heads and batch rows.
 
 from jax.experimental import pallas as pl
 
+from pallas_kernels.ops.attention.block_mask import BlockMask
 from pallas_kernels.ops.attention.tile import AttentionInputs, Options
 
 
@@ -39,3 +40,13 @@ def inputs_specs(rows: int, inputs: AttentionInputs, options: Options) -> Attent
     if inputs.seed is not None:
         specs["seed"] = pl.BlockSpec(inputs.seed.shape, lambda *at: (0,))
     return AttentionInputs(**specs)
+
+
+def block_mask_specs(visits: BlockMask | None) -> BlockMask | None:
+    """What belongs to one batch row of a list of blocks, if there is one."""
+    if visits is None:
+        return None
+    return BlockMask(
+        pl.BlockSpec((None, *visits.blocks.shape[1:]), lambda *at: (at[-1], 0, 0)),
+        pl.BlockSpec((None, *visits.counts.shape[1:]), lambda *at: (at[-1], 0)),
+    )

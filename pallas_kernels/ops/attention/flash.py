@@ -3,10 +3,11 @@
 The forward pass and the gradient of q hold a block of queries and stream blocks of keys; the
 gradients of k and v hold a block of keys and stream blocks of queries. The softmax is kept up to
 date as keys come (online softmax), so no row of scores is ever whole. Blocks above the diagonal are
-never read, and blocks that no mask cuts skip the masks. What is held is turned by RoPE in the
-program; what is streamed is turned once, beforehand: it passes by many programs, and turning it
-there each time was slower on an H100 in every tile tried. Each gradient is summed in one program,
-in one order: no atomics, the same bits on every run.
+never read, and blocks that no mask cuts skip the masks. Where a window or segments may cut any
+block, a program visits those alone that `block_mask` lists for it. What is held is turned by RoPE
+in the program; what is streamed is turned once, beforehand: it passes by many programs, and turning
+it there each time was slower on an H100 in every tile tried. Each gradient is summed in one
+program, in one order: no atomics, the same bits on every run.
 """
 
 import functools
@@ -18,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.ops import instructions
-from pallas_kernels.ops.attention import block_specs, tile
+from pallas_kernels.ops.attention import block_mask, block_specs, tile
+from pallas_kernels.ops.attention.block_mask import BlockMask
 from pallas_kernels.ops.attention.rope import rotate_halves
 from pallas_kernels.ops.attention.tile import LEAST, AttentionInputs, Options
 from pallas_kernels.ops.instructions import LOG2_E
@@ -45,11 +47,12 @@ def forward(q, k, v, inputs: AttentionInputs, options: Options, block_sizes: Blo
     """
     batch, length, heads, _ = q.shape
     rows = _rows_covered(options, block_sizes)
+    keys = _block_mask(inputs, options, block_sizes)
     return pl.pallas_call(
         functools.partial(_forward_kernel, options=options, heads=heads, block_sizes=block_sizes),
         grid=(pl.cdiv(length, block_sizes.block_q), heads, batch),
         in_specs=[block_specs.heads_spec(rows, options)] * 3
-        + [block_specs.inputs_specs(rows, inputs, options)],
+        + [block_specs.inputs_specs(rows, inputs, options), block_specs.block_mask_specs(keys)],
         out_specs=[block_specs.heads_spec(rows, options), block_specs.scalars_spec(rows)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -58,7 +61,7 @@ def forward(q, k, v, inputs: AttentionInputs, options: Options, block_sizes: Blo
         compiler_params=_compiler_params(block_sizes),
         interpret=options.interpret,
         name="flash_forward",
-    )(q, _rotated(k, inputs), v, inputs)
+    )(q, _rotated(k, inputs), v, inputs, keys)
 
 
 def backward(
@@ -98,16 +101,17 @@ def d_q_and_bias(
                 lambda i, h, b: (b, h, _from_last(i, options, block_sizes.block_q), 0),
             )
         )
+    keys = _block_mask(inputs, options, block_sizes)
     d_q, *d_bias = pl.pallas_call(
         functools.partial(_d_q_kernel, options=options, heads=heads, block_sizes=block_sizes),
         grid=(blocks, heads, batch),
-        in_specs=_backward_specs(inputs, options, block_sizes),
+        in_specs=_backward_specs(inputs, keys, options, block_sizes),
         out_specs=specs,
         out_shape=shapes,
         compiler_params=_compiler_params(block_sizes),
         interpret=options.interpret,
         name="flash_d_q",
-    )(q, _rotated(k, inputs), v, inputs, lse, delta, d_out)
+    )(q, _rotated(k, inputs), v, inputs, keys, lse, delta, d_out)
     return d_q, (d_bias[0].sum((0, 2)) if d_bias else None)
 
 
@@ -118,19 +122,22 @@ def d_kv(
     batch, length, heads, _ = q.shape
     scaled = _rotated(q.astype(jnp.float32), inputs) * tile.query_scale(options)
     scaled = jnp.where(jnp.isfinite(scaled), scaled, 0)
+    queries = _block_mask(inputs, options, block_sizes, of_keys=True)
     return pl.pallas_call(
         functools.partial(_d_kv_kernel, options=options, heads=heads, block_sizes=block_sizes),
         grid=(pl.cdiv(length, block_sizes.block_k), heads, batch),
-        in_specs=_backward_specs(inputs, options, block_sizes),
+        in_specs=_backward_specs(inputs, queries, options, block_sizes),
         out_specs=[block_specs.heads_spec(_rows_covered(options, block_sizes), options)] * 2,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         compiler_params=_compiler_params(block_sizes),
         interpret=options.interpret,
         name="flash_d_kv",
-    )(scaled.astype(q.dtype), k, v, inputs, lse, delta, d_out)
+    )(scaled.astype(q.dtype), k, v, inputs, queries, lse, delta, d_out)
 
 
-def _backward_specs(inputs: AttentionInputs, options: Options, block_sizes: BlockSizes):
+def _backward_specs(
+    inputs: AttentionInputs, visits: BlockMask | None, options: Options, block_sizes: BlockSizes
+):
     rows = _rows_covered(options, block_sizes)
     heads, scalars = block_specs.heads_spec(rows, options), block_specs.scalars_spec(rows)
     return [
@@ -138,6 +145,7 @@ def _backward_specs(inputs: AttentionInputs, options: Options, block_sizes: Bloc
         heads,
         heads,
         block_specs.inputs_specs(rows, inputs, options),
+        block_specs.block_mask_specs(visits),
         scalars,
         scalars,
         heads,
@@ -161,7 +169,9 @@ def _rotated_already(inputs: AttentionInputs) -> AttentionInputs:
     return inputs._replace(cos=None, sin=None)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, inputs, out_ref, lse_ref, *, options, heads, block_sizes):
+def _forward_kernel(
+    q_ref, k_ref, v_ref, inputs, keys, out_ref, lse_ref, *, options, heads, block_sizes
+):
     block_q, block_k = block_sizes.block_q, block_sizes.block_k
     start_q = _from_last(pl.program_id(0), options, block_q) * block_q
     query = tile.load_qk(q_ref, inputs, start_q, block_q, options, tile.query_scale(options))
@@ -190,7 +200,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, inputs, out_ref, lse_ref, *, options, h
         jnp.full((block_q,), LEAST, jnp.float32),
         jnp.zeros((block_q,), jnp.float32),
     )
-    out, largest, total = _over_keys(step, carry, start_q, inputs, options, block_q, block_k)
+    out, largest, total = _over_keys(step, carry, start_q, keys, options, block_q, block_k)
     total = jnp.where(total == 0, 1.0, total)
     out *= (1 / total)[:, None]
     tile.store_rows(out_ref, start_q, out, 0, options.head_dim, options)
@@ -202,7 +212,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, inputs, out_ref, lse_ref, *, options, h
 
 
 def _d_q_kernel(
-    q_ref, k_ref, v_ref, inputs, lse_ref, delta_ref, d_out_ref, d_q_ref, *d_bias_ref,
+    q_ref, k_ref, v_ref, inputs, keys, lse_ref, delta_ref, d_out_ref, d_q_ref, *d_bias_ref,
     options, heads, block_sizes,
 ):  # fmt: skip
     block_q, block_k = block_sizes.block_q, block_sizes.block_k
@@ -237,14 +247,14 @@ def _d_q_kernel(
     carry = (half, half)
     if d_bias_ref:
         carry += (jnp.zeros(d_bias_ref[0].shape, jnp.float32),)
-    d_low, d_high, *d_bias = _over_keys(step, carry, start_q, inputs, options, block_q, block_k)
+    d_low, d_high, *d_bias = _over_keys(step, carry, start_q, keys, options, block_q, block_k)
     tile.store_rotated_back(d_q_ref, inputs, start_q, d_low, d_high, options.scale, options)
     if d_bias_ref:
         tile.store_bias_sums(d_bias_ref[0], d_bias[0], options)
 
 
 def _d_kv_kernel(
-    q_ref, k_ref, v_ref, inputs, lse_ref, delta_ref, d_out_ref, d_k_ref, d_v_ref, *,
+    q_ref, k_ref, v_ref, inputs, queries, lse_ref, delta_ref, d_out_ref, d_k_ref, d_v_ref, *,
     options, heads, block_sizes,
 ):  # fmt: skip
     block_q, block_k = block_sizes.block_q, block_sizes.block_k
@@ -275,40 +285,52 @@ def _d_kv_kernel(
 
     half = jnp.zeros((block_k, options.padded_half), jnp.float32)
     carry = (half, half, jnp.zeros((block_k, options.padded_head), jnp.float32))
-    d_low, d_high, d_v = _over_queries(step, carry, start_k, inputs, options, block_q, block_k)
+    d_low, d_high, d_v = _over_queries(step, carry, start_k, queries, options, block_q, block_k)
     tile.store_rows(d_v_ref, start_k, d_v, 0, options.head_dim, options)
     # The queries carry the scale, and the units of log 2.
     tile.store_rotated_back(d_k_ref, inputs, start_k, d_low, d_high, 1 / LOG2_E, options)
 
 
-def _over_keys(step, carry, start_q, inputs, options, block_q, block_k):
-    """Carry after the blocks of keys that queries from `start_q` see: whole ones, then cut ones."""
+def _over_keys(step, carry, start_q, visits, options, block_q, block_k):
+    """Carry after the blocks of keys that queries from `start_q` see: whole ones, then cut ones.
+
+    visits: those of a row that are to be visited at all; None for no such list.
+    """
+    if visits is not None:
+        return _over_listed(step, carry, jax.lax.div(start_q, block_q), visits)
     if options.causal:
         full = jax.lax.div(start_q + 1, block_k)
         last = pl.cdiv(jnp.minimum(start_q + block_q, options.length), block_k)
     else:
         full, last = options.length // block_k, pl.cdiv(options.length, block_k)
-    if _cut_anywhere(inputs, options):
-        full = 0
     carry = _loop(functools.partial(step, masked=False), carry, 0, full)
     return _loop(functools.partial(step, masked=True), carry, full, last)
 
 
-def _over_queries(step, carry, start_k, inputs, options, block_q, block_k):
+def _over_queries(step, carry, start_k, visits, options, block_q, block_k):
     """Carry after the blocks of queries that see keys from `start_k`: cut ones, then whole ones.
 
     The length cuts nothing here: what lies beyond it is in rows that are never stored, or has
-    weights of 0 (`_load_scalars`).
+    weights of 0 (`_load_scalars`). visits: as of `_over_keys`.
     """
+    if visits is not None:
+        return _over_listed(step, carry, jax.lax.div(start_k, block_k), visits)
     last = pl.cdiv(options.length, block_q)
     first = full = 0
     if options.causal:
         first = jax.lax.div(start_k, block_q)
         full = jnp.minimum(pl.cdiv(start_k + block_k - 1, block_q), last)
-    if _cut_anywhere(inputs, options):
-        full = last
     carry = _loop(functools.partial(step, masked=True), carry, first, full)
     return _loop(functools.partial(step, masked=False), carry, full, last)
+
+
+def _over_listed(step, carry, held, visits: BlockMask):
+    """Carry after the blocks that the block of number `held` visits."""
+
+    def visit(i, carry):
+        return step(plgpu.load(visits.blocks.at[held, i]), carry, masked=True)
+
+    return jax.lax.fori_loop(0, plgpu.load(visits.counts.at[held]), visit, carry)
 
 
 def _loop(step, carry, first, end):
@@ -318,9 +340,23 @@ def _loop(step, carry, first, end):
     return jax.lax.fori_loop(first, end, step, carry)
 
 
-def _cut_anywhere(inputs: AttentionInputs, options: Options) -> bool:
-    """Whether a mask may cut any block, not only those at the diagonal and at the end."""
-    return inputs.segment_ids is not None or options.windowed
+def _block_mask(
+    inputs: AttentionInputs, options: Options, block_sizes: BlockSizes, *, of_keys: bool = False
+) -> BlockMask | None:
+    """The blocks of keys that blocks of queries visit, or `of_keys` the other way round. None where
+    masks cut blocks at the diagonal and at the end alone."""
+    if inputs.segment_ids is None and not options.windowed:
+        return None
+    visited = block_mask.visited(
+        options.length,
+        block_sizes.block_q,
+        block_sizes.block_k,
+        ids=inputs.ids,
+        segment_ids=inputs.segment_ids,
+        window=options.clip if options.windowed else None,
+        causal=options.causal,
+    )
+    return block_mask.listed(visited.swapaxes(1, 2) if of_keys else visited)
 
 
 def _from_last(i, options: Options, block_q: int):

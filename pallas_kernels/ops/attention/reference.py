@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dropout import dropout_bits_of, dropout_threshold
 from pallas_kernels.ops.attention.rope import apply_rope
+from pallas_kernels.padding import MASKED
 
 
 def attention(
@@ -108,26 +109,44 @@ def decode_attention(
 
 def _mixed(probabilities, v, lost):
     """What is taken of values; NaN for queries that are lost, and no gradient from there."""
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), _finite(v))
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(v.dtype), finite(v))
+    return without_lost(mixed, lost)
+
+
+def without_lost(mixed, lost):
+    """`[batch, queries, heads, head_dim]`, NaN for queries `[batch, heads, queries]` that are."""
     return jnp.where(jnp.swapaxes(lost, 1, 2)[..., None], jnp.nan, mixed)
 
 
-def _finite(x):
+def finite(x):
     """With 0 for NaN and infinity: a weight of 0 times one of these would not be 0."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def _weights(q, k, v, counts, ids, *, bias_table, window, clip, scale):
+def _weights(q, k, v, counts, ids, **options):
     """Softmax of the scores of queries and keys, turned already: `[batch, heads, queries, keys]`.
+
+    Args: as of `masked_scores`. Returns also which queries are lost, as that does.
+    """
+    scores, counts, lost = masked_scores(q, k, v, counts, ids, **options)
+    # A query that sees no key at all gets zeros.
+    return jax.nn.softmax(scores) * counts, lost
+
+
+def masked_scores(q, k, v, counts, ids, *, bias_table, window, clip, scale):
+    """Scores of queries and keys, turned already: float32 `[batch, heads, queries, keys]`, `MASKED`
+    where a query does not see a key.
 
     counts: bool, broadcastable to it. ids: of queries and of keys, or None. v: values, None where
     nothing is taken of them.
 
-    Returns also which queries are lost, `[batch, heads, queries]`: not finite themselves, or seeing
-    a key or value that is not. To all others these are nothing.
+    Returns also `counts` with the window's mask, and which queries are lost, `[batch, heads,
+    queries]`: not finite themselves, or seeing a key or value that is not. To all others these are
+    nothing.
     """
-    finite = _finite(q), _finite(k)
-    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", *finite, preferred_element_type=jnp.float32)
+    scores = scale * jnp.einsum(
+        "bqhd,bkhd->bhqk", finite(q), finite(k), preferred_element_type=jnp.float32
+    )
     if ids is not None:
         query, key = ids[0][:, None, :, None], ids[1][:, None, None, :]
         if bias_table is not None:
@@ -138,8 +157,7 @@ def _weights(q, k, v, counts, ids, *, bias_table, window, clip, scale):
     broken = lambda x: jnp.swapaxes(~jnp.isfinite(x).all(-1), 1, 2)  # noqa: E731
     of_key = broken(k) if v is None else broken(k) | broken(v)
     lost = broken(q) | (counts & of_key[:, :, None]).any(-1)
-    # A query that sees no key at all gets zeros.
-    return jax.nn.softmax(jnp.where(counts, scores, -1e30)) * counts, lost
+    return jnp.where(counts, scores, MASKED), counts, lost
 
 
 def _biases(table, difference, key, clip: int) -> jax.Array:
