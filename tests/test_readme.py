@@ -175,6 +175,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     "python reliability/orbax_growth.py": Lives("by_numpy"),
     # Kernels.
     "python -m benchmarks.kernels --json bench.json": NO_GPU,
+    "python -m benchmarks.windows --json windows.json": TIMES,
     "python -m pallas_kernels.tune": NO_GPU,
     "python -m pallas_kernels.tune --write": NO_GPU,
     "python -m pallas_kernels.tune --target rtx5070,b200": Lives("rtx5070"),
