@@ -1,4 +1,5 @@
-"""Tokens that stop once they have thought enough: what each keeps from block to block."""
+"""Tokens that stop once they have thought enough: what each keeps from block to block, and when the
+whole batch is done."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,6 +31,9 @@ def update_halting(
     thresholds: jax.Array | None,
     unembed: Callable[[jax.Array], jax.Array],
     rule: str = "confidence",
+    *,
+    causal: bool = True,
+    most: int | jax.Array | None = None,
 ) -> HaltingState:
     """The same after one more block: what has halted keeps its state.
 
@@ -38,14 +42,40 @@ def update_halting(
       x: the stream that the block made of it.
       thresholds, rule: as `LoopLM.halting_logits` takes them; None halts nothing.
       unembed: gives the logits of a stream.
+      causal: whether a token sees those before it alone.
+      most: blocks that a token takes at most, broadcastable to `[batch, length]`; None for no end.
     """
-    if thresholds is None:
+    if thresholds is None and most is None:
         return HaltingState(x, state.halted, state.steps + 1)
     x = jnp.where(state.halted[..., None], state.x, x)
-    if rule == "confidence":
-        halts = jax.nn.softmax(unembed(x)).max(-1) >= thresholds
-    else:
+    steps = state.steps + ~state.halted
+    halted = state.halted
+    if thresholds is not None and rule == "confidence":
+        halted |= jax.nn.softmax(unembed(x)).max(-1) >= thresholds
+    elif thresholds is not None:
         moved, size = ((v * v).sum(-1) for v in (x - state.x, x))
         settled = looped.has_converged(moved, size, thresholds)
-        halts = jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
-    return HaltingState(x, state.halted | halts, state.steps + ~state.halted)
+        # What still moves may move all that see it: those behind it, or the whole sequence.
+        if causal:
+            halted |= jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0
+        else:
+            halted |= settled.all(1, keepdims=True)
+    return HaltingState(x, halted if most is None else halted | (steps >= most), steps)
+
+
+Step = Callable[[HaltingState], HaltingState]
+
+
+def until_halted(step: Step, state: HaltingState) -> HaltingState:
+    """The state once every token of the batch has halted; not a step more is computed."""
+    return jax.lax.while_loop(lambda state: ~state.halted.all(), step, state)
+
+
+def for_steps(count: int) -> Callable[[Step, HaltingState], HaltingState]:
+    """As `until_halted` where that comes in so many steps; all of them are computed, so that
+    gradients can go back through them."""
+
+    def repeat(step, state):
+        return jax.lax.scan(lambda state, _: (step(state), None), state, length=count)[0]
+
+    return repeat

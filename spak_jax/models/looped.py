@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.ops import reference
 from spak_jax.models import fused
 from spak_jax.models.block import EPSILON
 from spak_jax.models.fused import Stream
-from spak_jax.models.halting import init_halting, update_halting
+from spak_jax.models.halting import for_steps, init_halting, until_halted, update_halting
 from spak_jax.models.transformer import Architecture, Transformer, make_block
 
 
@@ -79,24 +80,14 @@ class LoopLM(Transformer):
         """
         more = {"positions": positions, "position_ids": position_ids}
         if isinstance(loops, jax.Array):
-            return self._loops_of_each(tokens, loops, **more)
+            given = tokens, loops[:, None], positions, position_ids
+            return self.unembed(self._halting(until_halted, None, "confidence", *given).x)
         if key is None and fused.supports_fused(self, tokens):
             return self.fused_forward(tokens, loops=loops, **more)[0]
         step, stream, inputs = self._loop(tokens, loops, positions, position_ids, key)
         stream, last = jax.lax.scan(step, stream, inputs)
         last = None if last is None else last[-1]
         return self.unembed(fused.apply_pending(stream, last, self.dropout))
-
-    def _loops_of_each(self, tokens, loops, positions, position_ids):
-        embedded = self._embed(tokens, positions, position_ids, None, 0)
-        enter, _ = self._inference(embedded.x, 1)
-
-        def body(i, x):
-            block, entered, shift = enter(x, self._steps_of(i[None])[0])
-            moved = fused.run_block(block, entered, embedded.position_inputs, shift)
-            return jnp.where((i < loops)[:, None, None], moved, x)
-
-        return self.unembed(jax.lax.fori_loop(0, loops.max(), body, embedded.x))
 
     def supervised_losses(
         self,
@@ -176,7 +167,7 @@ class LoopLM(Transformer):
         thresholds: jax.Array,
         *,
         rule: str = "confidence",
-        loops: int | None = None,
+        loops: int | jax.Array | None = None,
         positions: jax.Array | None = None,
         position_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
@@ -186,33 +177,69 @@ class LoopLM(Transformer):
         still attend to it. By the rule "confidence" it halts when its largest probability reaches
         its threshold; by the rule "convergence", when its state has moved in the loop, as a share
         of the length that it has now, by no more than its threshold, as have those of all tokens
-        before it. Without these, it would halt before what it looks at has come to rest.
+        before it. Without these, it would halt before what it looks at has come to rest. Where
+        tokens see both sides (`config.causal = False`), a sequence converges as a whole, when all
+        of its tokens have come to rest in the same loop.
+
+        Loops end with the last token of the batch that halts. Gradients go back through all that
+        are allowed.
 
         Args:
           tokens: int `[batch, length]`.
           thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a share
             below 0, never halts.
           rule: of `pallas_kernels.ops.looped.RULES`.
-          loops: the most loops to run; None for as many as in training.
+          loops: the most loops to run; None for as many as in training; an int32 array `[batch]`
+            gives each sequence its own number, and has no gradient.
           positions, position_ids: as in a plain call.
 
         Returns:
           float32 logits `[batch, length, vocabulary]` and the int32 number of loops that each
           token took, `[batch, length]`.
         """
-        more = {"positions": positions, "position_ids": position_ids}
-        if fused.supports_fused(self, tokens):
+        each = isinstance(loops, jax.Array)
+        if not each and fused.supports_fused(self, tokens):
+            more = {"positions": positions, "position_ids": position_ids}
             return self.fused_forward(tokens, thresholds, rule=rule, loops=loops, **more)
+        loops = self.loops if loops is None else loops
+        definition, weights = nnx.split(self)
+
+        def repeated(repeat):
+            def run(given, others, _):
+                weights, thresholds = given
+                network = nnx.merge(definition, weights)
+                state = network._halting(repeat, thresholds, rule, *others)
+                return network.unembed(state.x), state.steps
+
+            return run
+
+        run = repeated(until_halted)
+        # Nothing goes back through a loop whose length is not known.
+        halting = differentiable(run, run if each else repeated(for_steps(loops)))
+        given = weights, jnp.asarray(thresholds)
+        most = loops[:, None] if each else jnp.int32(loops)
+        return halting(given, (tokens, most, positions, position_ids), None)
+
+    def _halting(self, repeat, thresholds, rule, tokens, most, positions, position_ids):
+        """The `HaltingState` after the last loop.
+
+        repeat: `until_halted` or `for_steps`. most: loops, broadcastable to `[batch, length]`. The
+        rest as of `halting_logits`; thresholds may be None.
+        """
         embedded = self._embed(tokens, positions, position_ids, None, 0)
-        enter, given = self._inference(embedded.x, loops)
+        enter, _ = self._inference(embedded.x, 1)
 
-        def step(state, given):
-            block, x, shift = enter(state.x, given)
+        def step(state):
+            # Tokens that have not halted have taken every loop so far.
+            shift = self._steps_of(state.steps.max(initial=0)[None])[0]
+            block, x, shift = enter(state.x, shift)
             x = fused.run_block(block, x, embedded.position_inputs, shift)
-            return update_halting(state, x, thresholds, self.unembed, rule), None
+            return update_halting(
+                state, x, thresholds, self.unembed, rule, causal=self.config.causal, most=most
+            )
 
-        state, _ = jax.lax.scan(step, init_halting(embedded.x), given)
-        return self.unembed(state.x), state.steps
+        first = init_halting(embedded.x)
+        return repeat(step, first._replace(halted=first.halted | (most <= 0)))
 
     def fused_forward(
         self,
