@@ -21,7 +21,7 @@ from spak_jax.evaluation.answers import write_answers
 from spak_jax.evaluation.calibration import calibrated
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting
 from spak_jax.evaluation.loaded import LoadedModel, load, seed_folders
-from spak_jax.evaluation.loops import Loops
+from spak_jax.evaluation.loops import Loops, asked_loops
 from spak_jax.evaluation.problems_file import read_problems
 from spak_jax.evaluation.results import write_results
 from spak_jax.evaluation.score import Settings, score, score_own_problems
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--loops",
         help="instead of the trained number: another, such as 24, or so many times the length of"
-        " each problem, such as 2x or 2x+8",
+        " each problem, such as 2x or 2x+8; with --halt so many at most",
     )
     parser.add_argument(
         "--halt",
@@ -72,7 +72,7 @@ def main() -> None:
         lengths = parse_lengths("--lengths", arguments.lengths, MAX_LENGTH)
     check_range("--examples", arguments.examples, 1, 10_000_000)
     check_range("--seed", arguments.seed, 0, 2**31 - 1)
-    loops = _loops(arguments)
+    loops = asked_loops(arguments.loops)
     runs = seed_folders(arguments.run) or [arguments.run]
     first = load(runs[0])
     task = first.task
@@ -115,21 +115,7 @@ def main() -> None:
         print_over_seeds(every)
 
 
-def _loops(arguments: argparse.Namespace) -> int | Loops | None:
-    """What `--loops` says."""
-    if arguments.loops is None:
-        return None
-    try:
-        loops = Loops.parse(arguments.loops)
-    except ValueError as error:
-        raise InputError(f"--loops {error}") from None
-    for option in ("halt", "decode"):
-        if isinstance(loops, Loops) and getattr(arguments, option):
-            raise InputError(f"--loops {loops}: --{option} takes one number for all problems")
-    return loops
-
-
-def _halting(loaded: LoadedModel, name: str, loops: int | None) -> Halting:
+def _halting(loaded: LoadedModel, name: str, loops: int | Loops | None) -> Halting:
     """The rule that `--halt` names, calibrated for a model; says what it is, and what it costs."""
     if name == "published":
         console.print(

@@ -2,8 +2,8 @@
 
 Both rules are calibrated (`spak_jax.evaluation.calibration`); then they, and the baseline's
 thresholds, are scored at lengths that were not looked at for it: answers right, and loops by token,
-by what the task measures and by row. A row's loops are those of its slowest token: so many a
-program of `pallas_kernels.ops.looped` runs.
+by what the task measures, by row and by the depth that a problem needs. A row's loops are those of
+its slowest token: so many a program of `pallas_kernels.ops.looped` runs.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config_sections import MAX_LENGTH
-from spak_jax.evaluation.calibration import CALIBRATED_ON, measure
+from spak_jax.evaluation.calibration import CALIBRATED_ON, NONE, measure
 from spak_jax.evaluation.loaded import load
-from spak_jax.evaluation.loops import MAX_LOOPS
+from spak_jax.evaluation.loops import Loops, asked_loops
 from spak_jax.reports.scores import warn_of_loops
 
 
@@ -38,7 +38,11 @@ def main() -> None:
     parser.add_argument("--lengths", default="4,8,12", help="of problems to score (default 4,8,12)")
     parser.add_argument("--examples", type=int, default=1_000, help="problems a length")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
-    parser.add_argument("--loops", type=int, help="at most, instead of the trained number")
+    parser.add_argument(
+        "--loops",
+        help="at most, instead of the trained number: another, such as 24, or so many times the"
+        " length of each problem, such as 4x+64",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="for the pictures (default: RUN/halting)"
     )
@@ -46,21 +50,23 @@ def main() -> None:
     lengths = parse_lengths("--lengths", arguments.lengths, MAX_LENGTH)
     check_range("--examples", arguments.examples, 1, 1_000_000)
     check_range("--seed", arguments.seed, 0, 2**31 - 2)
-    check_range("--loops", arguments.loops, 1, MAX_LOOPS)
+    loops = asked_loops(arguments.loops)
     loaded = load(arguments.run)
     out = writable_folder(arguments.out or arguments.run / "halting")
     # Before the work, as the folder is.
     prepare_drawing()
+    from spak_jax.reports import depth_figure, halting_figure
     from spak_jax.reports.canvas import saved
-    from spak_jax.reports.halting_figure import draw
     from spak_jax.reports.style import style
 
-    found = measure(loaded, lengths, arguments.examples, arguments.seed, arguments.loops)
+    found = measure(loaded, lengths, arguments.examples, arguments.seed, loops)
     show(found)
-    warn_of_loops(found["config"]["model"], found["loops"])
+    if not isinstance(loops, Loops):
+        warn_of_loops(found["config"]["model"], found["loops"])
     files = {"halting.json": json.dumps(found, indent=1) + "\n"}
     with style():
-        files |= saved("halting", draw(found))
+        files |= saved("halting", halting_figure.draw(found))
+        files |= saved("loops-by-depth", depth_figure.draw(found))
     for name, content in files.items():
         write_file(out / name, content)
         console.print(f"wrote {out / name}")
@@ -80,7 +86,7 @@ def show(found: dict[str, Any]) -> None:
                 f"{line['answer_steps']:.2f}",
                 f"{line['text_steps']:.2f}",
                 f"{line['row_loops']:.2f}",
-                f"{found['loops'] / line['row_loops']:.2f}x",
+                f"{ways[NONE]['row_loops'] / line['row_loops']:.2f}x",
             )
         table.add_section()
     console.print(table)
@@ -90,8 +96,18 @@ def show(found: dict[str, Any]) -> None:
             f"{rule}: threshold {way['after']:.8g}, calibrated on {CALIBRATED_ON:,} problems of the"
             " training distribution"
         )
+        _show_trend(found["trends"][rule], found["depth_unit"])
     times = ", ".join(f"{name} {time:.1f} ms" for name, time in found["milliseconds"].items())
     console.print(f"scoring once on {found['device']}: {times}")
+
+
+def _show_trend(trend: dict[str, Any], unit: str) -> None:
+    if trend["slope"] is None:
+        return
+    said = f"{trend['slope']:.3f} x depth ({unit}) + {trend['intercept']:.1f}"
+    if trend["correlation"] is not None:
+        said += f", correlation {trend['correlation']:.3f}"
+    console.print(f"  loops of a row: {said}")
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from pallas_kernels.ops.looped import RULES
 from pallas_kernels.tuning import timing
-from spak_jax import jax_settings, models
+from spak_jax import jax_settings
 from spak_jax.command_line import InputError, or_a_gpu, progress
 from spak_jax.config import Config
 from spak_jax.config_sections import LoopedModel
 from spak_jax.data import sample_training
+from spak_jax.evaluation import depths
 from spak_jax.evaluation.batching import batch_of, padded_length, rows_per_call
-from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting, halting_thresholds
+from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting, forward
 from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.evaluation.loops import Loops
 from spak_jax.tasks import Batch, Problems, Task
 
 # Tried in the calibration, and drawn.
@@ -38,6 +39,8 @@ DOUBTS = {
 MOST_LOST = 0.001
 CALIBRATED_ON = 4_000
 CALIBRATION_SEED = 0
+# Numbers of loops for all rows that are tried, at most.
+FIXED_TRIED = 16
 DRAWN_PROBLEMS = 8
 TIMED_PASSES = 5
 NONE, PUBLISHED, FIXED = "none", "published", "fixed"
@@ -77,48 +80,68 @@ class HaltingPredictions(NamedTuple):
 
 
 class HaltingScorer:
-    """Answers problems with one model under any thresholds, compiling once for each rule."""
+    """Answers problems with one model under any thresholds, compiling once for each rule.
 
-    def __init__(self, loaded: LoadedModel, loops: int):
-        config = loaded.config
+    loops: at most; `Loops` for each problem's own number.
+    """
+
+    def __init__(self, loaded: LoadedModel, loops: int | Loops):
+        config, self.loops = loaded.config, loops
         task = self._task = loaded.task
         self._weights = loaded.weights
-        definition, _ = models.abstract(config)
 
-        def run(weights, batch: Batch, rule: str, before, after):
-            tokens = batch.tokens
-            thresholds = halting_thresholds(tokens, Halting(rule, before, after), task)
-            logits, steps = nnx.merge(definition, weights).halting_logits(
-                tokens, thresholds, rule=rule, loops=loops, position_ids=task.position_ids(tokens)
+        def run(weights, batch: Batch, most, rule: str, before, after):
+            logits, steps = forward(config, loops, Halting(rule, before, after))(
+                weights, batch.tokens, *most
             )
-            right = (logits.argmax(-1) == batch.targets) | ~batch.answer
-            return right.all(-1), steps, ~task.after_end(tokens), batch.answer
+            return right(logits, batch), steps, ~task.after_end(batch.tokens), batch.answer
 
-        def each_loop(weights, batch: Batch):
-            tokens = batch.tokens
-            network, ids = nnx.merge(definition, weights), task.position_ids(tokens)
-            logits, _ = network.forward_with_intermediates(tokens, loops=loops, position_ids=ids)
-            return ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(-1).T
+        def after_loops(weights, batch: Batch, most):
+            return right(forward(config, Loops())(weights, batch.tokens, most)[0], batch)
+
+        def right(logits, batch):
+            return ((logits.argmax(-1) == batch.targets) | ~batch.answer).all(-1)
 
         self._run = jax.jit(run, static_argnames="rule")
-        self._each_loop = jax.jit(each_loop)
+        self._after_loops = jax.jit(after_loops)
 
-    def batches(self, problems: Problems) -> list[Batch]:
-        """Rows of problems, as many to a call as scoring takes; the last call is filled up."""
-        length = padded_length(problems.width, self._task)
+    def batches(self, problems: Problems) -> list[tuple[Batch, tuple[jax.Array, ...]]]:
+        """Rows of problems, as many to a call as scoring takes, the last call filled up; with
+        `Loops` each with the int32 loops of its rows."""
+        length, sizes = padded_length(problems.width, self._task), self.sizes(problems)
         problems, count = self._task.pad(problems, length), problems.count
         rows = min(rows_per_call(length), count)
         index = [np.minimum(np.arange(i, i + rows), count - 1) for i in range(0, count, rows)]
-        return [batch_of(Problems(*(x[i] for x in problems)), length, self._task) for i in index]
+        each = isinstance(self.loops, Loops)
+        return [
+            (
+                batch_of(Problems(*(x[i] for x in problems)), length, self._task),
+                (self.loops.of(sizes[i]),) if each else (),
+            )
+            for i in index
+        ]
 
-    def run(self, batches: Iterable[Batch], halting: Halting) -> list[tuple]:
+    def sizes(self, problems: Problems) -> np.ndarray:
+        return np.asarray(self._task.lengths(problems))
+
+    def run(self, batches: Iterable[tuple], halting: Halting) -> list[tuple]:
         """What each batch comes to, still on the device, as `HaltingPredictions` has it."""
-        return [self._run(self._weights, batch, *halting) for batch in batches]
+        return [self._run(self._weights, batch, most, *halting) for batch, most in batches]
 
-    def after_each_loop(self, problems: Problems) -> list[float]:
-        """Answers right where all tokens stop after so many loops: 1, 2 and so on."""
-        parts = [self._each_loop(self._weights, batch) for batch in self.batches(problems)]
-        return np.concatenate(parts)[: problems.count].mean(0).tolist()
+    def after_loops(self, problems: Problems) -> list[dict[str, float]]:
+        """Answers right where all tokens stop after so many loops, for numbers up to the most."""
+        most = self.loops
+        if isinstance(most, Loops):
+            most = int(most.of(self.sizes(problems)).max())
+        batches, found = [batch for batch, _ in self.batches(problems)], []
+        for loops in np.linspace(1, most, min(most, FIXED_TRIED)).astype(np.int32):
+            parts = [
+                self._after_loops(self._weights, batch, np.full(len(batch.tokens), loops))
+                for batch in batches
+            ]
+            accuracy = float(np.concatenate(parts)[: problems.count].mean())
+            found.append({"loops": int(loops), "accuracy": accuracy})
+        return found
 
     def __call__(self, problems: Problems, halting: Halting) -> HaltingPredictions:
         parts = self.run(self.batches(problems), halting)
@@ -128,13 +151,13 @@ class HaltingScorer:
 
 
 @jax_settings.fixed()
-def calibrated(loaded: LoadedModel, rule: str, loops: int | None = None) -> Halting:
+def calibrated(loaded: LoadedModel, rule: str, loops: int | Loops | None = None) -> Halting:
     """A rule with the doubt that `measure` would choose for it, without all that it tries.
 
     Args:
       loaded: a looped model.
       rule: of `RULES`.
-      loops: at most; None for as many as in training.
+      loops: at most; None for as many as in training, `Loops` for each problem's own number.
 
     Raises:
       InputError: the model does not loop.
@@ -161,7 +184,11 @@ def calibrated(loaded: LoadedModel, rule: str, loops: int | None = None) -> Halt
 
 @jax_settings.fixed()
 def measure(
-    loaded: LoadedModel, lengths: Sequence[int], examples: int, seed: int, loops: int | None
+    loaded: LoadedModel,
+    lengths: Sequence[int],
+    examples: int,
+    seed: int,
+    loops: int | Loops | None,
 ) -> dict[str, Any]:
     """Calibrates both rules and scores them.
 
@@ -170,10 +197,11 @@ def measure(
       lengths: of problems to score, all inputs exactly that long; the last is swept and drawn.
       examples: problems a length.
       seed: of the problems.
-      loops: at most; None for as many as in training.
+      loops: at most; None for as many as in training, `Loops` for each problem's own number.
 
     Returns:
-      What `main` writes: `calibration`, `lengths`, `swept`, `drawn`, and where it comes from.
+      What `main` writes: `calibration`, `lengths`, `trends` (how loops follow depth over all
+      lengths), `swept`, `drawn`, and where it comes from.
 
     Raises:
       InputError: the model does not loop.
@@ -202,20 +230,25 @@ def measure(
         }
         by_length = {
             str(n): {
-                name: _scored(outcome, task.measures(problems))
+                name: _scored(outcome, task, problems)
                 for name, outcome in zip(ways, outcomes(problems, ways.values()), strict=True)
             }
             for n, problems in scored.items()
         }
         swept = _swept(scorer, scored[lengths[-1]], outcomes) | {"length": lengths[-1]}
     return loaded.describe() | {
-        "loops": loops,
+        **(loops.described() if isinstance(loops, Loops) else {"loops": loops}),
         "examples": examples,
         "seed": seed,
         "ways": {name: way._asdict() for name, way in ways.items()},
         "calibration": calibration | {"problems": CALIBRATED_ON, "most_lost": MOST_LOST},
         "length_unit": task.unit,
         "lengths": by_length,
+        "depth_unit": task.depth_unit,
+        "trends": {
+            name: depths.trend(depths.merged(line[name]["depths"] for line in by_length.values()))
+            for name in ways
+        },
         "swept": swept,
         "drawn": _drawn(scorer, task, lengths[-1], ways, seed),
         "milliseconds": _milliseconds(scorer, scored[lengths[-1]], ways),
@@ -237,7 +270,7 @@ def _swept(scorer: HaltingScorer, problems: Problems, outcomes: Callable) -> dic
     """What every doubt leaves of the answers, and of the loops, by rule; without halting; and with
     as many loops for all."""
     [plain] = outcomes(problems, [NEVER])
-    found: dict[str, Any] = {NONE: plain.summary(), FIXED: scorer.after_each_loop(problems)}
+    found: dict[str, Any] = {NONE: plain.summary(), FIXED: scorer.after_loops(problems)}
     for rule in RULES:
         doubts = DOUBTS[rule]
         tried = outcomes(problems, [Halting.with_doubt(rule, doubt) for doubt in doubts])
@@ -263,8 +296,9 @@ def _chosen(calibration: dict[str, Any], rule: str) -> float:
     return min(kept, key=lambda x: (x["row_loops"], x["doubt"]))["doubt"]
 
 
-def _scored(outcome: HaltingPredictions, measures: dict[str, Any]) -> dict[str, Any]:
-    """A summary, with loops by token of the text and by what the task measures."""
+def _scored(outcome: HaltingPredictions, task: Task, problems: Problems) -> dict[str, Any]:
+    """A summary, with loops by token of the text, by what the task measures, and by depth."""
+    measures = task.measures(problems)
     by_token = [
         float(outcome.steps[outcome.read[:, t], t].mean())
         for t in range(outcome.read.shape[1])
@@ -277,6 +311,7 @@ def _scored(outcome: HaltingPredictions, measures: dict[str, Any]) -> dict[str, 
         **outcome.summary(),
         "by_token": by_token,
         "measures": {name: _steps_by(np.asarray(x), outcome) for name, x in measures.items()},
+        "depths": depths.counts(np.asarray(task.depths(problems)), outcome.row_loops),
     }
 
 

@@ -36,8 +36,13 @@ class Halting(NamedTuple):
 PUBLISHED_HALTING = Halting("confidence", 0.90, 0.999)
 
 
-def forward(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
+def forward(
+    config: Config, loops: int | Loops | None = None, halt: Halting | None = None
+) -> Callable:
     """A pure function of (weights, tokens) that gives logits and the loops each token took.
+
+    With `Loops`, whichever they are, it takes the int32 loops `[batch]` of each sequence, too, so
+    that one program serves all numbers. With halting, loops are the most that are taken.
 
     Raises:
       InputError: loops or halting are asked of a model that does not loop.
@@ -47,41 +52,22 @@ def forward(config: Config, loops: int | None = None, halt: Halting | None = Non
         require_looped(config, "--halt" if halt else "--loops")
     definition, _ = models.abstract(config)
     task = tasks.of(config.data)
-    depth = (loops or config.model.loops) if looped else 0
 
-    def plain(weights, tokens):
-        network = nnx.merge(definition, weights)
-        more = {"loops": loops} if looped else {}
-        logits = network(tokens, position_ids=task.position_ids(tokens), **more)
-        return logits, jnp.full(tokens.shape, depth, jnp.int32)
-
-    def halting(weights, tokens):
-        return nnx.merge(definition, weights).halting_logits(
-            tokens,
-            halting_thresholds(tokens, halt, task),
-            rule=halt.rule,
-            loops=loops,
-            position_ids=task.position_ids(tokens),
-        )
-
-    return halting if halt else plain
-
-
-def forward_of_each(config: Config) -> Callable:
-    """A pure function of (weights, tokens, loops), the int32 loops `[batch]` of each sequence, as
-    `forward` gives it for one number: one program serves all numbers.
-
-    Raises:
-      InputError: the model does not loop.
-    """
-    require_looped(config, "--loops")
-    definition, _ = models.abstract(config)
-    task = tasks.of(config.data)
-
-    def run(weights, tokens, loops):
-        network = nnx.merge(definition, weights)
-        logits = network(tokens, position_ids=task.position_ids(tokens), loops=loops)
-        return logits, jnp.broadcast_to(loops[:, None], tokens.shape)
+    def run(weights, tokens, *of_each):
+        network, ids = nnx.merge(definition, weights), task.position_ids(tokens)
+        [most] = of_each or [loops]
+        if halt:
+            return network.halting_logits(
+                tokens,
+                halting_thresholds(tokens, halt, task),
+                rule=halt.rule,
+                loops=most,
+                position_ids=ids,
+            )
+        more = {} if most is None else {"loops": most}
+        taken = (config.model.loops if most is None else most) if looped else 0
+        taken = jnp.broadcast_to(jnp.int32(taken)[..., None], tokens.shape)
+        return network(tokens, position_ids=ids, **more), taken
 
     return run
 
@@ -107,13 +93,8 @@ def answer_fn(
     """
     task = tasks.of(config.data)
     if not task.one_pass:
-        if isinstance(loops, Loops):
-            raise InputError(
-                f"loops = {loops}: {config.name} writes symbol by symbol, with one number for all"
-            )
         return generate_fn(config, loops, halt)
-    each = isinstance(loops, Loops)
-    run = forward_of_each(config) if each else forward(config, loops, halt)
+    run = forward(config, loops, halt)
 
     def fill_in(weights, prompt, prompt_length, max_length, *loops):
         logits, taken = run(weights, prompt, *loops)
@@ -123,8 +104,19 @@ def answer_fn(
     return fill_in
 
 
-def generate_fn(config: Config, loops: int | None = None, halt: Halting | None = None) -> Callable:
-    """`generate.make_generate_fn` for a model, with loops and halting as `forward` takes them."""
+def generate_fn(
+    config: Config, loops: int | Loops | None = None, halt: Halting | None = None
+) -> Callable:
+    """`generate.make_generate_fn` for a model, with loops and halting as `forward` takes them.
+
+    Raises:
+      InputError: the model does not loop, or `Loops` are asked, which a cache has no place for.
+    """
+    if isinstance(loops, Loops):
+        raise InputError(
+            f"loops = {loops}: a model that writes symbol by symbol takes one number for all"
+            " problems"
+        )
     sure, task = None, tasks.of(config.data)
     if halt:
         sure = functools.partial(halting_thresholds, halting=halt, task=task)

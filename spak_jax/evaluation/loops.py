@@ -1,9 +1,11 @@
 """How many loops problems take at test time."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from spak_jax.command_line import InputError
 
 MAX_LOOPS = 10_000
 
@@ -17,6 +19,10 @@ class Loops(NamedTuple):
     def of(self, sizes: np.ndarray) -> np.ndarray:
         """Of problems of some sizes, int32 and at least 1."""
         return np.maximum(1, self.constant + np.ceil(self.per_symbol * sizes)).astype(np.int32)
+
+    def described(self) -> dict[str, Any]:
+        """As results hold them."""
+        return {"loops": self.constant, "loops_per_symbol": self.per_symbol or None}
 
     def __str__(self) -> str:
         parts = [f"{self.per_symbol:g}x"] * bool(self.per_symbol)
@@ -38,3 +44,11 @@ class Loops(NamedTuple):
                 " problem, such as 2x or 2x+8"
             )
         return found if found.per_symbol else found.constant
+
+
+def asked_loops(text: str | None) -> int | Loops | None:
+    """What `--loops` says, or None. Raises InputError where it is out of bounds."""
+    try:
+        return None if text is None else Loops.parse(text)
+    except ValueError as error:
+        raise InputError(f"--loops {error}") from None

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from spak_jax import data, jax_settings
-from spak_jax.command_line import InputError, or_a_gpu, progress
+from spak_jax.command_line import or_a_gpu, progress
 from spak_jax.config import Config
 from spak_jax.config_sections import Evaluation, LoopedModel, Train
 from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import batch_of, calls, power_of_two, rows_per_call
-from spak_jax.evaluation.forward import Halting, forward, forward_of_each, generate_fn
+from spak_jax.evaluation.forward import Halting, forward, generate_fn
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.loops import Loops
 from spak_jax.evaluation.results import Results
@@ -49,9 +49,10 @@ class Settings:
     lengths: of problems, all inputs exactly that long. examples: problems for each; of a length
     n > 100, 100 / n times as many. seed: of the problems. loops: None for as many as in training;
     `Loops` for each problem's own number, in one program for all numbers. halt: how each token
-    stops; None for never. decode: generate instead of teacher forcing, which in one pass is the
-    same. kinds: of the task's hard problems (`Task.kinds`), scored at each length too. published:
-    whether problems of the published columns are, where the task has some.
+    stops, after so many loops at the latest; None for never. decode: generate instead of teacher
+    forcing, which in one pass is the same. kinds: of the task's hard problems (`Task.kinds`),
+    scored at each length too. published: whether problems of the published columns are, where the
+    task has some.
     """
 
     lengths: tuple[int, ...]
@@ -83,13 +84,11 @@ class Scorer:
         beside = {"name": "any", "system": "any", "train": Train(), "evaluation": Evaluation()}
         config = loaded.config.model_copy(update=beside)
         self._config, self._settings = config, settings
-        if isinstance(settings.loops, Loops):
-            if settings.halt or settings.decode:
-                asked = "halt" if settings.halt else "decode"
-                raise InputError(f"loops = {settings.loops}: {asked} takes one number for all")
-            self._rows = _compiled_rows_of_each(config)
-        else:
-            self._rows = _compiled_rows(config, settings.loops, settings.halt, settings.decode)
+        loops, decode = settings.loops, settings.decode and not self.task.one_pass
+        if isinstance(loops, Loops) and not decode:
+            # The program is given each problem's own number.
+            loops = Loops()
+        self._rows = _compiled_rows(config, loops, settings.halt, decode)
 
     @jax_settings.fixed()
     def __call__(self, problems: Problems, advance: Callable[[int], None] = lambda n: None):
@@ -129,23 +128,13 @@ class Scorer:
 
 @functools.lru_cache
 def _compiled_rows(
-    config: Config, loops: int | None, halt: Halting | None, decode: bool
+    config: Config, loops: int | Loops | None, halt: Halting | None, decode: bool
 ) -> Callable:
-    if decode and not config.data.one_pass:
+    if decode:
         write = generate_fn(config, loops, halt)
         return jax.jit(lambda weights, batch: _decoded(write, weights, batch))
     run = forward(config, loops, halt)
-    return jax.jit(lambda weights, batch: _teacher_forced(run, weights, batch))
-
-
-@functools.lru_cache
-def _compiled_rows_of_each(config: Config) -> Callable:
-    run = forward_of_each(config)
-    return jax.jit(
-        lambda weights, batch, loops: _teacher_forced(
-            lambda weights, tokens: run(weights, tokens, loops), weights, batch
-        )
-    )
+    return jax.jit(lambda *given: _teacher_forced(run, *given))
 
 
 @jax_settings.fixed()
@@ -269,8 +258,8 @@ def training_curve(run: Path) -> dict[str, list[float]]:
     }
 
 
-def _teacher_forced(run: Callable, weights, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    logits, loops = run(weights, batch.tokens)
+def _teacher_forced(run: Callable, weights, batch: Batch, *of_each) -> tuple[jax.Array, jax.Array]:
+    logits, loops = run(weights, batch.tokens, *of_each)
     right = (logits.argmax(-1) == batch.targets) | ~batch.answer
     return right.all(-1), loops.mean(-1, jnp.float32, where=batch.answer)
 
@@ -320,9 +309,7 @@ def _by_column(
 
 
 def _loops(model: LoopedModel, loops: int | Loops | None) -> dict[str, Any]:
-    if isinstance(loops, Loops):
-        return {"loops": loops.constant, "loops_per_symbol": loops.per_symbol or None}
-    return {"loops": loops or model.loops}
+    return loops.described() if isinstance(loops, Loops) else {"loops": loops or model.loops}
 
 
 def _method(loaded: LoadedModel, settings: Settings) -> str:

@@ -16,7 +16,8 @@ def draw(found: dict[str, Any]) -> Figure:
     """Loops of each token of a few problems as a heat map, and accuracy over loops below it."""
     problems = found["drawn"]["problems"]
     tokens = max(len(problem["text"]) for problem in problems)
-    loops, width = found["loops"], WIDE + 1.6
+    # Without halting all problems of one length take as many.
+    loops, width = round(found["swept"][NONE]["row_loops"]), WIDE + 1.6
     heat, curve, above, below = 0.17 * len(problems), 1.7, 0.25, 0.95
     height = above + len(RULES) * (heat + 0.45) + curve + below
     figure = Figure(figsize=(width, height))
@@ -54,8 +55,8 @@ def draw(found: dict[str, Any]) -> Figure:
             color=COLOURS[i],
         )  # fmt: skip
     fixed = found["swept"][FIXED]
-    loops_of_all = range(1, len(fixed) + 1)
-    axes.plot(loops_of_all, [100 * x for x in fixed], color=GREY, label="as many for all rows")
+    points = [(x["loops"], 100 * x["accuracy"]) for x in fixed]
+    axes.plot(*zip(*points, strict=True), color=GREY, label="as many for all rows")
     for name, marker in ((NONE, "x"), (PUBLISHED, "+")):
         line = found["lengths"][str(found["swept"]["length"])][name]
         label = "no halting" if name == NONE else "the baseline's thresholds"

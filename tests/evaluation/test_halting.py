@@ -17,7 +17,7 @@ from spak_jax.evaluation import calibration
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting
 from spak_jax.evaluation.loaded import LoadedModel, load
 from spak_jax.evaluation.score import Scorer, Settings
-from spak_jax.reports import halting_figure
+from spak_jax.reports import depth_figure, halting_figure
 from spak_jax.tasks.arithmetic import Addition
 
 ADDITION = Addition()
@@ -82,9 +82,11 @@ def test_calibrating_alone_chooses_the_same(half_trained, found, rule):
 def test_a_number_of_loops_for_all_is_what_the_evaluator_runs(found, half_trained):
     problems = ADDITION.sample_exact(jax.random.fold_in(jax.random.key(3), 2), 2, 60)
     scorer = Scorer(load(half_trained), Settings((2,), 1, 0, loops=2))
-    assert found["swept"]["fixed"][1] == pytest.approx(scorer(problems).correct.mean())
-    assert found["swept"]["fixed"][2] == found["swept"]["none"]["accuracy"]
-    assert len(set(found["calibration"]["fixed"])) > 1
+    fixed = [line["accuracy"] for line in found["swept"]["fixed"]]
+    assert [line["loops"] for line in found["swept"]["fixed"]] == [1, 2, 3]
+    assert fixed[1] == pytest.approx(scorer(problems).correct.mean())
+    assert fixed[2] == found["swept"]["none"]["accuracy"]
+    assert len({line["accuracy"] for line in found["calibration"]["fixed"]}) > 1
 
 
 def test_where_every_doubt_loses_the_least_is_taken():
@@ -115,6 +117,24 @@ def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
     assert carries == sorted(carries)
 
 
+def test_loops_are_set_against_depth(found, half_trained):
+    """By counts that a file holds, from which the figure is drawn again."""
+    stored = json.loads(json.dumps(found))
+    for length, ways in stored["lengths"].items():
+        for way in ways.values():
+            depth, loops, problems = np.array(way["depths"]).T
+            assert problems.sum() == 60 and set(depth) <= set(range(int(length) + 2))
+            assert (loops * problems).sum() / 60 == pytest.approx(way["row_loops"])
+    assert stored["trends"]["none"]["correlation"] is None
+    figure = depth_figure.draw(stored)
+    for rule, axes in zip(RULES, figure.axes, strict=True):
+        trend = stored["trends"][rule]
+        assert f"{trend['slope']:.2f} loops for each" in axes.get_title(loc="left")
+        drawn = {tuple(point) for each in axes.collections for point in each.get_offsets().data}
+        counted = [line for ways in stored["lengths"].values() for line in ways[rule]["depths"]]
+        assert drawn == {(depth, loops) for depth, loops, _ in counted}
+
+
 def test_it_is_drawn(found):
     figure = halting_figure.draw(found)
     assert len(figure.axes) == 4
@@ -138,11 +158,14 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
         == set(found["ways"])
         == {"none", "published", "confidence", "convergence"}
     )
-    assert (tmp_path / "out" / "halting.png").stat().st_size > 10_000
+    for name in ("halting.png", "loops-by-depth.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
     assert "convergence: threshold" in capsys.readouterr().out
     run = shutil.copytree(half_trained, tmp_path / "run")
     command(run, "--lengths", "1", "--examples", "5")
     assert (run / "halting" / "halting.json").is_file()
+    with pytest.raises(InputError, match="--loops 2y: must be"):
+        command(half_trained, "--loops", "2y")
     with pytest.raises(InputError, match="--lengths .*upwards"):
         command(half_trained, "--lengths", "0")
 

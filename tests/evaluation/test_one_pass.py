@@ -8,6 +8,7 @@ from conftest import assert_refused, run_program, tiny_config
 
 import spak_jax as spak
 from spak_jax.evaluation.answers import write_answers
+from spak_jax.evaluation.forward import Halting
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.loops import Loops
 from spak_jax.evaluation.score import Scorer, Settings
@@ -90,6 +91,30 @@ def test_a_problem_takes_its_own_loops(parity):
     assert [each.mean_loops for each in results.lengths.values()] == [5, 7]
 
 
+def test_a_problem_halts_within_loops_of_its_own(parity):
+    """It takes so many at most; what it comes to does not depend on those beside it."""
+    loaded, halt = load(parity), Halting("convergence", 0.01, 0.01)
+    asked = [(bit * n,) for n in (1, 3, 6) for bit in "01"]
+    problems = loaded.task.arrays(asked)
+
+    def scored(loops, halt):
+        return Scorer(loaded, Settings((1,), 1, 0, loops, halt))(problems)
+
+    free, own = scored(500, halt), scored(Loops(1, 1.0), halt)
+    assert (free.loops < 500).all() and len(set(free.loops.tolist())) > 1
+    assert (own.loops <= [2, 2, 4, 4, 7, 7]).all() and (own.loops < free.loops).any()
+    # Thresholds that nothing reaches leave the bound alone.
+    never = scored(Loops(1, 1.0), Halting("convergence", -1.0, -1.0))
+    plain = scored(Loops(1, 1.0), None)
+    assert plain.loops.tolist() == never.loops.tolist() == [2, 2, 4, 4, 7, 7]
+    assert plain.correct.tolist() == never.correct.tolist()
+    written = write_answers(loaded, asked, Loops(1, 1.0), halt)
+    assert [np.mean(answer.loops) for answer in written] == pytest.approx(own.loops)
+    # In one pass, decoding is the same.
+    decoded = Settings((1,), 1, 0, Loops(1, 1.0), halt, decode=True)
+    assert Scorer(loaded, decoded)(problems).loops.tolist() == own.loops.tolist()
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [("7", 7), ("2x", Loops(0, 2.0)), ("1.5x+8", Loops(8, 1.5)), ("10000", 10_000)],
@@ -109,11 +134,11 @@ def test_at_least_one_loop_is_taken():
 
 
 def test_what_does_not_go_together_is_refused(parity, half_trained):
-    for option in ("--halt", "--decode"):
-        result = run_program("spak_jax.evaluate", parity, "--loops", "2x", option)
-        assert_refused(result, f"--loops 2x: {option} takes one number for all problems")
+    refused = "loops = 2x: a model that writes symbol by symbol takes one number for all problems"
+    result = run_program("spak_jax.evaluate", half_trained, "--loops", "2x", "--decode")
+    assert_refused(result, refused)
     assert_refused(run_program("spak_jax.evaluate", parity, "--loops", "2y"), "--loops 2y: must be")
-    with pytest.raises(ValueError, match="loops = 2x: tiny writes symbol by symbol"):
+    with pytest.raises(ValueError, match=refused):
         spak.load(half_trained).solve("1+1", loops="2x")
 
 
