@@ -13,6 +13,7 @@ from typing import Any
 
 from pallas_kernels.ops.looped import RULES
 from spak_jax.command_line import (
+    InputError,
     Table,
     check_range,
     console,
@@ -25,7 +26,7 @@ from spak_jax.command_line import (
 from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation.calibration import CALIBRATED_ON, NONE, measure
 from spak_jax.evaluation.loaded import load
-from spak_jax.evaluation.loops import Loops, asked_loops
+from spak_jax.evaluation.loops import asked_loops
 from spak_jax.reports.scores import warn_of_loops
 
 
@@ -34,7 +35,9 @@ def main() -> None:
         prog="python -m spak_jax.halting",
         description="Stop each token once it has thought enough: what that costs and saves.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run folder, or a halting.json, to be drawn again"
+    )
     parser.add_argument("--lengths", default="4,8,12", help="of problems to score (default 4,8,12)")
     parser.add_argument("--examples", type=int, default=1_000, help="problems a length")
     parser.add_argument("--seed", type=int, default=0, help="of the problems")
@@ -44,32 +47,48 @@ def main() -> None:
         " length of each problem, such as 4x+64",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="for the pictures (default: RUN/halting)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for what is written (default: RUN/halting, or beside the file)",
     )
     arguments = parser.parse_intermixed_args()
     lengths = parse_lengths("--lengths", arguments.lengths, MAX_LENGTH)
     check_range("--examples", arguments.examples, 1, 1_000_000)
     check_range("--seed", arguments.seed, 0, 2**31 - 2)
     loops = asked_loops(arguments.loops)
-    loaded = load(arguments.run)
-    out = writable_folder(arguments.out or arguments.run / "halting")
+    stored = _stored(arguments.run) if arguments.run.is_file() else None
+    loaded = None if stored else load(arguments.run)
+    beside = arguments.run.parent if stored else arguments.run / "halting"
+    out = writable_folder(arguments.out or beside)
     # Before the work, as the folder is.
     prepare_drawing()
     from spak_jax.reports import depth_figure, halting_figure
     from spak_jax.reports.canvas import saved
     from spak_jax.reports.style import style
 
-    found = measure(loaded, lengths, arguments.examples, arguments.seed, loops)
+    found = stored or measure(loaded, lengths, arguments.examples, arguments.seed, loops)
     show(found)
-    if not isinstance(loops, Loops):
+    if not found["loops_per_symbol"]:
         warn_of_loops(found["config"]["model"], found["loops"])
-    files = {"halting.json": json.dumps(found, indent=1) + "\n"}
+    files = {} if stored else {"halting.json": json.dumps(found, indent=1) + "\n"}
     with style():
         files |= saved("halting", halting_figure.draw(found))
         files |= saved("loops-by-depth", depth_figure.draw(found))
     for name, content in files.items():
         write_file(out / name, content)
         console.print(f"wrote {out / name}")
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What a `halting.json` holds; raises InputError where it is none that is written today."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+    if not (isinstance(found, dict) and "trends" in found):
+        raise InputError(f"{path}: not what `halting` writes, or by an earlier version")
+    return found
 
 
 def show(found: dict[str, Any]) -> None:

@@ -237,7 +237,7 @@ def measure(
         }
         swept = _swept(scorer, scored[lengths[-1]], outcomes) | {"length": lengths[-1]}
     return loaded.describe() | {
-        **(loops.described() if isinstance(loops, Loops) else {"loops": loops}),
+        **(loops if isinstance(loops, Loops) else Loops(loops)).described(),
         "examples": examples,
         "seed": seed,
         "ways": {name: way._asdict() for name, way in ways.items()},

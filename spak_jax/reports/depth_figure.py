@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pallas_kernels.ops.looped import RULES
+from spak_jax.evaluation.loops import Loops
 from spak_jax.reports.canvas import TITLE_LINE, WIDE, canvas
 from spak_jax.reports.style import COLOURS, GREY
 
@@ -27,8 +28,10 @@ def draw(found: dict[str, Any]) -> Figure:
         for n, colour in colours.items()
     ]
     entries.append((Line2D([], [], color=GREY), "line of least squares"))
+    most = Loops(found["loops"], found["loops_per_symbol"] or 0.0)
     caption = (
         f"{found['system']}: {found['examples']:,} problems a length; areas: shares of them."
+        f" At most {most} loops: where none halts, that is what is seen."
         f" Thresholds are calibrated on the training distribution. {found['device']},"
         f" {found['date']}."
     )
@@ -44,7 +47,7 @@ def draw(found: dict[str, Any]) -> Figure:
         if trend["slope"] is not None:
             ends = np.array(axes.get_xlim())
             axes.plot(ends, trend["intercept"] + trend["slope"] * ends, color=GREY, zorder=0)
-            said = f"{trend['slope']:.2f} loops for each of {found['depth_unit']}"
+            said = f"slope {trend['slope']:.2f}"
         if trend["correlation"] is not None:
             said += f", correlation {trend['correlation']:.2f}"
         axes.set_title(f"{rule}\n{said}", loc="left")

@@ -129,7 +129,7 @@ def test_loops_are_set_against_depth(found, half_trained):
     figure = depth_figure.draw(stored)
     for rule, axes in zip(RULES, figure.axes, strict=True):
         trend = stored["trends"][rule]
-        assert f"{trend['slope']:.2f} loops for each" in axes.get_title(loc="left")
+        assert f"slope {trend['slope']:.2f}" in axes.get_title(loc="left")
         drawn = {tuple(point) for each in axes.collections for point in each.get_offsets().data}
         counted = [line for ways in stored["lengths"].values() for line in ways[rule]["depths"]]
         assert drawn == {(depth, loops) for depth, loops, _ in counted}
@@ -164,6 +164,15 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(half_trained, tmp_path / "run")
     command(run, "--lengths", "1", "--examples", "5")
     assert (run / "halting" / "halting.json").is_file()
+    # Drawn again, the figures are the same bytes.
+    drawn = tmp_path / "out" / "loops-by-depth.png"
+    before = drawn.read_bytes()
+    drawn.unlink()
+    command(tmp_path / "out" / "halting.json")
+    assert drawn.read_bytes() == before
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(InputError, match="old.json: not what `halting` writes"):
+        command(tmp_path / "old.json")
     with pytest.raises(InputError, match="--loops 2y: must be"):
         command(half_trained, "--loops", "2y")
     with pytest.raises(InputError, match="--lengths .*upwards"):
