@@ -124,7 +124,7 @@ def _caches(config: Config, network, text) -> generate.Decoder:
 
 def _launched(config: Config, network, text) -> generate.Decoder | str:
     if not isinstance(config.model, LoopedModel):
-        return "a stack of blocks has no loops"
+        return f"{config.model.described} has no loops"
     if jax.default_backend() != "gpu":
         return "no GPU that it is for"
     if not network.supports_fused(text):

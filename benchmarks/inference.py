@@ -22,8 +22,8 @@ from spak_jax import models, provenance, tasks
 from spak_jax.command_line import InputError, Table, console
 from spak_jax.config import Config
 from spak_jax.config_sections import LoopedModel
+from spak_jax.models import flops
 from spak_jax.registry import POSITIONS
-from spak_jax.specs import roofline
 
 ROWS, LENGTH = 128, 64
 LOOPS = (12, 24, 30)
@@ -45,7 +45,7 @@ def measure(config: Config) -> dict[str, Any]:
     results = {
         **provenance.where_and_when(),
         "dtype": dtype.name,
-        "weight_bytes_a_loop": roofline.weights_of_a_block(config) * dtype.itemsize,
+        "weight_bytes_a_loop": flops.weights_of_a_layer(config) * dtype.itemsize,
         "latency": [_timed(config, ROWS, loops, PASSES) for loops in LOOPS],
         "throughput": _timed(config, MANY_ROWS, config.model.loops, 1),
     }
@@ -112,7 +112,7 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
     # A float32 product is three in tf32, each at half the speed of bfloat16.
     speed = chip.products / (1 if dtype == jnp.bfloat16 else 6)
     seconds = {
-        loops: roofline.operations_a_pass(config, ROWS, LENGTH, loops) / speed for loops in LOOPS
+        loops: flops.operations_a_pass(config, ROWS, LENGTH, loops) / speed for loops in LOOPS
     }
     return {
         "estimate": True,
@@ -122,7 +122,7 @@ def estimate(config: Config, target: str) -> dict[str, Any]:
         "jax": jax.__version__,
         "commit": provenance.commit(),
         "batch": [ROWS, LENGTH],
-        "weight_bytes_a_loop": roofline.weights_of_a_block(config) * dtype.itemsize,
+        "weight_bytes_a_loop": flops.weights_of_a_layer(config) * dtype.itemsize,
         "kernel": report.as_json(),
         "least_milliseconds_by_operations": {str(n): 1e3 * s for n, s in seconds.items()},
     }
@@ -152,7 +152,7 @@ def show_estimate(results: dict[str, Any]) -> None:
 
 def _check_loops(config: Config) -> None:
     if not isinstance(config.model, LoopedModel):
-        raise InputError(f"--inference: {config.name} is a stack of blocks, it has no loops")
+        raise InputError(f"--inference: {config.name} is {config.model.described}, it has no loops")
 
 
 def _timed(config: Config, rows: int, loops: int, passes: int) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _timed(config: Config, rows: int, loops: int, passes: int) -> dict[str, Any]
         "rows": rows,
         "length": LENGTH,
         "loops": loops,
-        "operations": roofline.operations_a_pass(config, rows, LENGTH, loops),
+        "operations": flops.operations_a_pass(config, rows, LENGTH, loops),
         "milliseconds": milliseconds,
         "missing": missing,
     }

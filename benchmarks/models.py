@@ -37,12 +37,13 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config import Config, read_config
-from spak_jax.config_sections import Parallel
+from spak_jax.config_sections import Architecture, Parallel
 from spak_jax.config_words import add_words, file_and_overrides
 from spak_jax.data import make_dataset, training_batch
 from spak_jax.evaluation.batching import padded_length, rows_per_call
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.score import Scorer, Settings
+from spak_jax.models import flops
 from spak_jax.specs import roofline
 from spak_jax.training.runs import per_seed_configs
 from spak_jax.training.step import initial_state, make_training
@@ -87,6 +88,8 @@ def main() -> None:
         raise InputError(
             "parallel: one device is timed here; `python -m benchmarks.scaling` has more"
         )
+    if not isinstance(config.model, Architecture):
+        raise InputError(f"{config.name} is {config.model.described}: transformers are timed here")
     if arguments.json:
         writable_folder(arguments.json.parent)
     if (arguments.inference or arguments.generation) and arguments.attention:
@@ -141,7 +144,7 @@ def measure(config: Config, attentions: list[str]) -> dict[str, Any]:
     milliseconds = _milliseconds(steps)
     passes = _milliseconds(scoring)
     tokens = config.train.batch * config.data.row_length
-    operations = roofline.operations_a_step(config)
+    operations = flops.operations_a_step(config)
     results = {
         **provenance.where_and_when(),
         "batch": [config.train.batch, config.data.row_length],

@@ -3,7 +3,7 @@
 They know nothing of arrays and nothing of files; `config` puts them together.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -33,10 +33,37 @@ def _registered(registry: Registry, key: str, name: str) -> type[Any]:
         raise ValueError(f"{key}: {error}") from None
 
 
-class Architecture(Section):
-    """What the static and the looped model have in common."""
+class Network(Section):
+    """What all models have in common."""
 
     width: Positive
+    # Whether tokens see those before them alone; for answers in one pass they may see all.
+    causal: bool = True
+    # Standard deviation of the first weights.
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    # Whether token embeddings enter times the root of the width (Vaswani et al. 2017).
+    scale_embedding: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # The type of activations and products; weights and the residual stream stay float32.
+    # "auto" is bfloat16 on a GPU and float32 elsewhere.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def described(self) -> str:
+        """What it is, in words for messages."""
+        raise NotImplementedError
+
+    def depth(self, loops: int | None = None) -> int:
+        """Blocks or layers that each token goes through, one after another.
+
+        loops: of a model that loops; None for as many as in training.
+        """
+        raise NotImplementedError
+
+
+class Architecture(Network):
+    """What the static and the looped model, which are transformers, have in common."""
+
     heads: Positive
     mlp: Literal["gelu", "swiglu"] = "gelu"
     # MLP channels; None is 4 widths, or 8/3 of it with "swiglu", which has a third matrix.
@@ -50,16 +77,6 @@ class Architecture(Section):
     max_relative_distance: Annotated[int, Field(ge=1, le=64)] = 1
     # Whether keys whose ids differ by more than `max_relative_distance` are masked.
     window: bool = False
-    # Whether tokens see those before them alone; for answers in one pass they may see all.
-    causal: bool = True
-    # Standard deviation of the first weights.
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-    # Whether token embeddings enter times the root of the width (Vaswani et al. 2017).
-    scale_embedding: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # The type of activations and products; weights and the residual stream stay float32.
-    # "auto" is bfloat16 on a GPU and float32 elsewhere.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
     def _parts_are_registered(self) -> Self:
@@ -92,6 +109,13 @@ class StaticModel(Architecture):
     kind: Literal["gpt"]
     layers: Positive
 
+    @property
+    def described(self) -> str:
+        return f"a stack of {self.layers} block{'s' * (self.layers > 1)}"
+
+    def depth(self, loops: int | None = None) -> int:
+        return self.layers
+
 
 class LoopedModel(Architecture):
     """One block applied `loops` times (LoopLM)."""
@@ -111,6 +135,13 @@ class LoopedModel(Architecture):
     # 2015); None for the second half.
     supervised_loops: Positive | None = None
 
+    @property
+    def described(self) -> str:
+        return f"a block looped {self.loops} time{'s' * (self.loops > 1)}"
+
+    def depth(self, loops: int | None = None) -> int:
+        return loops or self.loops
+
     @model_validator(mode="after")
     def _supervised_loops_are_run(self) -> Self:
         if (self.supervised_loops or 0) > self.loops:
@@ -127,6 +158,33 @@ class LoopedModel(Architecture):
                 f"model.no_grad_warmup_loops = {self.no_grad_warmup_loops} needs"
                 " model.shared_step = true: before a random number of loops no step has an"
                 " embedding of its own"
+            )
+        return self
+
+
+class GRUModel(Network):
+    """`layers` gated recurrent units, one above another, each as wide as the embedding (Cho et al.
+    2014, Learning Phrase Representations): what reads tokens one by one, to compare with.
+    """
+
+    kind: Literal["gru"]
+    layers: Positive = 1
+    # What it knows of where tokens are: their order, in which it reads them.
+    positions: ClassVar[str] = "order"
+
+    @property
+    def described(self) -> str:
+        return f"a GRU of {self.layers} layer{'s' * (self.layers > 1)}"
+
+    def depth(self, loops: int | None = None) -> int:
+        return self.layers
+
+    @model_validator(mode="after")
+    def _both_directions_are_as_wide(self) -> Self:
+        if not self.causal and self.width % 2:
+            raise ValueError(
+                f"model.width = {self.width} must be even with model.causal = false: each direction"
+                " has half of it"
             )
         return self
 
@@ -270,7 +328,7 @@ class RunSections(Section):
     """What builds a run, but for the system's name."""
 
     name: Name
-    model: Annotated[StaticModel | LoopedModel, Field(discriminator="kind")]
+    model: Annotated[StaticModel | LoopedModel | GRUModel, Field(discriminator="kind")]
     # Made when it is asked for: its task is looked up then.
     data: Annotated[Data, Field(default_factory=Data)]
     train: Train = Train()
@@ -300,4 +358,4 @@ class RunSections(Section):
         return self
 
 
-MODEL_KINDS = {"gpt": StaticModel, "loop": LoopedModel}
+MODEL_KINDS = {"gpt": StaticModel, "loop": LoopedModel, "gru": GRUModel}

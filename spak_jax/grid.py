@@ -1,8 +1,8 @@
 """Scores a run over lengths and loops: `python -m spak_jax.grid RUN [options]`.
 
 Each number of loops becomes a results file, as `evaluate --loops` writes it, and all together a
-picture of how far a model reaches: `reach.png`. A stack of blocks has no loops to choose; it
-becomes one file, and a panel beside others where `spak_jax.figures` draws them together.
+picture of how far a model reaches: `reach.png`. A model that does not loop becomes one file, and a
+panel beside others where `spak_jax.figures` draws them together.
 """
 
 import argparse

@@ -257,7 +257,7 @@ def measure(
 
 def _looped(config: Config) -> LoopedModel:
     if not isinstance(config.model, LoopedModel):
-        raise InputError(f"{config.name} is a stack of blocks: it has no loops to stop")
+        raise InputError(f"{config.name} is {config.model.described}: it has no loops to stop")
     return config.model
 
 

@@ -76,7 +76,7 @@ def require_looped(config: Config, asked: str) -> None:
     """Raises InputError where loops or halting are asked of a model that does not loop."""
     if not isinstance(config.model, LoopedModel):
         raise InputError(
-            f"{asked}: {config.name} is a stack of {config.model.layers} blocks;"
+            f"{asked}: {config.name} is {config.model.described};"
             " only a looped model has loops to choose"
         )
 

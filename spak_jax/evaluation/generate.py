@@ -15,7 +15,7 @@ from flax import nnx
 
 from spak_jax import models, tasks
 from spak_jax.config import Config
-from spak_jax.config_sections import Architecture, LoopedModel
+from spak_jax.config_sections import Architecture, Network
 from spak_jax.models import kv_cache
 from spak_jax.registry import BLOCKS
 
@@ -175,17 +175,17 @@ def make_generate_fn(
     return generate_fn
 
 
-def pick_decoder(architecture: Architecture, shape: tuple[int, int], loops: int | None) -> str:
+def pick_decoder(architecture: Network, shape: tuple[int, int], loops: int | None) -> str:
     """The faster decoder (`benchmarks.models --generation`) for sequences of a shape, their number
-    and length: with a cache, unless it is too large or serves no such block."""
+    and length: with a cache, unless it is too large or serves no such block, or
+    there is no attention whose keys and values could be kept."""
     batch, length = shape
-    if not kv_cache.supports_cache(BLOCKS.get(architecture.block)):
+    attends = isinstance(architecture, Architecture)
+    if not (attends and kv_cache.supports_cache(BLOCKS.get(architecture.block))):
         return WITHOUT_CACHE
     return WITH_CACHE if batch <= max_cached_batch(architecture, length, loops) else WITHOUT_CACHE
 
 
-def max_cached_batch(architecture: Architecture, length: int, loops: int | None) -> int:
+def max_cached_batch(architecture: Network, length: int, loops: int | None) -> int:
     """Sequences of so many tokens whose cache is not too large."""
-    looped = isinstance(architecture, LoopedModel)
-    depth = (loops or architecture.loops) if looped else architecture.layers
-    return CACHED_NUMBERS // (2 * depth * length * architecture.width)
+    return CACHED_NUMBERS // (2 * architecture.depth(loops) * length * architecture.width)

@@ -17,6 +17,8 @@ EXPECTED = "a results file as `python -m spak_jax.evaluate RUN --json FILE` writ
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Positive = Annotated[Count, Field(ge=1)]
+# Of floating-point operations; a large training has more than a `Count` may be.
+Operations = Annotated[int, Field(ge=0)]
 Loss = Annotated[float, Field(ge=0, le=1e12)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 # Six digits at most, and none of them a leading zero: one length has one spelling.
@@ -63,6 +65,9 @@ class LengthScore(Score):
 
     # Whether they are longer than anything in training.
     zero_shot: bool
+    # Floating-point operations of one such problem (`models.flops`), with the loops of
+    # `mean_loops`; older files do not say, and problems of several lengths have no one number.
+    operations: Operations | None = None
     # Of a published column: the share of its problems that training's lengths hold.
     trained_share: Fraction | None = None
 
@@ -70,6 +75,8 @@ class LengthScore(Score):
 class ConfiguredModel(Part):
     # The whole section tells one system from another, so unknown keys are kept.
     model_config = ConfigDict(extra="allow")
+    # Files of all times name it.
+    kind: Name | None = None
     layers: Positive | None = None
     loops: Positive | None = None
     # Files from before there was a choice do not name it.
@@ -120,6 +127,9 @@ class Results(Part):
     parameters: Positive
     # Of the training.
     step: Count
+    # Floating-point operations of the training up to this step (`models.flops`); older files do not
+    # say.
+    training_operations: Operations | None = None
     dtype: str = ""
     device: Name
     jax: Name | None = None

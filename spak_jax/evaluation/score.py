@@ -27,6 +27,7 @@ from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.loops import Loops
 from spak_jax.evaluation.results import Results
 from spak_jax.evaluation.statistics import Predictions, summary
+from spak_jax.models import flops
 from spak_jax.tasks import Batch, Problems
 from spak_jax.training import loggers
 
@@ -166,13 +167,13 @@ def score(loaded: LoadedModel, settings: Settings, run: Path | None = None) -> R
         for length, count in counts.items():
             problems = task.sample_exact(jax.random.fold_in(key, length), length, count)
             predictions = scorer(problems, advance)
-            lengths[str(length)] = summary(predictions, zero_shot=length > longest)
+            lengths[str(length)] = _of_length(loaded.config, length, predictions)
             parts.append(predictions)
             measures.append(task.measures(problems))
             for i, kind in enumerate(settings.kinds):
                 random = np.random.default_rng((settings.seed, length, i))
                 drawn = task.sample_kind(random, kind, length, of_kind[kind][length])
-                of_length = summary(scorer(drawn, advance), zero_shot=length > longest)
+                of_length = _of_length(loaded.config, length, scorer(drawn, advance))
                 kinds[kind][str(length)] = of_length
         in_columns = _by_column(scorer, columns, longest, advance) if columns else {}
     whole = Predictions(*map(np.concatenate, zip(*parts, strict=True)))
@@ -208,7 +209,7 @@ def score_own_problems(
     Returns:
       The results, and the problems answered wrong.
     """
-    task, longest = loaded.task, loaded.config.data.longest
+    task = loaded.task
     sizes = np.array([task.length(problem) for problem in own])
     predictions = Predictions(np.empty(len(own), bool), np.empty(len(own), np.float32))
     measures: dict[str, np.ndarray] = {}
@@ -225,7 +226,7 @@ def score_own_problems(
         | {
             "examples": len(own),
             "problems": source,
-            "lengths": _group_by(sizes, predictions, longest),
+            "lengths": _group_by(sizes, predictions, functools.partial(_of_length, loaded.config)),
             "published_columns": {},
             "measures": {name: _group_by(found, predictions) for name, found in measures.items()},
             "training": training_curve(run) if run else {},
@@ -278,16 +279,24 @@ def _problems_of(examples: int, length: int) -> int:
     return max(1, examples * FULL_LENGTH // max(length, FULL_LENGTH))
 
 
+def _of_length(config: Config, length: int, predictions: Predictions) -> dict[str, Any]:
+    """The summary of problems of one length, with the operations of one of them."""
+    found = summary(predictions, zero_shot=length > config.data.longest)
+    # A model that does not loop says 0.
+    depth = found["mean_loops"] or None
+    return found | {"operations": flops.operations_a_problem(config, length, depth)}
+
+
 def _group_by(
-    group: np.ndarray, predictions: Predictions, longest: int | None = None
+    group: np.ndarray,
+    predictions: Predictions,
+    summarize: Callable[[int, Predictions], dict[str, Any]] = lambda value, found: summary(found),
 ) -> dict[str, Any]:
     """Summaries of the problems of each group, a non-negative number, in order."""
-    summaries = {}
-    for value in np.unique(group):
-        chosen = group == value
-        more = {} if longest is None else {"zero_shot": bool(value > longest)}
-        summaries[str(value)] = summary(predictions.of(chosen), **more)
-    return summaries
+    return {
+        str(value): summarize(value, predictions.of(group == value))
+        for value in np.unique(group).tolist()
+    }
 
 
 def _by_column(
@@ -324,6 +333,7 @@ def _description(loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
         **(_loops(loaded.config.model, settings.loops) if looped else {"loops": None}),
         "halting": list(settings.halt[1:]) if settings.halt else None,
         "halting_rule": settings.halt.rule if settings.halt else None,
+        "training_operations": loaded.step * flops.operations_a_step(loaded.config),
         "method": _method(loaded, settings),
         "examples": settings.examples,
         "seed": settings.seed,

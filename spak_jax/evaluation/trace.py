@@ -53,7 +53,7 @@ def trace(loaded: LoadedModel, problem: tuple[str, ...], loops: int | None = Non
     """
     config, task = loaded.config, loaded.task
     if not isinstance(config.model, LoopedModel):
-        raise InputError(f"{config.name} is a stack of blocks: it has no loops to trace")
+        raise InputError(f"{config.name} is {config.model.described}: it has no loops to trace")
     text = task.prompt(problem) if task.one_pass else task.text(problem)[:-1]
     if len(text) >= LONGEST_TEXT:
         raise InputError(f"a text of {len(text) + 1} symbols: at most {LONGEST_TEXT} can be traced")

@@ -1,10 +1,13 @@
-"""The two models as Flax NNX modules: `GPT`, which stacks blocks, and `LoopLM`, which repeats one.
+"""The models as Flax NNX modules: `GPT`, which stacks blocks, `LoopLM`, which repeats one, and
+`GRU`, which both are compared with.
 
 | | |
 | --- | --- |
 | `block` | attention, MLP and block, as their equations read |
-| `transformer` | embedding, positions, final norm and tied head, which both models share |
-| `stacked`, `looped` | the two models |
+| `language_model` | embedding, final norm and tied head, which all models share |
+| `transformer` | positions, which the two transformers share |
+| `stacked`, `looped`, `gru` | the models |
+| `flops` | what passes and trainings cost, counted |
 | `halting` | tokens that stop early |
 | `kv_cache` | writing token by token |
 | `fused` | all that chooses kernels, or defers gradients, for blocks that it is known to equal |
@@ -21,12 +24,14 @@ from pallas_kernels import targets
 from spak_jax import tasks
 from spak_jax.config import Config
 from spak_jax.models.block import Block, BlockSettings
+from spak_jax.models.gru import GRU
 from spak_jax.models.looped import LoopLM
 from spak_jax.models.stacked import GPT
 from spak_jax.models.transformer import hidden_width
 
 __all__ = [
     "GPT",
+    "GRU",
     "Block",
     "BlockSettings",
     "LoopLM",
@@ -37,16 +42,17 @@ __all__ = [
     "parameter_count",
 ]
 
-KINDS = {"gpt": GPT, "loop": LoopLM}
+KINDS = {"gpt": GPT, "loop": LoopLM, "gru": GRU}
 
 
-def build(config: Config, key: jax.Array, attention: str | None = None) -> GPT | LoopLM:
+def build(config: Config, key: jax.Array, attention: str | None = None) -> GPT | LoopLM | GRU:
     """The model that a configuration describes, freshly initialised.
 
     Args:
       config: its section `model` is the architecture; its task has the vocabulary.
       key: PRNG key of the initial values.
-      attention: implementation, as `pallas_kernels.attention` takes it; None the fastest.
+      attention: implementation, as `pallas_kernels.attention` takes it; None the fastest. A GRU
+        has none.
     """
     architecture, vocabulary = config.model, len(tasks.of(config.data).vocabulary)
     dtype = compute_dtype(architecture.dtype)

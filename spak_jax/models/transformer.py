@@ -1,4 +1,4 @@
-"""What the stacked and the looped model share: embedding, positions, final norm and tied head."""
+"""What the stacked and the looped model share: positions, and blocks by their configuration."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spak_jax.models.block import BlockSettings, dropout, norm
+from spak_jax.models.block import BlockSettings, dropout
+from spak_jax.models.language_model import LanguageModel, Network
 from spak_jax.positions.base import PositionInputs, SchemeSettings
 from spak_jax.registry import BLOCKS, POSITIONS
 
 
-class Architecture(Protocol):
+class Architecture(Network, Protocol):
     """What a configuration (`spak_jax.config_sections.Architecture`) says of a model."""
 
-    width: int
     heads: int
     mlp: str
     hidden: int | None
@@ -22,10 +22,6 @@ class Architecture(Protocol):
     positions: str
     max_relative_distance: int
     window: bool
-    causal: bool
-    init_std: float
-    scale_embedding: bool
-    dropout: float
 
 
 class Embedded(NamedTuple):
@@ -40,8 +36,8 @@ class Embedded(NamedTuple):
     keys: jax.Array | None
 
 
-class Transformer(nnx.Module):
-    """Token embedding, position scheme, final norm and tied head.
+class Transformer(LanguageModel):
+    """A language model with a position scheme.
 
     Args:
       config: the architecture.
@@ -51,31 +47,9 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: Architecture, vocabulary: int, dtype: Any, rngs: nnx.Rngs):
-        self.embedding = nnx.Embed(
-            vocabulary,
-            config.width,
-            embedding_init=nnx.initializers.normal(config.init_std),
-            rngs=rngs,
-        )
-        self.final_norm = norm(config.width, dtype, rngs)
-        self.config = config
-        self.dropout = config.dropout
-        self.dtype = dtype
+        super().__init__(config, vocabulary, dtype, rngs)
         scheme = POSITIONS.get(config.positions)
         self.position_scheme = scheme(SchemeSettings(vocabulary, config.width), rngs=rngs)
-
-    def unembed(self, x: jax.Array) -> jax.Array:
-        """float32 logits `[..., vocabulary]` of a residual stream `[..., width]`."""
-        return jnp.einsum(
-            "...d,vd->...v",
-            self.final_norm(x),
-            self.unembedding(),
-            preferred_element_type=jnp.float32,
-        )
-
-    def unembedding(self) -> jax.Array:
-        """The token embedding, in the compute dtype: `[vocabulary, width]`."""
-        return self.embedding.embedding[...].astype(self.dtype)
 
     # Private methods are those of the package: `nnx.tabulate` shows a line for each public one.
 
@@ -92,10 +66,6 @@ class Transformer(nnx.Module):
             # The last of a block's keys is for what it leaves pending: the next one's first.
             keys = jnp.concatenate([rest[:-1], rest[1:, :1]], axis=1)
         return Embedded(dropout(x, self.dropout, first), position_inputs, keys)
-
-    def _embed_tokens(self, tokens):
-        x = self.embedding(tokens)
-        return x * self.config.width**0.5 if self.config.scale_embedding else x
 
     def _position_inputs(
         self, tokens, positions=None, position_ids=None, key=None, progress=None

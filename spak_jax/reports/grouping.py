@@ -20,6 +20,9 @@ IDENTITY = (
     "examples", "seed",
 )  # fmt: skip
 
+# The kind of model that knows positions by reading in order, by no scheme.
+RECURRENT = "gru"
+
 Item = TypeVar("Item")
 
 
@@ -166,7 +169,8 @@ def scheme_families(evaluated: Sequence[Evaluated]) -> list[tuple[str, list[Eval
       and depth of the model, so that the same model has the same label in every family, and what
       else it takes to tell those of one family apart.
     """
-    if len({line.first.config.model.positions for line in evaluated}) < 2:
+    models = [line.first.config.model for line in evaluated]
+    if len({model.positions for model in models if model.kind != RECURRENT}) < 2:
         return []
     families = []
     for lines in _grouped(evaluated, lambda line: _scheme(line.first)):
@@ -291,15 +295,19 @@ def _circumstances(results: Results) -> str:
 
 def _scheme(results: Results) -> dict[str, Any]:
     model = results.config.model
-    return {"positions": model.positions, "window": model.window}
+    # It has no scheme to choose, and stands for itself beside those of others.
+    positions = "recurrence" if model.kind == RECURRENT else model.positions
+    return {"positions": positions, "window": model.window}
 
 
 def _depth(results: Results) -> str:
-    """`GPT, 2 layers`, `LoopLM, 4 loops` or, with another number at test time, `..., at 8`."""
+    """`GPT, 2 layers`, `GRU, 1 layer`, `LoopLM, 4 loops` or, with another number at test time,
+    `..., at 8`."""
     model = results.config.model
-    kind, count, unit = (
-        ("GPT", model.layers, "layer") if model.loops is None else ("LoopLM", model.loops, "loop")
-    )
+    if model.loops is not None:
+        kind, count, unit = "LoopLM", model.loops, "loop"
+    else:
+        kind, count, unit = "GRU" if model.kind == RECURRENT else "GPT", model.layers, "layer"
     depth = kind if count is None else f"{kind}, {count} {unit}{'s' if count > 1 else ''}"
     return depth if results.loops == model.loops else f"{depth}, at {results.loops_label}"
 

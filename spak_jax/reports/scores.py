@@ -71,7 +71,7 @@ def warn_of_loops(architecture: Mapping[str, Any], loops: int) -> None:
 
 def _table(title: str, unit: str) -> Table:
     table = Table(title=f"{title}: whole answers right", title_justify="left")
-    for heading in (unit, "", "right", "95% interval", "problems", "mean loops"):
+    for heading in (unit, "", "right", "95% interval", "problems", "mean loops", "FLOP"):
         table.add_column(heading, justify="left" if not heading else "right")
     return table
 
@@ -87,4 +87,5 @@ def _add_row(table: Table, name: str, score: LengthScore) -> None:
         f"{score.low:.1%} - {score.high:.1%}",
         f"{score.correct:,} / {score.total:,}",
         f"{score.mean_loops:.1f}" if score.mean_loops else "",
+        f"{score.operations:.1e}" if score.operations else "",
     )

@@ -60,8 +60,9 @@ LATEX_START = [
 
 
 class Row(NamedTuple):
-    """A system: label, number of parameters, accuracies.
+    """A system: label, number of parameters, operations of its training, accuracies.
 
+    operations: of the longest of several seeds' trainings; None where the file does not say.
     columns: for each published column. published: the baseline's percent for each, all None where
     it has no such system. strict: by length. plain: wrong answers at all lengths. kinds: the same
     of problems of one kind, by kind. None where not scored.
@@ -69,6 +70,7 @@ class Row(NamedTuple):
 
     label: str
     parameters: int
+    operations: int | None
     columns: list[Estimate | None]
     published: Sequence[float | None]
     strict: dict[int, Estimate | None]
@@ -90,11 +92,13 @@ def markdown_table(evaluated: Sequence[Evaluated]) -> str:
     """
     rows, unit = table_rows(evaluated), length_unit(evaluated)
     columns = _columns(evaluated)
-    heading = ["System", "Parameters"]
+    # Files from before they were counted leave no column.
+    counted = any(row.operations for row in rows)
+    heading = ["System", "Parameters", *["Training FLOP"] * counted]
     heading += [name for column in columns for name in (f"{column} {unit}", "published")]
     table = [heading]
     for row in rows:
-        cells = [_escaped(row.label), f"{row.parameters:,}"]
+        cells = [_escaped(row.label), f"{row.parameters:,}", *[_operations(row)] * counted]
         for ours, published in zip(row.columns, row.published, strict=True):
             cells += [_combined(ours), _published(published)]
         table.append(cells)
@@ -120,17 +124,22 @@ def latex_table(evaluated: Sequence[Evaluated]) -> str:
     rows, unit = table_rows(evaluated), length_unit(evaluated)
     columns = _columns(evaluated)
     names = " & ".join(rf"\multicolumn{{2}}{{c}}{{{name.replace('-', '--')}}}" for name in columns)
-    rules = (rf"\cmidrule(lr){{{3 + 2 * i}-{4 + 2 * i}}}" for i in range(len(columns)))
-    heading = [rf" & & {names} \\", "".join(rules)] if columns else []
-    heading += [rf"system & parameters{' & ours & published' * len(columns)} \\"]
+    counted = any(row.operations for row in rows)
+    first = 3 + counted
+    rules = (rf"\cmidrule(lr){{{n}-{n + 1}}}" for n in range(first, first + 2 * len(columns), 2))
+    heading = [rf" & {'& ' * counted}& {names} \\", "".join(rules)] if columns else []
+    sizes = "parameters" + " & training FLOP" * counted
+    heading += [rf"system & {sizes}{' & ours & published' * len(columns)} \\"]
     body = []
     for row in rows:
-        cells = [_latex(row.label), f"{row.parameters:,}"]
+        cells = [_latex(row.label), f"{row.parameters:,}", *[_operations(row)] * counted]
         for ours, published in zip(row.columns, row.published, strict=True):
             cells += [_dashes(_mean(ours)), _dashes(_published(published))]
         small = [cell for ours in row.columns for cell in (_small(ours), "")]
-        body += [_latex_line(cells), *([_latex_line(["", "", *small])] if columns else [])]
-    lines = [*LATEX_START, *_tabular("lr" + "rr" * len(columns), heading, body)]
+        body.append(_latex_line(cells))
+        if columns:
+            body.append(_latex_line(["", "", *[""] * counted, *small]))
+    lines = [*LATEX_START, *_tabular("lr" + "r" * counted + "rr" * len(columns), heading, body)]
     if lengths := _scored_lengths(rows):
         heading = [_latex_line(["every input exactly", *(f"{n:,} {unit}" for n in lengths)])]
         body = []
@@ -166,6 +175,7 @@ def _row(line: Evaluated, columns: Sequence[str], kinds: Sequence[str]) -> Row:
     return Row(
         line.label + seed_note([len(line.results)]),
         first.parameters,
+        max((r.training_operations or 0 for r in line.results), default=0) or None,
         [line.in_column(column) for column in columns],
         PUBLISHED.get(key, [None] * len(columns)) if columns else [],
         {n: line.at_length(n) for n in STRICT_LENGTHS},
@@ -231,6 +241,10 @@ def _short_commit(commit: str | None) -> str:
         return "unknown"
     name, plus, changes = commit.partition("+")
     return f"{name[:12]}{plus}{changes}"
+
+
+def _operations(row: Row) -> str:
+    return "-" if row.operations is None else f"{row.operations:.1e}"
 
 
 def _mean(found: Estimate | None) -> str:

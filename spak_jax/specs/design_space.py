@@ -55,9 +55,13 @@ def declared_by(specification: Specification) -> Declared:
             if target not in TARGETS:
                 raise ExpressionError(f"kernels.{kernel}.{target}: of {', '.join(TARGETS)}")
             tiles_in(kernel, space)
+    case = training_attention(specification.config)
+    if case is None:
+        described = specification.model.described
+        raise ExpressionError(f"{specification.name} is {described}: it has no attention to tune")
     return Declared(
         specification.name,
-        training_attention(specification.config),
+        case,
         spaces,
         _of_kernels(specification.invariant),
     )

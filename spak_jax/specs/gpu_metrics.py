@@ -10,6 +10,7 @@ from pallas_kernels.tuning.cases import ATTENTION, Case
 from pallas_kernels.tuning.shapes import Shape
 from pallas_kernels.tuning.stream_cases import OPERATIONS
 from spak_jax.config import Config
+from spak_jax.config_sections import Architecture
 from spak_jax.registry import POSITIONS
 from spak_jax.specs.language import ExpressionError, Impossible, Path, Unknown, Value, spelled
 
@@ -73,11 +74,17 @@ def of_kernels(reports: Iterable[Report], path: Path) -> Value:
     return max(values)
 
 
-def training_attention(config: Config) -> Case:
-    """Attention in a training step of a configuration on a GPU."""
+def training_dtype(config: Config) -> str:
+    """The dtype of products in a training step of a configuration on a GPU."""
+    return "float32" if config.model.dtype == "float32" else "bfloat16"
+
+
+def training_attention(config: Config) -> Case | None:
+    """Attention in a training step of a configuration on a GPU; None where its model has none."""
     architecture, data = config.model, config.data
+    if not isinstance(architecture, Architecture):
+        return None
     scheme = POSITIONS.get(architecture.positions)
-    dtype = "float32" if architecture.dtype == "float32" else "bfloat16"
     return Case(
         ATTENTION,
         Shape(
@@ -86,7 +93,7 @@ def training_attention(config: Config) -> Case:
             architecture.heads,
             architecture.width // architecture.heads,
         ),
-        dtype,
+        training_dtype(config),
         rope=scheme.rotates,
         rate=architecture.dropout,
         clip=architecture.max_relative_distance if scheme.has_ids else None,

@@ -7,7 +7,7 @@
 | `data.sampled_lengths` | the lengths met in a million problems drawn for training |
 | `system.zero_shot` | the lengths it is to add without having seen them |
 | `parameters` | weights, counted without making any |
-| `operations.step`, `operations.training` | floating-point operations of one seed's products |
+| `operations.step`, `operations.training` | one seed's floating-point operations (`models.flops`) |
 | `format.training`, `format.scoring` | one problem as training and as scoring write it |
 | `halting.difference` | of logits, largest, of a plain run and one that may halt, as a share |
 | `compared["NAME"].METRIC` | the same of a specification in `system.compared_with` |
@@ -44,6 +44,7 @@ from spak_jax.config_files import referred_file
 from spak_jax.config_sections import Data, LoopedModel
 from spak_jax.data import sample_training, training_batch
 from spak_jax.evaluation.statistics import Estimate
+from spak_jax.models import flops
 from spak_jax.reports.grouping import Evaluated
 from spak_jax.specs import design_space, gpu_metrics, roofline
 from spak_jax.specs.gpu_metrics import training_attention
@@ -102,20 +103,21 @@ class Metrics:
             case ("parameters",):
                 return _parameters(self._config)
             case ("operations", "step"):
-                return roofline.operations_a_step(self._config)
+                return flops.operations_a_step(self._config)
             case ("operations", "training"):
-                return self._config.train.steps * roofline.operations_a_step(self._config)
+                return self._config.train.steps * flops.operations_a_step(self._config)
             case ("format", "training" | "scoring" as where):
                 self._take_time("both are written by `check`")
                 return _written(self._config)[where]
             case ("halting", "difference"):
                 self._take_time("the model is run by `check`")
-                if not isinstance(self._config.model, LoopedModel):
+                model = self._config.model
+                if not isinstance(model, LoopedModel):
                     raise ExpressionError(
-                        f"halting.difference: {self._config.name} is a stack of blocks, which never"
+                        f"halting.difference: {self._config.name} is {model.described}, which never"
                         " halts"
                     )
-                return _halting_difference(self._config.model, self._config.data)
+                return _halting_difference(model, self._config.data)
             case ("compared", other, *rest) if rest:
                 return self._compared(other)(tuple(rest))
             case ("target", *_):
@@ -206,17 +208,20 @@ def kernel_cases(specification: Specification, target: str, name: str) -> list[C
     """What a kernel's name in an invariant means for a specification: what is compiled for it.
 
     The tiles are those that the kernels take on the target; where the specification declares a
-    design space that they do not lie in, its smallest tile as well.
+    design space that they do not lie in, its smallest tile as well. None are where a model has no
+    attention.
 
     Raises:
       ExpressionError: a design space has other settings than its kernel.
     """
     config, name = specification.config, current_name(name)
-    case = training_attention(config)
     if name in OPERATIONS:
         tokens = config.train.batch * config.data.row_length
         shape = StreamShape(tokens, config.model.width)
-        return [Case(name, shape, case.dtype, rate=DROPOUT)]
+        return [Case(name, shape, gpu_metrics.training_dtype(config), rate=DROPOUT)]
+    case = training_attention(config)
+    if case is None:
+        return []
     cases, spaces = [case], design_space.spaces_of(specification)
     for kernel in gpu_metrics.KERNELS[name]:
         space = spaces.get(kernel, {}).get(target)

@@ -86,6 +86,8 @@ def _claims(specification: Specification, claims: Iterable[Finding]) -> Iterator
 
 def _kernels(specification: Specification, targets: Sequence[str]) -> Iterator[tuple[str, ...]]:
     case, spaces = training_attention(specification.config), spaces_of(specification)
+    if case is None:
+        return
     for target in targets:
         declared = [kernel for kernel, by_target in spaces.items() if target in by_target]
         for kernel in dict.fromkeys((*case.kernels(target), *declared)):

@@ -76,7 +76,7 @@ def optimizer(train: Train) -> optax.GradientTransformation:
 
 
 def loss(
-    network: models.GPT | models.LoopLM,
+    network: models.GPT | models.LoopLM | models.GRU,
     batch: Batch,
     task: Task,
     key: jax.Array | None,

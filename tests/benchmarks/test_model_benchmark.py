@@ -15,7 +15,7 @@ from spak_jax import models
 from spak_jax.command_line import InputError
 from spak_jax.config import parse_config, read_config
 from spak_jax.data import training_batch
-from spak_jax.specs import roofline
+from spak_jax.models import flops
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training.named_arrays import named_arrays
 from spak_jax.training.step import initial_state, loss
@@ -111,7 +111,7 @@ def test_operations_of_a_step(name):
     """Six for each weight of a block, loop and token, and a few percent."""
     config = read_config(ROOT / "configs" / f"{name}.toml", [])
     of_weights = 6 * (128 * 64) * 12 * 786_432
-    assert of_weights * 1.02 < roofline.operations_a_step(config) < of_weights * 1.05
+    assert of_weights * 1.02 < flops.operations_a_step(config) < of_weights * 1.05
 
 
 @pytest.mark.parametrize("kind", ["loop", "gpt"])

@@ -57,7 +57,7 @@ def test_what_cannot_be_traced_is_refused(half_trained):
     values = tiny_config().model_dump(mode="json")
     values["model"] = {"kind": "gpt", "layers": 2, "width": 16, "heads": 2}
     stacked = trained._replace(config=parse_config(values, "test"))
-    with pytest.raises(InputError, match="tiny is a stack of blocks"):
+    with pytest.raises(InputError, match="tiny is a stack of 2 blocks"):
         trace(stacked, ("1", "2"), None)
 
 
