@@ -169,8 +169,8 @@ class GRUModel(Network):
 
     kind: Literal["gru"]
     layers: Positive = 1
-    # What it knows of where tokens are: their order, in which it reads them.
-    positions: ClassVar[str] = "order"
+    # It is told nothing of where tokens are: it reads them in order.
+    positions: ClassVar[str] = "none"
 
     @property
     def described(self) -> str:

@@ -15,6 +15,7 @@ from spak_jax.evaluation.forward import require_looped
 from spak_jax.models import flops
 from spak_jax.models.gru import NEWLINE
 from spak_jax.registry import TASKS
+from spak_jax.training import runs
 
 IN_PLACE = {
     "task": "parity", "answers": "in-place", "max_length": 6, "bridge_fraction": 0.0,
@@ -79,6 +80,15 @@ def test_logits_and_losses_are_those_of_the_equations(causal):
 
 def test_every_task_ends_with_the_newline_that_the_gru_knows():
     assert {TASKS.get(name)("symbol-by-symbol").end for name in TASKS.names()} == {NEWLINE}
+
+
+def test_a_longer_training_goes_on_where_a_shorter_one_ended():
+    """What a longer one changes is asked of the position scheme, of which a GRU has none."""
+    config = gru_config()
+    longer = config.model_copy(
+        update={"train": config.train.model_copy(update={"steps": 2 * config.train.steps})}
+    )
+    assert runs._difference(config, longer, config.train.steps) is None
 
 
 def test_what_is_not_for_a_gru_is_refused():
