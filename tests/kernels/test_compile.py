@@ -13,6 +13,7 @@ from conftest import ROOT, assert_refused, run_program
 from jax import export
 
 from pallas_kernels import programs, targets, tiles
+from pallas_kernels.compile import ALL_KERNELS
 from pallas_kernels.tuning import aot, stream_cases
 from pallas_kernels.tuning.cases import (
     ATTENTION,
@@ -46,32 +47,45 @@ NO_PRODUCT = tuple(
     for name in stream_cases.OPERATIONS[operation]
 )
 TRITON = "__gpu$xla.gpu.triton"
-# For which all kernels are compiled, not lowered alone.
+# For which kernels are compiled, not lowered alone.
 COMPILED = "rtx5070"
 # Keys and values of two stages alone fill more shared memory than an RTX 5070 has.
 TOO_LARGE = {"block_q": 64, "block_k": 256, "num_warps": 8, "num_stages": 3}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_all_kernels_compile_and_fit(tmp_path):
-    file = tmp_path / "kernels.json"
+    """Those of every shape, which takes two minutes of a core: `.ci/run` asks for it."""
+    kernels = _compiled_by_the_command(tmp_path)
+    expected = {(name, str(c.shape)) for c in standard_cases() for name in c.kernels(COMPILED)}
+    assert {(kernel["kernel"], kernel["shape"]) for kernel in kernels} == expected
+
+
+@needs_compiler
+def test_the_command_compiles_what_it_is_asked_for(tmp_path):
+    kernels = _compiled_by_the_command(tmp_path, "--kernel", "gelu_forward", "--kernel", "matmul")
+    of_both = {"gelu_forward", "gelu_backward", "matmul", "weight_grads"}
+    assert {kernel["kernel"] for kernel in kernels} == of_both
+
+
+def _compiled_by_the_command(folder, *words):
+    file = folder / "kernels.json"
     # In its own process: what its workers send back must be of the module that they have imported.
-    words = ("--target", COMPILED, "--json", file)
+    words = ("--target", COMPILED, "--json", file, *words)
     result = run_program("pallas_kernels.compile", *words, env=os.environ)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 with a problem" in result.stdout
     kernels = json.loads(file.read_text())["kernels"]
     _assert_fit(kernels, COMPILED)
-    streams = {(kernel["kernel"], kernel["shape"]) for kernel in kernels}
-    others = stream_standard_cases() + looped_standard_cases()
-    for case in others:
-        assert {(name, str(case.shape)) for name in case.kernels(COMPILED)} <= streams
-    names = {name for case in others for name in case.kernels(COMPILED)}
-    compiled = {
-        (kernel["kernel"], *_sizes(kernel["shape"]))
-        for kernel in kernels
-        if kernel["kernel"] not in names
-    }
+    return kernels
+
+
+def test_there_are_kernels_for_every_shape():
+    """All that is trained or scored, by the kernels of one row or of many."""
+    cases = standard_cases()
+    attending = [case for case in cases if case.operation == ATTENTION]
+    compiled = {(name, *_sizes(c.shape)) for c in attending for name in c.kernels(COMPILED)}
     forward = {tuple(sizes) for name, *sizes in compiled if name.endswith("forward")}
     trained, scored = TRAINING + LONG + WINDOWED_TRAINING, SCORING + WINDOWED_SCORING
     assert forward == {_sizes(shape) for shape in trained + scored}
@@ -79,6 +93,22 @@ def test_all_kernels_compile_and_fit(tmp_path):
         whole_row = ("fused_row_forward", *sizes) in compiled
         names = ("fused_row_backward",) if whole_row else ("flash_d_q", "flash_d_kv")
         assert {(name, *sizes) for name in names} <= compiled
+    others = stream_standard_cases() + looped_standard_cases()
+    assert set(map(repr, others)) == set(map(repr, cases)) - set(map(repr, attending))
+
+
+@needs_compiler
+def test_kernels_of_each_kind_compile_and_fit():
+    """The narrowest of each that are asked for the same, which compile the fastest."""
+    narrowest = {}
+    for case in sorted(standard_cases(), key=lambda case: case.shape[-1]):
+        key = case.kernels(COMPILED), case.asked() if case.operation == ATTENTION else case.dtype
+        narrowest.setdefault(key, case)
+    kinds = list(narrowest.values())
+    reports = aot.measure([COMPILED], kinds)
+    assert [report.kernel for report in reports] == [k for c in kinds for k in c.kernels(COMPILED)]
+    assert {report.kernel for report in reports} == set(ALL_KERNELS)
+    _assert_fit([report.as_json() for report in reports], COMPILED)
 
 
 @needs_compiler
