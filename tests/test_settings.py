@@ -36,10 +36,10 @@ SCHEMES = {"random-rope": {}, "learned": {"window": True, "clip": 2}, "coupled-e
 
 def config_of(scheme):
     return tiny_config(
-        model={"positions": scheme, **SCHEMES[scheme]},
-        data={"examples": 0, "layout": "single"},
-        train={"steps": 4, "checkpoint_every": 4},
-        evaluation={"lengths": [1, 3], "examples": 5},
+        model={"positions": scheme, "loops": 2, **SCHEMES[scheme]},
+        data={"examples": 0, "max_length": 2, "bridge_fraction": 0.0, "row_length": 12},
+        train={"steps": 3, "checkpoint_every": 3, "batch": 2},
+        evaluation={"lengths": [2], "examples": 5},
     )
 
 
