@@ -87,11 +87,13 @@ def _whose(registered: type[Any]) -> tuple[str, str]:
 TASKS = Registry(
     "task",
     "spak_jax.tasks",
-    tuple(f"spak_jax.tasks.{module}" for module in ("arithmetic", "parity", "groups")),
+    tuple(f"spak_jax.tasks.{module}" for module in ("arithmetic", "parity", "groups", "mazes")),
 )
 POSITIONS = Registry(
     "position scheme",
     "spak_jax.positions",
-    tuple(f"spak_jax.positions.{module}" for module in ("rope", "order", "coupled", "learned")),
+    tuple(
+        f"spak_jax.positions.{module}" for module in ("rope", "order", "coupled", "learned", "grid")
+    ),
 )
 BLOCKS = Registry("block", "spak_jax.blocks", ("spak_jax.models.block",))

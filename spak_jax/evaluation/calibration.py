@@ -105,7 +105,7 @@ class HaltingScorer:
 
     def batches(self, problems: Problems) -> list[Batch]:
         """Rows of problems, as many to a call as scoring takes; the last call is filled up."""
-        length = padded_length(problems.width, self._task)
+        length = padded_length(self._task.size_of(problems.width), self._task)
         problems, count = self._task.pad(problems, length), problems.count
         rows = min(rows_per_call(length), count)
         index = [np.minimum(np.arange(i, i + rows), count - 1) for i in range(0, count, rows)]

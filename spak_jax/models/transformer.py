@@ -62,7 +62,8 @@ class Transformer(nnx.Module):
         self.dropout = config.dropout
         self.dtype = dtype
         scheme = POSITIONS.get(config.positions)
-        self.position_scheme = scheme(SchemeSettings(vocabulary, config.width), rngs=rngs)
+        sizes = SchemeSettings(vocabulary, config.width, config.max_relative_distance)
+        self.position_scheme = scheme(sizes, rngs=rngs)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """float32 logits `[..., vocabulary]` of a residual stream `[..., width]`."""

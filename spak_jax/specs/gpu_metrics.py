@@ -78,6 +78,10 @@ def training_attention(config: Config) -> Case:
     architecture, data = config.model, config.data
     scheme = POSITIONS.get(architecture.positions)
     dtype = "float32" if architecture.dtype == "float32" else "bfloat16"
+    clip = architecture.max_relative_distance
+    entries = scheme.bias_entries(data.row_length, clip)
+    if entries is not None:
+        clip = len(entries) // 2 - 1
     return Case(
         ATTENTION,
         Shape(
@@ -89,7 +93,7 @@ def training_attention(config: Config) -> Case:
         dtype,
         rope=scheme.rotates,
         rate=architecture.dropout,
-        clip=architecture.max_relative_distance if scheme.has_ids else None,
+        clip=clip if scheme.has_ids else None,
     )
 
 

@@ -247,7 +247,7 @@ def _sampled_lengths(data: Data) -> tuple[int, ...]:
     @jax.jit
     def lengths():
         problems = sample_training(jax.random.key(data.seed), data, (SAMPLED,))
-        return problems.lengths
+        return tasks.of(data).size_of(problems.lengths)
 
     return tuple(np.unique(lengths()).tolist())
 
@@ -256,7 +256,7 @@ def _written(config: Config) -> dict[str, str]:
     """One problem as training and as scoring write it, up to its newline."""
     data, task = config.data, tasks.of(config.data)
     problems = task.sample_exact(jax_settings.key(0), min(data.longest, 6), 1)
-    length = task.text_length(problems.width)
+    length = task.text_length(task.size_of(problems.width))
     given = tasks.Problems(*map(jnp.asarray, problems))
     trained = training_batch(jax.random.key(0), data, 1, given)
     scored = task.batch(given, length)
