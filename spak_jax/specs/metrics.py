@@ -276,7 +276,8 @@ def _halting_difference(model: LoopedModel, data: Data) -> float:
     What one path leaves out it leaves out of any loop, and of any weights: but the first ones are
     so small that little depends on positions yet.
     """
-    few = {"dtype": "float32", "loops": min(model.loops, HALTING_LOOPS)}
+    loops = min(model.loops, HALTING_LOOPS)
+    few = {"dtype": "float32", "loops": loops, "supervised_loops": None}
     config = Config(name="halting", system="halting", model=model.model_copy(update=few), data=data)
     task = tasks.of(data)
     problems = task.sample_exact(jax_settings.key(0), data.longest, 4)
