@@ -33,7 +33,7 @@ def sample_training(
       progress: share of the training that is done, which a curriculum goes by.
 
     Returns:
-      Problems with room for those of length `data.longest`.
+      Problems in arrays with room for those of length `data.longest`.
     """
     task = tasks.of(data)
     bridge_key, longest_key, *keys = jax.random.split(key, 2 + task.inputs)

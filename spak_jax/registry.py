@@ -3,8 +3,8 @@
 A class is registered under a name by the module that defines it, by a package of someone else's
 through an entry point, or from a notebook:
 
-    @TASKS.register("copying")
-    class Copying(Task): ...
+    @TASKS.register("caesar")
+    class Caesar(Task): ...
 """
 
 import difflib
@@ -87,7 +87,20 @@ def _whose(registered: type[Any]) -> tuple[str, str]:
 TASKS = Registry(
     "task",
     "spak_jax.tasks",
-    tuple(f"spak_jax.tasks.{module}" for module in ("arithmetic", "parity", "groups", "mazes")),
+    tuple(
+        f"spak_jax.tasks.{module}"
+        for module in (
+            "arithmetic",
+            "multiplication",
+            "parity",
+            "groups",
+            "copying",
+            "reversing",
+            "sorting",
+            "hops",
+            "mazes",
+        )
+    ),
 )
 POSITIONS = Registry(
     "position scheme",

@@ -103,6 +103,7 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     ),
     "python -m spak_jax.grid runs/parity --lengths 8,16,32,64 --loops 8,16,32,64,128"
     " --examples 200": Ends(WRITES, ("runs/parity/grid/reach.png",)),
+    "python -m spak_jax.reproduce --study depth": Lives(STEPS),
     r"printf '123+456\n99+1=100\n' | python -m spak_jax.evaluate runs/loop12 --problems -": Ends(
         "whole answers right"
     ),
@@ -112,10 +113,10 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     'python -m spak_jax.trace runs/quickstart "99999999999999+1"': Ends(WRITES),
     "python -m benchmarks.race": Lives(STEPS),
     # From Python.
-    "python examples/copying.py train quickstart data.task=copying name=copying": Ends(
-        "3,000 of 3,000 steps", ("runs/copying/results.json",)
+    "python examples/caesar.py train quickstart data.task=caesar name=caesar": Ends(
+        "3,000 of 3,000 steps", ("runs/caesar/results.json",)
     ),
-    "python examples/copying.py solve runs/copying abcdefghabcdefgh": Ends("abcdefghabcdefgh"),
+    "python examples/caesar.py solve runs/caesar abcdefghabcdefgh": Ends("defghabcdefghabc"),
     "python -m spak_jax.figures loop12.json loop12-at-24.json": Ends(
         WRITES,
         given={

@@ -131,7 +131,10 @@ def _made_by(path: Path, config: Config, step: int | None, settings: Settings) -
     difference = first_difference(stored, config)
     pairs = {
         "step": (results.step, step or config.train.steps),
-        "loops": (results.loops, settings.loops or getattr(config.model, "loops", None)),
+        "loops": (
+            results.loops_label,
+            str(settings.loops or getattr(config.model, "loops", None) or ""),
+        ),
         "examples": (results.examples, settings.examples),
         "seed": (results.seed, settings.seed),
         "lengths": ([*map(int, results.lengths)], [*settings.lengths]),

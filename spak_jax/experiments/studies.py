@@ -8,22 +8,26 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from spak_jax.command_line import InputError
 from spak_jax.config import Config, leaves, parse_config, read_config
 from spak_jax.config_files import specification_file
 from spak_jax.config_sections import Architecture
+from spak_jax.evaluation.loops import Loops
 from spak_jax.registry import TASKS
 
 
 class Scoring(NamedTuple):
     """When a training's models are scored, and at how many loops; None for its end, and its own.
 
-    kinds: whether on each of the task's hard problems too (`Task.kinds`). examples: problems a
-    length at most; None for those of the configuration's evaluation.
+    loops: `Loops` for so many times each problem's length. kinds: whether on each of the task's
+    hard problems too (`Task.kinds`). examples: problems a length at most; None for those of the
+    configuration's evaluation.
     """
 
     step: int | None = None
-    loops: int | None = None
+    loops: int | Loops | None = None
     kinds: bool = False
     examples: int | None = None
 
@@ -204,6 +208,29 @@ def ideas(overrides: Sequence[str]) -> list[Experiment]:
     return experiments
 
 
+# Of the study of depth, by configuration: the lengths that are scored, and the loops that a problem
+# is given for each of its symbols, with a few more for all.
+DEPTH = {
+    "parity": ((4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), Loops(16, 2.0)),
+    "s3": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 3.0)),
+    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 2.0)),
+}
+
+
+def depth(overrides: Sequence[str]) -> list[Experiment]:
+    """Answers in one pass, where loops alone carry information along: with loops that grow with a
+    problem, and how far each number of them reaches."""
+    experiments = []
+    for name, (lengths, grown) in DEPTH.items():
+        config = _config(name, overrides, sizes=_scored_at(lengths, 10_000))
+        # Doubled until they are as many as the longest problem is given.
+        most = int(grown.of(np.array(config.evaluation.lengths)).max())
+        factors = [2**n for n in range((most // config.model.loops).bit_length())]
+        rows = (each._replace(examples=1_000) for each in _at_other_loops(config, factors))
+        experiments.append(Experiment(config, (Scoring(loops=grown, kinds=True), *rows)))
+    return experiments
+
+
 STUDIES: dict[str, Callable[[Sequence[str]], list[Experiment]]] = {
     "table-256": functools.partial(table, 256),
     "table-768": functools.partial(table, 768),
@@ -212,6 +239,7 @@ STUDIES: dict[str, Callable[[Sequence[str]], list[Experiment]]] = {
     "tasks": tasks,
     "ablation": ablation,
     "ideas": ideas,
+    "depth": depth,
 }
 # Trainings of each system, unless it is asked for other numbers of them.
 SEEDS = {"table-768": 1, "ablation": 3, "ideas": 3}

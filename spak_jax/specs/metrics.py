@@ -242,12 +242,12 @@ def _parameters(config: Config) -> int:
 
 @functools.cache
 def _sampled_lengths(data: Data) -> tuple[int, ...]:
-    """Lengths of operands in a million problems drawn for training."""
+    """Sizes of a million problems drawn for training."""
 
     @jax.jit
     def lengths():
         problems = sample_training(jax.random.key(data.seed), data, (SAMPLED,))
-        return tasks.of(data).size_of(problems.lengths)
+        return tasks.of(data).lengths(problems)
 
     return tuple(np.unique(lengths()).tolist())
 
@@ -255,8 +255,8 @@ def _sampled_lengths(data: Data) -> tuple[int, ...]:
 def _written(config: Config) -> dict[str, str]:
     """One problem as training and as scoring write it, up to its newline."""
     data, task = config.data, tasks.of(config.data)
-    problems = task.sample_exact(jax_settings.key(0), min(data.longest, 6), 1)
-    length = task.text_length(task.size_of(problems.width))
+    size = min(data.longest, 6)
+    problems, length = task.sample_exact(jax_settings.key(0), size, 1), task.text_length(size)
     given = tasks.Problems(*map(jnp.asarray, problems))
     trained = training_batch(jax.random.key(0), data, 1, given)
     scored = task.batch(given, length)

@@ -13,16 +13,16 @@ import numpy as np
 
 from spak_jax import baseline
 from spak_jax.registry import TASKS
-from spak_jax.tasks.base import Problems, Task, Written, uniform_symbols
+from spak_jax.tasks.base import Problems
+from spak_jax.tasks.numbers import Numbers, significant
+from spak_jax.tasks.places import over_places
 
 
-class Arithmetic(Task):
+class Arithmetic(Numbers):
     """A number, and others that are added to it or taken from it."""
 
-    symbols = "0123456789"
-    inputs = 2
     operator = "+"
-    unit = "digits"
+    depth_unit = "places that a carry is handed on"
     # Of what the first number is changed by each of the others.
     sign = 1
     published_columns = baseline.COLUMNS
@@ -50,50 +50,23 @@ class Arithmetic(Task):
         return {"carries": self.carries(problems)}
 
     def carries(self, problems: Problems):
-        """The number of places that carry into the next, or borrow from it, int32 `[...]`.
+        """The number of places that carry into the next, or borrow from it, int32 `[...]`."""
+        carried, _ = self._carried(problems)
+        return (carried != 0).sum(-1, dtype=np.int32)
 
-        Place by place: on arrays of the host nothing is compiled.
+    def depths(self, problems: Problems):
+        """The places that the farthest carry, or borrow, has been handed on, int32 `[...]`.
+
+        A place that carries by its own digits alone hands its carry on by one place, into the next.
+        One that carries as it does only because of what comes in, as digits that sum to nine do,
+        hands on what came by one more. Without carries it is 0; of 99...9 + 1, with n digits, n.
+
+        In other words, the rounds of a ripple-carry adder: if nothing is carried at first, and in
+        every round each place carries what its digits and the round before make it carry, this is
+        the first round after which all is right.
         """
-        places = self._places(problems)
-        carry, count = 0, np.int32(0)
-        for place in range(places.shape[-1]):
-            carry = (places[..., place] + carry) // 10
-            count = count + (carry != 0).astype(np.int32)
-        return count
-
-    def sample_input(self, key: jax.Array, at_most: jax.Array, width: int):
-        """A number of at most `at_most` digits: first a length, uniform, then a number, uniform.
-
-        Uniform digits make a uniform number; its length is without leading zeros.
-        """
-        number, _ = super().sample_input(key, at_most, width)
-        return number, significant(number)
-
-    def exact_input(self, key: jax.Array, length: int, count: int) -> np.ndarray:
-        rest_key, first_key = jax.random.split(key)
-        rest = uniform_symbols(rest_key, 0, 10, (count, length - 1))
-        first = uniform_symbols(first_key, 0 if length == 1 else 1, 10, (count, 1))
-        return np.concatenate([rest, first], axis=1)
-
-    def position_ids(self, tokens: jax.Array) -> jax.Array:
-        """Ids that tell which digits belong together: those of equal significance share one, of
-        operands and answer alike, 2, 3, 4 ... from the least; `=`, which chooses the first digit of
-        the answer, has 1, as each digit has one less than the next. The operator and newlines have
-        none, 0.
-        """
-        return self.aligned_ids(tokens)
-
-    def in_written_order(self, sequence: Written) -> Written:
-        return sequence[::-1]
-
-    @property
-    def example(self) -> tuple[str, ...]:
-        return ("456", "123", "789")[: self.inputs]
-
-    def check(self, problem: tuple[str, ...]) -> None:
-        for number in problem:
-            if len(number) > 1 and number[0] == "0":
-                raise ValueError(f"{number} has a leading zero: the models never write one")
+        _, handed_on = self._carried(problems)
+        return handed_on.max(-1)
 
     def count_carries(self, problem: Sequence[str]) -> int:
         """How many places carry into the next, or borrow from it: the twin of `carries`."""
@@ -111,6 +84,23 @@ class Arithmetic(Task):
         """Of each place the operands' digits added up, or subtracted: int32 `[..., width]`."""
         signs = np.array([1] + [self.sign] * (self.inputs - 1), np.int32)
         return (problems.inputs.astype(np.int32) * signs[:, None]).sum(-2, dtype=np.int32)
+
+    def _carried(self, problems: Problems):
+        """What each place carries into the next, and how many places that has been handed on:
+        int32 `[..., width]` each, of arrays of the device or of the host."""
+        places = self._places(problems)
+
+        def step(xp, state, place):
+            alone_before, carry, handed_on = state
+            alone, total = place // 10, (place + carry) // 10
+            # Places change what comes in by one at most: it was there in the second round, if what
+            # the place before carries alone made it so, or came as late as the last of that.
+            handed_on = xp.where(total == (place + alone_before) // 10, 2, handed_on + 1)
+            handed_on = xp.where(total == alone, total != 0, handed_on)
+            return (alone, total, handed_on), (total, handed_on)
+
+        none = places[..., 0] * 0
+        return over_places(step, (none, none, none), places)[1]
 
     def _places_and_carries(self, problems: Problems):
         """`_places`, and what each carries into the next: int32 `[..., width]`."""
@@ -203,9 +193,3 @@ class Subtraction(Arithmetic):
             raise ValueError(
                 f"{self.format(problem)}: the first number must not be the smaller one"
             )
-
-
-def significant(number: jax.Array) -> jax.Array:
-    """Digits of numbers `[..., digits]` without leading zeros, at least 1: int32 `[...]`."""
-    place = jnp.arange(1, number.shape[-1] + 1)
-    return jnp.maximum(1, jnp.where(number > 0, place, 0).max(-1)).astype(jnp.int32)

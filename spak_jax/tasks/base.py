@@ -15,15 +15,15 @@ where the input starts: without it nothing would tell the places of `1111` apart
 A task of one's own says which symbols there are and what the answer is, on arrays and in plain
 Python; everything else has a default that it may replace:
 
-    @TASKS.register("copying")
-    class Copying(Task):
+    @TASKS.register("caesar")
+    class Caesar(Task):
         symbols = "abcdefgh"
 
         def answers(self, problems):
-            return problems.inputs[..., 0, :], problems.lengths[..., 0]
+            return (problems.inputs[..., 0, :] + 3) % 8, problems.lengths[..., 0]
 
         def solve(self, problem):
-            return problem[0]
+            return problem[0].translate(str.maketrans("abcdefgh", "defghabc"))
 """
 
 import abc
@@ -183,6 +183,19 @@ class Task(abc.ABC):
     def measures(self, problems: Problems) -> dict[str, jax.Array]:
         """What else scores are grouped by, each int32 `[...]`, by name."""
         return {}
+
+    @property
+    def depth_unit(self) -> str:
+        """What depths count, for messages, tables and figures."""
+        return self.unit
+
+    def depths(self, problems: Problems) -> jax.Array:
+        """The depth that each problem needs, int32 `[...]`, of arrays of the device or of the host:
+        how many steps a model takes, at least, that passes information on by one place a step.
+
+        As a rule `lengths`: the answer's last symbol hangs on the first one of the problem.
+        """
+        return self.lengths(problems)
 
     def text_length(self, length: int) -> int:
         """Tokens that the longest problem of a length takes, its newline included."""
@@ -403,7 +416,7 @@ class Task(abc.ABC):
 
         Args:
           text: what was written.
-          longest: length that a problem may have.
+          longest: the length that the problem may have.
 
         Raises:
           ValueError: saying what is wrong with the text.
@@ -415,10 +428,8 @@ class Task(abc.ABC):
             shown = text if len(text) <= 40 else text[:37] + "..."
             raise ValueError(f"{shown!r} is not a problem such as {self.format(self.example)}")
         inputs = tuple(match[1].split(self.operator)) if self.operator else (match[1],)
-        for each in inputs:
-            size = self.size_of(len(each))
-            if size > longest:
-                raise ValueError(f"an input of {size} {self.unit}: at most {longest}")
+        if self.length(inputs) > longest:
+            raise ValueError(f"a problem of {self.length(inputs)} {self.unit}: at most {longest}")
         self.check(inputs)
         right = self.solve(inputs)
         if match[2] is not None and match[2] != right:

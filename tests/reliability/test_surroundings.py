@@ -7,9 +7,10 @@ import random
 import pytest
 from conftest import assert_refused, run_program
 
-from reliability import surroundings
+from reliability import attempts, programs, surroundings
+from reliability.attempts import Surroundings
 from reliability.faults import Broken, NotTried
-from reliability.surroundings import Program, Surroundings
+from reliability.programs import Program
 from spak_jax.command_line import InputError
 
 # Of every kind one trial that was once broken, or is the hardest.
@@ -26,9 +27,9 @@ SAMPLE = [
 @pytest.mark.slow
 def test_a_sample_keeps_its_promises(tmp_path):
     tmp_path.chmod(0o711)
-    prepared = surroundings.prepare(tmp_path, ("train",))
+    prepared = attempts.prepare(tmp_path, ("train",))
     for i, (program, place) in enumerate(SAMPLE):
-        outcome, _ = surroundings.attempt(program, place, tmp_path / str(i), prepared)
+        outcome, _ = attempts.attempt(program, place, tmp_path / str(i), prepared)
         expected = {"no GPU": "refused, nothing lost", "nobody reads": "ended unheard"}
         assert outcome in ("did its work", expected.get(place.description))
     assert not [path for path in tmp_path.iterdir() if path.name.isdecimal()]
@@ -45,20 +46,20 @@ def read(files, said):
 @pytest.fixture
 def tried(tmp_path, monkeypatch):
     """Tries a program that is given as text."""
-    given = surroundings.Files(tmp_path / "prepared", "files")
+    given = programs.Files(tmp_path / "prepared", "files")
     given.trained.mkdir(parents=True)
     (given.trained / "kept").write_text("kept")
     given.config.write_text("name = 1")
     program = Program(lambda files: ["odd", files.new], read)
-    monkeypatch.setitem(surroundings.PROGRAMS, "odd", program)
+    monkeypatch.setitem(programs.PROGRAMS, "odd", program)
 
     def attempt(text, made="made", **place):
         def arrange(files):
             (files.folder / "odd.py").write_text(text)
 
         where = Surroundings("odd", arrange=arrange, **place)
-        prepared = surroundings.Prepared(given.root, {"odd": [made, None]})
-        return surroundings.attempt("odd", where, tmp_path / "trial", prepared)
+        prepared = attempts.Prepared(given.root, {"odd": [made, None]})
+        return attempts.attempt("odd", where, tmp_path / "trial", prepared)
 
     return attempt
 
@@ -99,7 +100,7 @@ def test_what_a_program_makes_is_read_back(tried):
 )
 def test_a_broken_promise_is_found(tried, monkeypatch, text, place, said):
     if "sleep" in text:
-        monkeypatch.setattr(surroundings, "PATIENCE", 0.5)
+        monkeypatch.setattr(attempts, "PATIENCE", 0.5)
     with pytest.raises(Broken, match=said):
         tried(text, **place)
 
@@ -109,8 +110,8 @@ def test_every_kind_has_trials_of_every_program_it_names():
         drawn = [list(kind.trials(random.Random(0))) for _ in range(2)]
         plans = [[(place.description, tuple(some)) for place, some in trials] for trials in drawn]
         assert plans[0] == plans[1], f"{name} is not drawn anew the same"
-        programs = {program for _, some in plans[0] for program in some}
-        assert programs <= surroundings.PROGRAMS.keys() and len(plans[0]) > 3
+        named = {program for _, some in plans[0] for program in some}
+        assert named <= programs.PROGRAMS.keys() and len(plans[0]) > 3
         for place, _ in drawn[0]:
             parts = [os.fsencode(part) for part in place.name.split("/")]
             assert all(0 < len(part) <= 255 and b"\0" not in part for part in parts)

@@ -52,6 +52,7 @@ render = jax.jit(
     lambda problems, length, task: task.render(problems, length), static_argnums=(1, 2)
 )
 carries = jax.jit(lambda problems, task: task.carries(problems), static_argnums=1)
+depths = jax.jit(lambda problems, task: task.depths(problems), static_argnums=1)
 position_ids = jax.jit(lambda tokens, task: task.position_ids(tokens), static_argnums=1)
 
 
@@ -128,6 +129,47 @@ def test_count_carries_by_sums_of_digits(a, b):
     a, b = max(a, b), min(a, b)
     count = TASKS["subtraction"].count_carries(written(a, b))
     assert digit_sum(a - b) == digit_sum(a) - digit_sum(b) + 9 * count
+
+
+def ripple_rounds(task: Task, problem: tuple[str, ...]) -> int:
+    """Rounds until no carry changes, where all places carry at once what they know of."""
+    width = max(map(len, problem))
+    first, *others = ([int(digit) for digit in number.zfill(width)[::-1]] for number in problem)
+    sums = [a + task.sign * sum(more) for a, *more in zip(first, *others, strict=True)]
+    rounds, come_in, known = 0, [0] * (width + 1), []
+    while come_in != known:
+        rounds, known = rounds + 1, come_in
+        come_in = [0, *((s + c) // 10 for s, c in zip(sums, known[:-1], strict=True))]
+    return rounds - 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems_of_any_task)
+def test_depths_are_the_rounds_that_carries_take(drawn):
+    task, operands = drawn
+    problems = task.arrays(operands)
+    expected = [ripple_rounds(task, problem) for problem in operands]
+    assert depths(problems, task).tolist() == task.depths(problems).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "problem", "depth"),
+    [
+        ("addition", ("999", "1"), 3),
+        ("addition", ("999", "0"), 0),
+        ("addition", ("555", "555"), 1),
+        ("addition", ("945", "55"), 3),
+        ("subtraction", ("1000", "1"), 3),
+        ("subtraction", ("456", "123"), 0),
+        ("three-operands", ("99", "89", "21"), 2),
+        ("three-operands", ("9", "9", "9"), 1),
+        ("three-operands", ("995", "95", "10"), 2),
+        ("three-operands", ("995", "995", "10"), 3),
+    ],
+)
+def test_how_far_a_carry_is_handed_on(task, problem, depth):
+    problems = TASKS[task].arrays([problem])
+    assert TASKS[task].depths(problems).tolist() == [ripple_rounds(TASKS[task], problem)] == [depth]
 
 
 @settings(deadline=None, max_examples=60)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.data import sample_training
 from spak_jax.registry import TASKS, Registry
-from spak_jax.tasks import Task
+from spak_jax.tasks import Problems, Task
 
 with mock.patch("spak_jax.__main__.main"):
-    runpy.run_path(str(ROOT / "examples" / "copying.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "examples" / "caesar.py"), run_name="__main__")
 EVERY = [TASKS.get(name)() for name in TASKS.names()]
 # The longest problems here, and the most symbols of an input of one.
 LONGEST, MOST_SYMBOLS = 12, 60
@@ -40,6 +40,7 @@ one_pass_batch = jax.jit(
 )
 answers = jax.jit(lambda problems, task: task.answers(problems), static_argnums=1)
 written_lengths = jax.jit(lambda problems, task: task.written_lengths(problems), static_argnums=1)
+depths = jax.jit(lambda problems, task: task.depths(problems), static_argnums=1)
 
 
 def problems_of(task: Task, problems) -> list[tuple[str, ...]]:
@@ -77,6 +78,10 @@ def test_arrays_are_what_plain_python_says(task, seed):
         assert task.in_written_order(answer) == task.solve(problem)
     sizes = np.asarray(task.lengths(problems)).tolist()
     assert sizes == list(map(task.length, problems_of(task, problems)))
+    found = np.asarray(depths(problems, task))
+    assert found.dtype == np.int32 and task.depth_unit
+    host = task.depths(Problems(*map(np.asarray, problems)))
+    assert isinstance(host, np.ndarray) and host.tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
@@ -92,9 +97,8 @@ def test_what_people_write_is_read_back(task, seed):
             task.parse(f"{text}={task.solve(problem)}{task.symbols[0]}", width_of(task))
     arrays = task.arrays(problems)
     assert problems_of(task, arrays) == problems
-    width = arrays.width + 7
-    wide = task.pad(arrays, width)
-    assert problems_of(task, wide) == problems and wide.width == width
+    wide = task.pad(arrays, arrays.width + 7)
+    assert problems_of(task, wide) == problems and wide.width == arrays.width + 7
 
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
@@ -120,8 +124,7 @@ def test_texts_have_room_and_are_as_long_as_is_said(task):
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
 def test_training_shows_nothing_longer_than_configured(task):
-    row_length = task.row_length(6)
-    data = tiny_config(data={"task": task.name, "row_length": row_length}).data
+    data = tiny_config(data={"task": task.name, "row_length": task.row_length(6)}).data
     sizes = np.asarray(task.lengths(sample_training(jax.random.key(0), data, (2_000,))))
     assert sizes.max() == data.longest == 6 and sizes.min() == 1
 
