@@ -194,7 +194,7 @@ class Data(Section):
 
     # The name of a registered task (`spak_jax.tasks`).
     task: str = "addition"
-    # Inputs have at most so many symbols.
+    # Inputs have at most so many symbols, or what the task counts (`Task.unit`).
     max_length: Length = 4
     # With this chance a problem's inputs have at most 5 or 6 symbols instead, chosen evenly.
     bridge_fraction: Fraction = 0.3
@@ -341,6 +341,18 @@ class RunSections(Section):
             raise ValueError(
                 'model.causal = false needs data.answers = "one-pass" or "in-place": symbol by'
                 " symbol a model would see what it is to predict"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ids_are_those_of_the_scheme(self) -> Self:
+        scheme, task = POSITIONS.get(self.model.positions), TASKS.get(self.data.task)
+        if scheme.needs_position_ids and scheme.grid_ids != task.grid_ids:
+            kinds = {False: "of a line", True: "of a grid"}
+            raise ValueError(
+                f"model.positions = {self.model.positions!r} goes by position ids"
+                f" {kinds[scheme.grid_ids]}: those of data.task = {self.data.task!r} are"
+                f" {kinds[task.grid_ids]}"
             )
         return self
 

@@ -98,12 +98,15 @@ TASKS = Registry(
             "reversing",
             "sorting",
             "hops",
+            "mazes",
         )
     ),
 )
 POSITIONS = Registry(
     "position scheme",
     "spak_jax.positions",
-    tuple(f"spak_jax.positions.{module}" for module in ("rope", "order", "coupled", "learned")),
+    tuple(
+        f"spak_jax.positions.{module}" for module in ("rope", "order", "coupled", "learned", "grid")
+    ),
 )
 BLOCKS = Registry("block", "spak_jax.blocks", ("spak_jax.models.block",))

@@ -1,7 +1,8 @@
 """How a looped model comes to an answer: `python -m spak_jax.trace RUN PROBLEM [--out DIR]`.
 
 Draws, for one problem, where each loop looks from the tokens that write the answer, and how sure
-it is of each symbol after each loop; the numbers drawn are written beside the pictures.
+it is of each symbol after each loop; of a problem that is laid out in rows, as a maze is, the
+answer after some of the loops. The numbers drawn are written beside the pictures.
 """
 
 import argparse
@@ -45,12 +46,13 @@ def main() -> None:
     out = writable_folder(arguments.out or arguments.run / "trace")
     # Before the work, as the folder is.
     prepare_drawing()
+    from spak_jax.reports import raster_figure, trace_figure
     from spak_jax.reports.canvas import saved
     from spak_jax.reports.style import style
-    from spak_jax.reports.trace_figure import draw
 
     with progress("tracing"):
         traced = loaded.describe() | as_json(trace(loaded, problem, arguments.loops))
+    draw = raster_figure.draw if "raster" in traced else trace_figure.draw
     files = {"trace.json": json.dumps(traced) + "\n"}
     with style():
         files |= saved("trace", draw(traced))

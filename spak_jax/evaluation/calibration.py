@@ -108,7 +108,8 @@ class HaltingScorer:
     def batches(self, problems: Problems) -> list[tuple[Batch, tuple[jax.Array, ...]]]:
         """Rows of problems, as many to a call as scoring takes, the last call filled up; with
         `Loops` each with the int32 loops of its rows."""
-        length, sizes = padded_length(problems.width, self._task), self.sizes(problems)
+        length = padded_length(self._task.size_of(problems.width), self._task)
+        sizes = self.sizes(problems)
         problems, count = self._task.pad(problems, length), problems.count
         rows = min(rows_per_call(length), count)
         index = [np.minimum(np.arange(i, i + rows), count - 1) for i in range(0, count, rows)]

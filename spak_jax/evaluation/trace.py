@@ -11,6 +11,7 @@ from spak_jax import jax_settings, models
 from spak_jax.command_line import InputError
 from spak_jax.config_sections import LoopedModel
 from spak_jax.evaluation.loaded import LoadedModel
+from spak_jax.tasks.base import Raster
 
 # What a picture can show, a pixel or two a token.
 LONGEST_TEXT = 400
@@ -27,6 +28,7 @@ class Trace(NamedTuple):
     `[loops, length, vocabulary]`. attention: the weights of attention, float32
     `[loops, heads, length, length]`, keys last. confidence: the probability of the right symbol,
     float32 `[loops, length]`. chosen: what the places of `right` choose after the last loop.
+    chosen_by_loop: the same after each. raster: how the problem and `right` are laid out.
     """
 
     problem: str
@@ -37,6 +39,8 @@ class Trace(NamedTuple):
     attention: np.ndarray
     confidence: np.ndarray
     chosen: str
+    chosen_by_loop: tuple[str, ...] = ()
+    raster: Raster | None = None
 
 
 @jax_settings.fixed()
@@ -77,10 +81,11 @@ def trace(loaded: LoadedModel, problem: tuple[str, ...], loops: int | None = Non
         return logits[:, 0], attention[:, 0], right
 
     logits, attention, confidence = map(np.asarray, run(loaded.weights, batch))
-    right, chosen = batch.targets[0, choosing], logits[-1, choosing].argmax(-1)
+    right = task.decode(batch.targets[0, choosing])
+    chosen = tuple(map(task.decode, logits[:, choosing].argmax(-1)))
     return Trace(
-        task.format(problem), text, choosing.start, task.decode(right),
-        logits, attention, confidence, task.decode(chosen),
+        task.format(problem), text, choosing.start, right,
+        logits, attention, confidence, chosen[-1], chosen, task.raster(problem),
     )  # fmt: skip
 
 
@@ -89,10 +94,15 @@ def as_json(traced: Trace) -> dict[str, Any]:
 
     `problem`, `text`, `first`, `right`, `chosen`, `loops`; for each loop and each token that
     chooses a symbol of `right` `confidence`, and `looked`, the weights of attention over the text,
-    the mean over heads.
+    the mean over heads. Of a problem in rows there are `raster`, its columns and the colours of
+    symbols, and `chosen_by_loop` instead of `looked`.
     """
     choosing = slice(traced.first, traced.first + len(traced.right))
     rounded = lambda array: np.round(array.astype(float), DECIMALS).tolist()  # noqa: E731
+    if traced.raster is None:
+        shown = {"looked": rounded(traced.attention.mean(1)[:, choosing])}
+    else:
+        shown = {"raster": traced.raster._asdict(), "chosen_by_loop": list(traced.chosen_by_loop)}
     return {
         "problem": traced.problem,
         "loops": len(traced.logits),
@@ -101,5 +111,5 @@ def as_json(traced: Trace) -> dict[str, Any]:
         "right": traced.right,
         "chosen": traced.chosen,
         "confidence": rounded(traced.confidence[:, choosing]),
-        "looked": rounded(traced.attention.mean(1)[:, choosing]),
+        **shown,
     }

@@ -32,6 +32,8 @@ from spak_jax.registry import BLOCKS
 
 INIT_STD = 0.02
 EPSILON = 1e-5
+# A bias beside which the weight of a key is 0 in float32, while sums of scores stay finite.
+UNSEEN = -1e9
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Attention(nnx.Module):
             v,
             positions=position_inputs.rope_positions,
             ids=position_inputs.position_ids,
-            bias_table=self.biases,
+            bias_table=self._biases_of(position_inputs),
             window=self._window_of(position_inputs),
             dropout_rate=self.dropout,
             dropout_key=key,
@@ -157,7 +159,7 @@ class Attention(nnx.Module):
 
     def scoring(self, position_inputs: PositionInputs, head_dim: int) -> dict[str, Any]:
         """How `pallas_kernels.ops.attention.reference` is to score keys, positions apart."""
-        biases = self.biases
+        biases = self._biases_of(position_inputs)
         return {
             "bias_table": biases,
             "window": self._window_of(position_inputs),
@@ -165,12 +167,19 @@ class Attention(nnx.Module):
             "scale": head_dim**-0.5,
         }
 
-    @property
-    def biases(self) -> jax.Array | None:
-        return self.bias_table[...] if self.biased else None
+    def _biases_of(self, position_inputs: PositionInputs) -> jax.Array | None:
+        """The bias table, as `pallas_kernels.attention` takes it."""
+        if not self.biased:
+            return None
+        table, entries = self.bias_table[...], position_inputs.bias_entries
+        if entries is None:
+            return table
+        return jnp.where(entries < 0, 0.0 if self.window is None else UNSEEN, table[:, entries])
 
     def _window_of(self, position_inputs: PositionInputs) -> int | jax.Array | None:
         """As `pallas_kernels.attention` takes it."""
+        if position_inputs.bias_entries is not None:
+            return None
         slack = position_inputs.window_slack
         return self.window if self.window is None or slack is None else self.window + slack
 

@@ -345,7 +345,7 @@ def fused_forward(
         head=model.embedding.embedding[...],
         steps=model.step_embedding.embedding[...],
         mlp_value=kernel(block.mlp_value) if block.gated else None,
-        bias_table=block.biases,
+        bias_table=block._biases_of(position_inputs),
     )
     return looped_block(
         x,
@@ -355,7 +355,7 @@ def fused_forward(
         dtype=model.dtype,
         positions=position_inputs.rope_positions,
         ids=position_inputs.position_ids,
-        window=block.window,
+        window=block._window_of(position_inputs),
         thresholds=thresholds,
         rule=rule,
         inject_input=model.config.inject_input,

@@ -49,7 +49,8 @@ class Transformer(LanguageModel):
     def __init__(self, config: Architecture, vocabulary: int, dtype: Any, rngs: nnx.Rngs):
         super().__init__(config, vocabulary, dtype, rngs)
         scheme = POSITIONS.get(config.positions)
-        self.position_scheme = scheme(SchemeSettings(vocabulary, config.width), rngs=rngs)
+        sizes = SchemeSettings(vocabulary, config.width, config.max_relative_distance)
+        self.position_scheme = scheme(sizes, rngs=rngs)
 
     # Private methods are those of the package: `nnx.tabulate` shows a line for each public one.
 

@@ -12,6 +12,7 @@ learned bias is looked up by the difference of two tokens' ids, beyond which a w
 | coupled-rope | position ids of the task | |
 | coupled-embedding | | ; a learned embedding of the task's position ids is added to the tokens |
 | coupled-bias | | position ids of the task |
+| grid-bias | | position ids of the task that are those of a grid: steps between two cells |
 | learned | | position ids that the model learns itself (`learned.LearnedCounter`) |
 
 The position ids of a task come from what knows the task: they say which digits belong together. All

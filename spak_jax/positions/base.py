@@ -4,7 +4,19 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+# From an id of a grid to the one below it.
+GRID_ROW = 2**15
+
+
+def grid_ids(row, column):
+    """A task's position ids of cells of a grid, counted from 0: int32, at least 1.
+
+    Rows may be up to 65,535, columns up to 32,766.
+    """
+    return (row * GRID_ROW + column + 1).astype(jnp.int32)
 
 
 class PositionInputs(NamedTuple):
@@ -14,13 +26,15 @@ class PositionInputs(NamedTuple):
     position_ids: int32 `[batch, length]`, 0 for tokens without a place, which the bias and the
     window go by; in training they may be float32. window_slack: float32 scalar, by how much further
     than `model.max_relative_distance` the window reaches; in training alone. embedding: float32
-    `[batch, length, width]`, added to the embedded tokens.
+    `[batch, length, width]`, added to the embedded tokens. bias_entries: as of
+    `PositionScheme.bias_entries`, of which the window is then a matter.
     """
 
     rope_positions: jax.Array | None = None
     position_ids: jax.Array | None = None
     window_slack: jax.Array | None = None
     embedding: jax.Array | None = None
+    bias_entries: np.ndarray | None = None
 
 
 class SchemeSettings(NamedTuple):
@@ -28,6 +42,7 @@ class SchemeSettings(NamedTuple):
 
     vocabulary: int
     width: int
+    max_relative_distance: int = 1
 
 
 class PositionScheme(nnx.Module):
@@ -46,8 +61,9 @@ class PositionScheme(nnx.Module):
     rotates: ClassVar[bool] = False
     # Whether there are position ids, which each block learns biases of and a window can go by.
     has_ids: ClassVar[bool] = False
-    # Whether the position ids of the task are needed.
+    # Whether the position ids of the task are needed, and whether they must be those of a grid.
     needs_position_ids: ClassVar[bool] = False
+    grid_ids: ClassVar[bool] = False
     # The share of the training up to which inputs depend on the training's progress. Schemes with 0
     # are given none.
     anneals_until: ClassVar[float] = 0.0
@@ -88,3 +104,14 @@ class PositionScheme(nnx.Module):
         if not cls.has_ids:
             return None
         return jnp.zeros((heads, 2 * max_relative_distance + 2), jnp.float32)
+
+    @classmethod
+    def bias_entries(cls, length: int, max_relative_distance: int) -> np.ndarray | None:
+        """Which column of each block's bias table the differences of ids have their bias from, in
+        rows of `length` tokens; None where each has a column of its own.
+
+        Returns:
+          int32 `[2 * clip + 2]`, for differences from `-clip` to `clip` and keys without a place;
+          -1 for differences without a bias, which a window masks.
+        """
+        return None

@@ -85,6 +85,10 @@ def training_attention(config: Config) -> Case | None:
     if not isinstance(architecture, Architecture):
         return None
     scheme = POSITIONS.get(architecture.positions)
+    clip = architecture.max_relative_distance
+    entries = scheme.bias_entries(data.row_length, clip)
+    if entries is not None:
+        clip = len(entries) // 2 - 1
     return Case(
         ATTENTION,
         Shape(
@@ -96,7 +100,7 @@ def training_attention(config: Config) -> Case | None:
         training_dtype(config),
         rope=scheme.rotates,
         rate=architecture.dropout,
-        clip=architecture.max_relative_distance if scheme.has_ids else None,
+        clip=clip if scheme.has_ids else None,
     )
 
 

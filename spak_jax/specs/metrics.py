@@ -247,12 +247,12 @@ def _parameters(config: Config) -> int:
 
 @functools.cache
 def _sampled_lengths(data: Data) -> tuple[int, ...]:
-    """Lengths of operands in a million problems drawn for training."""
+    """Sizes of a million problems drawn for training."""
 
     @jax.jit
     def lengths():
         problems = sample_training(jax.random.key(data.seed), data, (SAMPLED,))
-        return problems.lengths
+        return tasks.of(data).lengths(problems)
 
     return tuple(np.unique(lengths()).tolist())
 
@@ -260,8 +260,8 @@ def _sampled_lengths(data: Data) -> tuple[int, ...]:
 def _written(config: Config) -> dict[str, str]:
     """One problem as training and as scoring write it, up to its newline."""
     data, task = config.data, tasks.of(config.data)
-    problems = task.sample_exact(jax_settings.key(0), min(data.longest, 6), 1)
-    length = task.text_length(problems.width)
+    size = min(data.longest, 6)
+    problems, length = task.sample_exact(jax_settings.key(0), size, 1), task.text_length(size)
     given = tasks.Problems(*map(jnp.asarray, problems))
     trained = training_batch(jax.random.key(0), data, 1, given)
     scored = task.batch(given, length)
@@ -281,7 +281,8 @@ def _halting_difference(model: LoopedModel, data: Data) -> float:
     What one path leaves out it leaves out of any loop, and of any weights: but the first ones are
     so small that little depends on positions yet.
     """
-    few = {"dtype": "float32", "loops": min(model.loops, HALTING_LOOPS)}
+    loops = min(model.loops, HALTING_LOOPS)
+    few = {"dtype": "float32", "loops": loops, "supervised_loops": None}
     config = Config(name="halting", system="halting", model=model.model_copy(update=few), data=data)
     task = tasks.of(data)
     problems = task.sample_exact(jax_settings.key(0), data.longest, 4)

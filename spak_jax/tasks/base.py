@@ -69,6 +69,17 @@ class Problems(NamedTuple):
         return self.inputs.shape[-1]
 
 
+class Raster(NamedTuple):
+    """Rows that a sequence of symbols is cut into for pictures.
+
+    columns: symbols of a row. colours: of symbols, as Matplotlib names them; a symbol without one
+    is as white as paper.
+    """
+
+    columns: int
+    colours: Mapping[str, str]
+
+
 class Batch(NamedTuple):
     """What a model reads and what it is to say: int32 tokens and targets, bool answer mask, all
     `[batch, length]`.
@@ -110,18 +121,22 @@ class Task(abc.ABC):
     unit: ClassVar[str] = "symbols"
     # Problems that chance leaves out, or that try one thing, by name: `sample_kind`.
     kinds: ClassVar[tuple[str, ...]] = ()
+    # Whether position ids are those of a grid, `positions.base.grid_ids`.
+    grid_ids: ClassVar[bool] = False
     # Columns of a published table, by name: lengths from and to, both included.
     published_columns: ClassVar[Mapping[str, tuple[int, int]]] = {}
 
     def __init__(self, answered: str = ANSWERS[0]):
         if answered not in ANSWERS:
             raise ValueError(f"answered = {answered!r}: one of {', '.join(ANSWERS)}")
-        if answered == "in-place" and (self.inputs > 1 or self.answer_length(7) != 7):
-            raise ValueError(
-                f"answered = 'in-place': {self.name} has {self.inputs} inputs of 7 {self.unit} and"
-                f" an answer of {self.answer_length(7)}, where one of each of the same length is"
-                " needed"
-            )
+        if answered == "in-place":
+            asked, answer = self.input_length(7), self.answer_length(7)
+            if self.inputs > 1 or asked != answer:
+                raise ValueError(
+                    f"answered = 'in-place': {self.name} has {self.inputs} inputs of {asked}"
+                    f" symbols and an answer of {answer}, where one of each of the same length is"
+                    " needed"
+                )
         self.answered = answered
 
     @property
@@ -148,13 +163,22 @@ class Task(abc.ABC):
 
     # ---- What a task may say otherwise: sizes. ----
 
-    def answer_length(self, length: int) -> int:
-        """Symbols of the longest answer to a problem of a length, an int or an array of them."""
+    def input_length(self, length: int) -> int:
+        """Symbols of an input of a problem of a length, an int or an array of them."""
         return length
 
+    def size_of(self, symbols: int) -> int:
+        """The length of a problem whose longest input has so many symbols, an int or an array of
+        them: the inverse of `input_length`."""
+        return symbols
+
+    def answer_length(self, length: int) -> int:
+        """Symbols of the longest answer to a problem of a length, an int or an array of them."""
+        return self.input_length(length)
+
     def lengths(self, problems: Problems) -> jax.Array:
-        """The size of each problem, int32 `[...]`: symbols of its longest input."""
-        return problems.lengths.max(-1)
+        """The size of each problem, int32 `[...]`."""
+        return self.size_of(problems.lengths.max(-1))
 
     def measures(self, problems: Problems) -> dict[str, jax.Array]:
         """What else scores are grouped by, each int32 `[...]`, by name."""
@@ -175,7 +199,7 @@ class Task(abc.ABC):
 
     def text_length(self, length: int) -> int:
         """Tokens that the longest problem of a length takes, its newline included."""
-        return self.inputs * length + self.inputs + 1 + self.answer_length(length)
+        return self.inputs * (self.input_length(length) + 1) + 1 + self.answer_length(length)
 
     @property
     def shortest_text(self) -> int:
@@ -189,8 +213,8 @@ class Task(abc.ABC):
 
         Args:
           keys: PRNG keys, one an input.
-          at_most: int32 `[...]`, the longest that each problem's inputs may be.
-          width: of the arrays, at least every `at_most`.
+          at_most: int32 `[...]`, the longest that each problem may be.
+          width: the length that the arrays have room for, at least every `at_most`.
         """
         return self._stack([self.sample_input(key, at_most, width) for key in keys])
 
@@ -216,7 +240,7 @@ class Task(abc.ABC):
         """One input of each problem, as `sample` draws it.
 
         Returns:
-          uint8 `[..., width]`, and int32 lengths `[...]`.
+          uint8 `[..., input_length(width)]`, and how many symbols count, int32 `[...]`.
         """
         length_key, symbol_key = jax.random.split(key)
         drawn = jax.random.randint(length_key, at_most.shape, 1, at_most + 1, dtype=jnp.int32)
@@ -348,7 +372,7 @@ class Task(abc.ABC):
     def filled_length(self, length: int) -> int:
         """Tokens of a row that holds the longest problem of a length and its answer: its text, or
         in place `=` and the input."""
-        return length + 1 if self.in_place else self.text_length(length)
+        return self.input_length(length) + 1 if self.in_place else self.text_length(length)
 
     def written_lengths(self, problems: Problems) -> jax.Array:
         """Tokens of each problem's text, int32 `[...]`."""
@@ -437,7 +461,12 @@ class Task(abc.ABC):
 
     def length(self, problem: Sequence[str]) -> int:
         """The size of one problem, as `lengths` gives it."""
-        return max(map(len, problem))
+        return self.size_of(max(map(len, problem)))
+
+    def raster(self, problem: Sequence[str]) -> Raster | None:
+        """How a problem of one input, and its answer, are laid out in rows for pictures; None where
+        they are a line."""
+        return None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text. Raises ValueError for a character outside the vocabulary."""

@@ -22,7 +22,8 @@ ADDITION = Addition()
 # What is compared must not be rounded to bfloat16.
 pytestmark = pytest.mark.usefixtures("exact_products")
 
-SCHEMES = POSITIONS.names()
+# Those that go by ids of a grid: `tests/positions/test_grid.py`.
+SCHEMES = [name for name in POSITIONS.names() if not POSITIONS.get(name).grid_ids]
 ROWS, LENGTH = 4, 20
 
 
