@@ -208,12 +208,16 @@ def ideas(overrides: Sequence[str]) -> list[Experiment]:
     return experiments
 
 
-# Of the study of depth, by configuration: the lengths that are scored, and the loops that a problem
-# is given for each of its symbols, with a few more for all.
+# Of the study of depth, by configuration: the lengths that are scored; the loops that a problem is
+# given for each of its symbols, with a few more for all; and what it is compared with there.
 DEPTH = {
-    "parity": ((4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), Loops(16, 2.0)),
-    "s3": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 3.0)),
-    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 2.0)),
+    "parity": (
+        (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+        Loops(16, 2.0),
+        ("parity-stack", "parity-stack-narrow", "parity-gru"),
+    ),
+    "s3": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 3.0), ()),
+    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 2.0), ()),
 }
 
 
@@ -221,13 +225,17 @@ def depth(overrides: Sequence[str]) -> list[Experiment]:
     """Answers in one pass, where loops alone carry information along: with loops that grow with a
     problem, and how far each number of them reaches."""
     experiments = []
-    for name, (lengths, grown) in DEPTH.items():
-        config = _config(name, overrides, sizes=_scored_at(lengths, 10_000))
+    for name, (lengths, grown, peers) in DEPTH.items():
+        scored = _scored_at(lengths, 10_000)
+        config = _config(name, overrides, sizes=scored)
         # Doubled until they are as many as the longest problem is given.
         most = int(grown.of(np.array(config.evaluation.lengths)).max())
         factors = [2**n for n in range((most // config.model.loops).bit_length())]
         rows = (each._replace(examples=1_000) for each in _at_other_loops(config, factors))
         experiments.append(Experiment(config, (Scoring(loops=grown, kinds=True), *rows)))
+        for peer in peers:
+            config = _config(peer, overrides, sizes=scored)
+            experiments.append(Experiment(config, (Scoring(kinds=True),)))
     return experiments
 
 
