@@ -7,6 +7,7 @@ from spak_jax.command_line import InputError, Table, console, progress, run_prog
 from spak_jax.config_sections import MAX_LENGTH, LoopedModel
 from spak_jax.evaluation.answers import solve
 from spak_jax.evaluation.loaded import load
+from spak_jax.evaluation.loops import asked_loops
 
 
 def main() -> None:
@@ -15,7 +16,12 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="such as 123+456")
+    parser.add_argument(
+        "--loops",
+        help="instead of the trained number, or so many times the length of each problem: 2x, 2x+8",
+    )
     arguments = parser.parse_intermixed_args()
+    loops = asked_loops(arguments.loops)
     loaded = load(arguments.run)
     task = loaded.task
     try:
@@ -23,11 +29,11 @@ def main() -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     with progress("answering"):
-        answers = solve(loaded, asked)
+        answers = solve(loaded, asked, loops)
     table = Table()
     headings = ["problem", "answer", ""]
     if isinstance(loaded.config.model, LoopedModel):
-        headings += [f"each symbol settled after, of {loaded.config.model.loops} loops"]
+        headings += [f"each symbol settled after, of {loops or loaded.config.model.loops} loops"]
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for problem, answer in zip(asked, answers, strict=True):

@@ -1,5 +1,6 @@
 """Answers that a model writes, and when each of their symbols was settled."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,27 +81,30 @@ def write_answers(
 
 
 @jax_settings.fixed()
-def solve(loaded: LoadedModel, asked: Sequence[tuple[str, ...]]) -> list[Answer]:
-    """`write_answers`, with all the loops of training.
+def solve(
+    loaded: LoadedModel, asked: Sequence[tuple[str, ...]], loops: int | Loops | None = None
+) -> list[Answer]:
+    """`write_answers` without halting.
 
     Args:
       loaded: the model.
       asked: the inputs of each problem.
+      loops: None for as many as in training; `Loops` in one pass.
 
     Returns:
       Answers with the loops after which each symbol was settled.
     """
     config, task = loaded.config, loaded.task
-    answers = write_answers(loaded, asked)
+    answers = write_answers(loaded, asked, loops)
     if not isinstance(config.model, LoopedModel):
         return [answer._replace(settled=[]) for answer in answers]
     definition, _ = models.abstract(config)
 
-    @jax.jit
-    def choices(weights, tokens):
+    @functools.partial(jax.jit, static_argnums=2)
+    def choices(weights, tokens, most: int):
         network = nnx.merge(definition, weights)
         logits, _ = network.forward_with_intermediates(
-            tokens, position_ids=task.position_ids(tokens)
+            tokens, loops=most, position_ids=task.position_ids(tokens)
         )
         return logits.argmax(-1).astype(jnp.int16)
 
@@ -113,15 +117,18 @@ def solve(loaded: LoadedModel, asked: Sequence[tuple[str, ...]]) -> list[Answer]
     if not task.one_pass:
         prompts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     sizes = np.array([task.length(problem) for problem in asked])
+    if not isinstance(loops, Loops):
+        loops = Loops(loops or config.model.loops)
+    own = loops.of(sizes)
     for chosen, filled, length in calls(sizes, task):
         rows = [task.encode(prompts[i].ljust(length, "\n")) for i in filled]
-        after_each = np.asarray(choices(loaded.weights, np.array(rows, np.int32)))
+        most = int(own[filled].max())
+        after_each = np.asarray(choices(loaded.weights, np.array(rows, np.int32), most))
         for row, i in enumerate(chosen):
             chosen_at = slice(starts[i] - shift, starts[i] - shift + len(texts[i]))
-            same = after_each[:, row, chosen_at] == np.array(task.encode(texts[i]))
-            loops = len(same)
+            same = after_each[: own[i], row, chosen_at] == np.array(task.encode(texts[i]))
             # The last loop that says otherwise, and one more; rounding may part the two passes.
-            otherwise = np.where(same, 0, np.arange(1, loops + 1)[:, None]).max(0, initial=0)
-            settled = np.minimum(otherwise + 1, loops).tolist()
+            otherwise = np.where(same, 0, np.arange(1, own[i] + 1)[:, None]).max(0, initial=0)
+            settled = np.minimum(otherwise + 1, own[i]).tolist()
             answers[i] = answers[i]._replace(settled=order(settled))
     return answers

@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_refused, run_program, tiny_config
 
 import spak_jax as spak
-from spak_jax.evaluation.answers import write_answers
+from spak_jax.evaluation.answers import solve, write_answers
 from spak_jax.evaluation.forward import Halting
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.loops import Loops
@@ -55,6 +55,14 @@ def test_answers_are_read_out_in_their_places(parity):
     assert run.solve([each for (each,) in asked]) == [answer.text for answer in answers]
     result = run_program("spak_jax.solve", parity, "1")
     assert result.returncode == 0 and "settled after, of 4 loops" in result.stdout, result.stderr
+    # Sequences of one padded length, each with loops of its own.
+    some = [("110",), ("10",)]
+    for answer, each in zip(solve(loaded, some, Loops(1, 2.0)), some, strict=True):
+        assert answer._replace(settled=None) == write_answers(loaded, [each], Loops(1, 2.0))[0]
+        assert answer.settled == solve(loaded, [each], 1 + 2 * len(each[0]))[0].settled
+    result = run_program("spak_jax.solve", parity, "110", "--loops", "2x+1")
+    assert result.returncode == 0 and "of 2x+1 loops" in result.stdout, result.stderr
+    assert_refused(run_program("spak_jax.solve", parity, "1", "--loops", "0"), "--loops 0")
     trace = run.trace("10")
     assert trace.text == "=10" and trace.first == 1 and trace.right == "11"
     assert trace.attention.shape == (4, 2, 3, 3) and len(trace.chosen) == 2
