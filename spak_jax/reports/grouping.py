@@ -276,7 +276,7 @@ def _system(results: Results) -> str:
 
 def _name(results: Results, with_loops: bool = True) -> str:
     name = _system(results)
-    if with_loops and results.loops != results.config.model.loops:
+    if with_loops and not _as_trained(results):
         name += f" at {results.loops_label} loops"
     return name + _circumstances(results)
 
@@ -309,7 +309,12 @@ def _depth(results: Results) -> str:
     else:
         kind, count, unit = "GRU" if model.kind == RECURRENT else "GPT", model.layers, "layer"
     depth = kind if count is None else f"{kind}, {count} {unit}{'s' if count > 1 else ''}"
-    return depth if results.loops == model.loops else f"{depth}, at {results.loops_label}"
+    return depth if _as_trained(results) else f"{depth}, at {results.loops_label}"
+
+
+def _as_trained(results: Results) -> bool:
+    """Whether a model was scored at the loops of its training, or has none to choose."""
+    return results.loops == results.config.model.loops and results.loops_per_symbol is None
 
 
 def _beside_the_scheme(results: Results) -> dict[str, Any]:

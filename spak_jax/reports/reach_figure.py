@@ -104,11 +104,10 @@ def _draw_panel(axes: Axes, label: str, lines: Sequence[Evaluated]):
     trained = [n for n in lengths if n <= _longest_trained(lines[0])]
     if 0 < len(trained) < len(lengths):
         axes.axvline(len(trained) - 0.5, color=GREY, linestyle="--", linewidth=1)
-    fewest = [next((i for i, row in enumerate(cells) if row[j] >= REACHED), None)
-              for j in range(len(lengths))]  # fmt: skip
-    reached = [(j, i) for j, i in enumerate(fewest) if i is not None]
-    if len(lines) > 1 and reached:
-        axes.step(*zip(*reached, strict=True), where="mid", color="red", linewidth=1)
+    # Below the fewest loops that reach each length, above all where none does.
+    below = np.where((cells >= REACHED).any(0), (cells >= REACHED).argmax(0), len(cells)) - 0.5
+    if len(lines) > 1:
+        axes.stairs(below, np.arange(len(lengths) + 1) - 0.5, baseline=None, color="red", lw=1.5)
     return image
 
 

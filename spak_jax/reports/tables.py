@@ -21,17 +21,21 @@ from spak_jax.reports.grouping import (
     seed_note,
 )
 
-# Every input exactly that long; shown where scored.
-STRICT_LENGTHS = (7, 8, 10, 12, 16, 32, 100, 1000, 10000)
+# Every input exactly that long. Of digits, which studies score at every length, these are shown
+# where scored; of what else lengths count, all that were scored.
+STRICT_LENGTHS = {"digits": (7, 8, 10, 12, 16, 32, 100, 1000, 10000)}
 
 BY_COLUMN = "Whole answers right, percent, by the published columns."
 BY_SYSTEM = "Systems."
 BY_LENGTH = "Whole answers right, percent, every input exactly that long."
 BY_KIND = "Wrong answers of all, over all lengths scored."
-NOTE_ON_KINDS = (
-    "nines: 99...9 + 1; all-carry: every place carries; no-carry: none does; lopsided: one operand"
-    " has at most 3 digits."
-)
+# Kinds of problems whose names do not say all.
+NOTES_ON_KINDS = {
+    "nines": "99...9 + 1",
+    "all-carry": "every place carries",
+    "no-carry": "none does",
+    "lopsided": "one operand has at most 3 digits",
+}
 NOTE_ON_COLUMNS = (
     "The published columns go by the longer operand, and hold more than their names say: 5-6 really"
     " holds 5, 6 and 7 digits, 8 holds 8 and 9, 10 holds 10 and 11."
@@ -106,7 +110,7 @@ def markdown_table(evaluated: Sequence[Evaluated]) -> str:
     if lengths := _scored_lengths(rows):
         table = [["System", *(f"{n:,} {unit}" for n in lengths)]]
         table += [
-            [_escaped(row.label), *(_combined(row.strict[n]) for n in lengths)] for row in rows
+            [_escaped(row.label), *(_combined(row.strict.get(n)) for n in lengths)] for row in rows
         ]
         parts += [BY_LENGTH, _aligned(table)]
     if kinds := list(rows[0].kinds):
@@ -144,7 +148,7 @@ def latex_table(evaluated: Sequence[Evaluated]) -> str:
         heading = [_latex_line(["every input exactly", *(f"{n:,} {unit}" for n in lengths)])]
         body = []
         for row in rows:
-            found = [row.strict[n] for n in lengths]
+            found = [row.strict.get(n) for n in lengths]
             body.append(_latex_line([_latex(row.label), *(_dashes(_mean(f)) for f in found)]))
             body.append(_latex_line(["", *map(_small, found)]))
         lines += [r"\par\medskip", *_tabular("l" + "r" * len(lengths), heading, body)]
@@ -178,14 +182,14 @@ def _row(line: Evaluated, columns: Sequence[str], kinds: Sequence[str]) -> Row:
         max((r.training_operations or 0 for r in line.results), default=0) or None,
         [line.in_column(column) for column in columns],
         PUBLISHED.get(key, [None] * len(columns)) if columns else [],
-        {n: line.at_length(n) for n in STRICT_LENGTHS},
+        {n: line.at_length(n) for n in STRICT_LENGTHS.get(line.first.length_unit, line.lengths)},
         line.tally(),
         {kind: line.tally(kind) for kind in kinds},
     )
 
 
 def _scored_lengths(rows: Sequence[Row]) -> list[int]:
-    return [n for n in STRICT_LENGTHS if any(row.strict[n] for row in rows)]
+    return sorted({n for row in rows for n, found in row.strict.items() if found})
 
 
 def _kinds_heading(kinds: Iterable[str]) -> list[str]:
@@ -220,9 +224,15 @@ def _notes(evaluated: Sequence[Evaluated]) -> list[str]:
     return [
         f"{origin(results)}, {problem_counts(results)}, commit {commits}.{of_each}",
         f"In parentheses: {interval_kind(lines)}, bounds rounded outwards.",
-        *([NOTE_ON_KINDS] if any(line.kinds for line in lines) else []),
+        *_notes_on_kinds(lines),
         *([NOTE_ON_COLUMNS + _note_on_shares(shares), NOTE_ON_PUBLISHED] * bool(columns)),
     ]
+
+
+def _notes_on_kinds(lines: Sequence[Evaluated]) -> list[str]:
+    there = {kind for line in lines for kind in line.kinds}
+    notes = [f"{kind}: {words}" for kind, words in NOTES_ON_KINDS.items() if kind in there]
+    return [f"{'; '.join(notes)}."] * bool(notes)
 
 
 def _note_on_shares(shares: dict[str, set[float | None]]) -> str:
