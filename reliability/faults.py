@@ -423,8 +423,10 @@ def _training(
     run: Path, *words: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen]:
     """A training in a process of its own, which ends here if not before."""
+    # Under nohup this process ignores SIGHUP, and so would that one.
+    heeding = ("env", f"--default-signal={','.join(map(_short_name, signals.HEEDED))}")
     with subprocess.Popen(
-        _command(run, *words),
+        [*heeding, *_command(run, *words)],
         env=None if environment is None else os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -434,6 +436,10 @@ def _training(
             yield process
         finally:
             process.kill()
+
+
+def _short_name(number: signal.Signals) -> str:
+    return number.name.removeprefix("SIG")
 
 
 def _together(run: Path) -> list[contextlib.AbstractContextManager[subprocess.Popen]]:

@@ -179,6 +179,8 @@ def _prepare_worker() -> None:
     touch_no_gpu()
     # A program found in a cache is not written out.
     jax.config.update("jax_enable_compilation_cache", False)
+    # Registers and spills are those of the code that a GPU would run in earnest.
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _reports(target: str, case: Case, assembler: str) -> list[Report]:
