@@ -103,6 +103,9 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     ),
     "python -m spak_jax.grid runs/parity --lengths 8,16,32,64 --loops 8,16,32,64,128"
     " --examples 200": Ends(WRITES, ("runs/parity/grid/reach.png",)),
+    "python -m spak_jax.solve released/parity 110100101101001011010010 --loops 2x+16": Ends(
+        "right"
+    ),
     "python -m spak_jax.reproduce --study depth": Lives(STEPS),
     r"printf '123+456\n99+1=100\n' | python -m spak_jax.evaluate runs/loop12 --problems -": Ends(
         "whole answers right"

@@ -14,6 +14,7 @@ from spak_jax.reports.grouping import (
     loop_families,
     origin,
     problem_counts,
+    seed_note,
 )
 from spak_jax.reports.style import GREY
 
@@ -87,7 +88,8 @@ def _draw_panel(axes: Axes, label: str, lines: Sequence[Evaluated]):
     image = axes.imshow(
         100 * cells, origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis"
     )
-    axes.set_title("\n".join(lines_of(label, 40)), pad=4)
+    title = label + seed_note(len(line.results) for line in lines)
+    axes.set_title("\n".join(lines_of(title, 40)), pad=4)
     axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
     axes.set_xlabel(f"{length_unit(lines)} of a problem")
     if lines[0].first.loops is None:

@@ -2,9 +2,10 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-from conftest import assert_refused, run_program, tiny_config
+from conftest import ROOT, assert_refused, run_program, tiny_config
 
 import spak_jax as spak
 from spak_jax.evaluation.answers import solve, write_answers
@@ -81,6 +82,16 @@ def test_answers_are_read_out_at_their_blanks(tmp_path):
         assert trace.text == loaded.task.prompt(problem) and trace.text.count("_") > 2
         written = trace.chosen.partition("\n")[0]
         assert trace.first == trace.text.index("_") and answer.text == written[::-1]
+
+
+def test_released_weights_think_longer_on_longer_problems():
+    """Trained on 16 bits at most, with 16 loops: six times as many bits are right, with loops for
+    them alone."""
+    loaded = load(ROOT / "released" / "parity")
+    assert loaded.config.data.longest == 16 and loaded.config.model.loops == 16
+    problems = loaded.task.sample_exact(jax.random.key(0), 96, 4)
+    for loops, right in ((16, 0), (Loops(16, 2.0), 4)):
+        assert Scorer(loaded, Settings((1,), 1, 0, loops))(problems).correct.sum() == right
 
 
 def test_a_problem_takes_its_own_loops(parity):
