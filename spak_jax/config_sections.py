@@ -169,7 +169,7 @@ class GRUModel(Network):
 
     kind: Literal["gru"]
     layers: Positive = 1
-    # It is told nothing of where tokens are: it reads them in order.
+    # It takes no positions: it reads tokens in order.
     positions: ClassVar[str] = "none"
 
     @property

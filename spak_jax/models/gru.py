@@ -24,7 +24,7 @@ from flax import nnx
 from spak_jax.models import fused
 from spak_jax.models.block import dropout
 from spak_jax.models.fused import Stream
-from spak_jax.models.language_model import LanguageModel, Network
+from spak_jax.models.language_model import LanguageModel, Network, stacked
 
 # The token that ends every problem and fills rows up (`spak_jax.tasks.Task.end`).
 NEWLINE = 0
@@ -80,13 +80,7 @@ class GRU(LanguageModel):
         rngs: nnx.Rngs,
     ):
         super().__init__(config, vocabulary, dtype, rngs)
-
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap
-        def stacked_layers(rngs):
-            return Layer(config, dtype, rngs=rngs)
-
-        self.layers = stacked_layers(rngs)
+        self.layers = stacked(lambda rngs: Layer(config, dtype, rngs=rngs), config.layers, rngs)
 
     def __call__(
         self,

@@ -1,5 +1,6 @@
 """What all models share: token embedding, final norm and tied head."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -57,3 +58,15 @@ class LanguageModel(nnx.Module):
     def _embed_tokens(self, tokens):
         x = self.embedding(tokens)
         return x * self.config.width**0.5 if self.config.scale_embedding else x
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules of one kind with weights of their own: one whose arrays have them along a
+    first axis, as `jax.lax.scan` takes them.
+
+    Args:
+      make: gives one of them.
+      count: of them.
+      rngs: for initial values.
+    """
+    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from spak_jax.models import fused
+from spak_jax.models.language_model import stacked
 from spak_jax.models.transformer import Architecture, Transformer, make_block
 
 
@@ -33,13 +34,8 @@ class GPT(Transformer):
     ):
         super().__init__(config, vocabulary, dtype, rngs)
         self.layers = config.layers
-
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap
-        def stacked_blocks(rngs):
-            return make_block(config, config.layers, dtype, attention, rngs)
-
-        self.blocks = stacked_blocks(rngs)
+        make = lambda rngs: make_block(config, config.layers, dtype, attention, rngs)  # noqa: E731
+        self.blocks = stacked(make, config.layers, rngs)
 
     def __call__(
         self,
