@@ -131,6 +131,9 @@ class LoopedModel(Architecture):
     shared_step: bool = False
     # Training first runs a random number of loops, up to this, that no gradient passes.
     no_grad_warmup_loops: Annotated[int, Field(ge=0, le=1_000)] = 0
+    # Whether the first of these, a random number, have the input of another row, so that answers
+    # come out of any state.
+    shuffle_warmup_inputs: bool = False
     # The last so many loops of training are read out and scored (deep supervision, Lee et al.
     # 2015); None for the second half.
     supervised_loops: Positive | None = None
@@ -148,6 +151,15 @@ class LoopedModel(Architecture):
             raise ValueError(
                 f"model.supervised_loops = {self.supervised_loops}: at most model.loops ="
                 f" {self.loops}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_are_shuffled_in_warmup_loops(self) -> Self:
+        if self.shuffle_warmup_inputs and not (self.no_grad_warmup_loops and self.inject_input):
+            raise ValueError(
+                "model.shuffle_warmup_inputs = true needs model.no_grad_warmup_loops, which have"
+                " the inputs, and model.inject_input = true, by which a loop has one"
             )
         return self
 

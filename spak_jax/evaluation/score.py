@@ -71,7 +71,8 @@ class Settings:
 
 
 class Scorer:
-    """Answers problems with one model and settings, compiling once for each padded length.
+    """Answers problems with one model and settings, compiling once for each padded length; in one
+    pass once for all numbers of loops, too.
 
     What a problem comes to does not depend on those it is answered with.
 
@@ -86,6 +87,10 @@ class Scorer:
         config = loaded.config.model_copy(update=beside)
         self._config, self._settings = config, settings
         loops, decode = settings.loops, settings.decode and not self.task.one_pass
+        if self.task.one_pass and isinstance(loops, int) and not settings.halt:
+            # A grid of lengths and loops is then as many programs as it has lengths.
+            loops = Loops(loops)
+        self._loops_of = loops.of if isinstance(loops, Loops) else None
         if isinstance(loops, Loops) and not decode:
             # The program is given each problem's own number.
             loops = Loops()
@@ -108,8 +113,7 @@ class Scorer:
         parts = []
         for chosen, filled, length in calls(sizes, task, self._rows_per_call):
             rows = task.pad(Problems(*(array[filled] for array in problems)), length)
-            loops = self._settings.loops
-            more = (jnp.asarray(loops.of(sizes[filled])),) if isinstance(loops, Loops) else ()
+            more = (jnp.asarray(self._loops_of(sizes[filled])),) if self._loops_of else ()
             parts.append((chosen, self._rows(self._weights, batch_of(rows, length, task), *more)))
             advance(len(chosen))
         predictions = Predictions(np.empty(len(sizes), bool), np.empty(len(sizes), np.float32))

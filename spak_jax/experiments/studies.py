@@ -8,13 +8,12 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from spak_jax.command_line import InputError
 from spak_jax.config import Config, leaves, parse_config, read_config
 from spak_jax.config_files import specification_file
 from spak_jax.config_sections import Architecture
 from spak_jax.evaluation.loops import Loops
+from spak_jax.experiments.peers import peers
 from spak_jax.registry import TASKS
 
 
@@ -208,34 +207,31 @@ def ideas(overrides: Sequence[str]) -> list[Experiment]:
     return experiments
 
 
-# Of the study of depth, by configuration: the lengths that are scored; the loops that a problem is
-# given for each of its symbols, with a few more for all; and what it is compared with there.
+# Of the study of depth, by configuration: the lengths that are scored, and the loops that a problem
+# is given for each of its symbols, with a few more for all.
 DEPTH = {
-    "parity": (
-        (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
-        Loops(16, 2.0),
-        ("parity-stack", "parity-stack-narrow", "parity-gru"),
-    ),
-    "s3": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 3.0), ()),
-    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 2.0), ()),
+    "parity": ((4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), Loops(16, 2.0)),
+    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 1.0)),
+    "s3": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 2.0)),
+    "s4": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 2.0)),
+    "s5": ((2, 4, 8, 16, 32, 64, 128, 256, 512), Loops(16, 2.0)),
 }
+# So many, less where problems are longer, that 10,000 have 128 symbols and 1,250 have 1,024.
+DEPTH_EXAMPLES = 12_800
+# In the picture of lengths and loops: problems of each, and the most loops.
+GRID_EXAMPLES, GRID_LOOPS = 500, 1_024
 
 
 def depth(overrides: Sequence[str]) -> list[Experiment]:
     """Answers in one pass, where loops alone carry information along: with loops that grow with a
-    problem, and how far each number of them reaches."""
+    problem, and how far each number of them reaches; and what a looped block is compared with."""
     experiments = []
-    for name, (lengths, grown, peers) in DEPTH.items():
-        scored = _scored_at(lengths, 10_000)
-        config = _config(name, overrides, sizes=scored)
-        # Doubled until they are as many as the longest problem is given.
-        most = int(grown.of(np.array(config.evaluation.lengths)).max())
-        factors = [2**n for n in range((most // config.model.loops).bit_length())]
-        rows = (each._replace(examples=1_000) for each in _at_other_loops(config, factors))
-        experiments.append(Experiment(config, (Scoring(loops=grown, kinds=True), *rows)))
-        for peer in peers:
-            config = _config(peer, overrides, sizes=scored)
-            experiments.append(Experiment(config, (Scoring(kinds=True),)))
+    for name, (lengths, grown) in DEPTH.items():
+        config = _config(name, overrides, sizes=_scored_at(lengths, DEPTH_EXAMPLES))
+        factors = [2**n for n in range((GRID_LOOPS // config.model.loops).bit_length())]
+        grid = (each._replace(examples=GRID_EXAMPLES) for each in _at_other_loops(config, factors))
+        experiments.append(Experiment(config, (Scoring(loops=grown, kinds=True), *grid)))
+        experiments += (Experiment(peer, (Scoring(kinds=True),)) for peer in peers(config))
     return experiments
 
 

@@ -403,4 +403,4 @@ def test_the_evaluator_scores_the_same_in_one_launch(half_trained, halt, monkeyp
     score_module._compiled_rows.cache_clear()
     # A probability at its threshold, or two of the same size, may come out the other way round.
     assert (launched.correct == scanned.correct).mean() > 0.98
-    assert np.abs(launched.steps - scanned.steps).mean() < 0.05
+    assert np.abs(launched.loops - scanned.loops).mean() < 0.05

@@ -326,6 +326,42 @@ def test_warmup_loops_come_before_those_that_count():
     np.testing.assert_allclose(supervised_of(network, batch), [after[0]], rtol=1e-5)
 
 
+def test_warmup_loops_may_begin_with_the_input_of_another_row():
+    """A random number of them, the others and those that count have the row's own."""
+    batch = random_batch()
+    network = random_model(
+        **STABLE | {"loops": 1, "no_grad_warmup_loops": 2, "shuffle_warmup_inputs": True}
+    )
+    tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
+    weights = jnp.asarray(batch.answer, jnp.float32)
+    others = tokens[np.array([i ^ 1 if i ^ 1 < len(tokens) else i for i in range(len(tokens))])]
+
+    @nnx.jit
+    def explicit(network, begin, end):
+        """The loss after loops on the others' input up to `begin`, then on the own to `end`."""
+        x = network._embed(jnp.where(begin > 0, others, tokens), None, None, None, 0).x
+        for i in range(3):
+            read = jnp.where(i < begin, others, tokens)
+            enter, _ = network._inference(network._embed(read, None, None, None, 0).x, 1)
+            block, entered, shift = enter(x, network._steps_of(jnp.zeros(1, int))[0])
+            position_inputs = network._embed(read, None, None, None, 0).position_inputs
+            x = jnp.where(i <= end, fused.run_block(block, entered, position_inputs, shift), x)
+        logits = jax.nn.log_softmax(network.unembed(x))
+        return -(jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] * weights).sum()
+
+    @nnx.jit
+    def losses(network, key):
+        return network.supervised_losses(tokens, targets, weights, key=key)
+
+    every = [(begin, end) for end in range(3) for begin in range(end + 1)]
+    truths = np.array([explicit(network, *map(np.int32, each)) for each in every])
+    assert np.min(np.abs(np.subtract.outer(truths, truths)) + np.eye(len(truths))) > 1e-3
+    found = [losses(network, key)[0] for key in jax.random.split(jax.random.key(0), 30)]
+    apart = np.abs(np.array(found)[:, None] - truths) / truths
+    assert apart.min(1).max() < 1e-5
+    assert set(apart.argmin(1)) == set(range(len(every)))
+
+
 def test_each_warmup_loop_drops_other_numbers():
     network = random_model(**STABLE | {"loops": 1, "no_grad_warmup_loops": 2, "dropout": 0.5})
     tokens = jnp.asarray(random_batch().tokens)

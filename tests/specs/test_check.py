@@ -34,7 +34,7 @@ COMPILER = all(map(importlib.util.find_spec, ("jax_plugins.xla_cuda13", "nvidia.
 
 # Those that are run and drawn from here: one of each kind and way to know positions. All others are
 # by `spak_jax.check`, which `.ci/run` calls with every specification.
-THOROUGH = ("gpt12", "loop12", "pointer", "frontier", "parity", "parity-gru", "mazes")
+THOROUGH = ("gpt12", "loop12", "pointer", "frontier", "parity", "mazes")
 
 INVARIANT = """
 [[invariant]]

@@ -1,0 +1,77 @@
+"""What a looped model is fairly compared with: trained on the same problems, by the same recipe,
+with as many operations or as many weights."""
+
+import bisect
+from collections.abc import Callable
+from typing import Any
+
+from spak_jax import models
+from spak_jax.config import Config, parse_config
+from spak_jax.config_sections import Architecture, Network
+from spak_jax.models import flops
+
+# Blocks of a stack of as many weights: each is half as wide, and so has a quarter of them.
+NARROW_LAYERS = 4
+MOST_LAYERS = 1_000
+
+
+def peers(config: Config) -> list[Config]:
+    """A looped model's peers, of the names `NAME-stack`, `NAME-stack-narrow` and `NAME-gru`.
+
+    - A stack of blocks as wide, as many as make a training step cost as many operations
+      (`models.flops`), or up to one block more.
+    - A stack of four blocks half as wide, which have as many weights.
+    - A GRU of the width that makes its weights as many as can be: what reads tokens one by one.
+
+    Args:
+      config: of the looped model.
+    """
+    operations = flops.operations_a_step(config)
+    layers = range(1, MOST_LAYERS)
+    at_least = lambda count: flops.operations_a_step(_stack(config, "stack", count))  # noqa: E731
+    deep = layers[bisect.bisect_left(layers, operations, key=at_least)]
+    return [
+        _stack(config, "stack", deep, ", as many operations"),
+        _stack(config, "stack-narrow", NARROW_LAYERS, ", as many parameters", narrower=2),
+        _gru(config),
+    ]
+
+
+def parameters(config: Config) -> int:
+    """The number of weights of a configuration's model; none are made."""
+    return models.parameter_count(models.abstract(config)[1])
+
+
+def _stack(config: Config, name: str, layers: int, like: str = "", narrower: int = 1) -> Config:
+    shared = config.model.model_dump(include=set(Architecture.model_fields))
+    hidden = shared["hidden"] and shared["hidden"] // narrower
+    width = shared["width"] // narrower
+    model = shared | {"kind": "gpt", "layers": layers, "width": width, "hidden": hidden}
+    return _peer(config, name, "GPT", like, model)
+
+
+def _gru(config: Config) -> Config:
+    shared = config.model.model_dump(include=set(Network.model_fields))
+
+    def of_width(width: int) -> Config:
+        return _peer(config, "gru", "GRU", "", shared | {"kind": "gru", "width": width})
+
+    # One that reads from both ends has half of its width for each.
+    step = 1 if config.model.causal else 2
+    widths = range(step, 8 * config.model.width, step)
+    return of_width(_nearest(widths, parameters(config), lambda width: parameters(of_width(width))))
+
+
+def _nearest(choices: range, wanted: int, value: Callable[[int], int]) -> int:
+    """The choice whose value, which grows with it, is the nearest to what is wanted."""
+    above = bisect.bisect_left(choices, wanted, key=value)
+    around = choices[max(0, above - 1) : above + 1]
+    return min(around, key=lambda choice: abs(value(choice) - wanted))
+
+
+def _peer(config: Config, name: str, kind: str, like: str, model: dict[str, Any]) -> Config:
+    """The same training of another model: "LoopLM (parity)" becomes "GPT (parity, as many ...)"."""
+    system = config.system.replace("LoopLM", kind, 1)
+    system = system.removesuffix(")") + like + ")" if like else system
+    changes = {"name": f"{config.name}-{name}", "system": system, "model": model}
+    return parse_config(config.model_dump(mode="json") | changes, str(changes["name"]))
