@@ -127,13 +127,15 @@ class LoopedModel(Architecture):
     # Whether each loop starts from the last one's state under a LayerNorm, so that states stay as
     # large as they were however often the block is applied.
     normalize_state: bool = False
+    # Standard deviation of the noise that a normalised state has at the start of each loop of
+    # training: what is passed on from loop to loop must be found again out of what is near it
+    # (noise in the state of recurrent networks, Jim et al. 1996, An Analysis of Noise in Recurrent
+    # Neural Networks).
+    state_noise: Annotated[float, Field(ge=0, le=10)] = 0.0
     # Whether all loops share one step embedding.
     shared_step: bool = False
     # Training first runs a random number of loops, up to this, that no gradient passes.
     no_grad_warmup_loops: Annotated[int, Field(ge=0, le=1_000)] = 0
-    # Whether the first of these, a random number, have the input of another row, so that answers
-    # come out of any state.
-    shuffle_warmup_inputs: bool = False
     # The last so many loops of training are read out and scored (deep supervision, Lee et al.
     # 2015); None for the second half.
     supervised_loops: Positive | None = None
@@ -155,11 +157,11 @@ class LoopedModel(Architecture):
         return self
 
     @model_validator(mode="after")
-    def _inputs_are_shuffled_in_warmup_loops(self) -> Self:
-        if self.shuffle_warmup_inputs and not (self.no_grad_warmup_loops and self.inject_input):
+    def _noise_has_a_measure(self) -> Self:
+        if self.state_noise and not self.normalize_state:
             raise ValueError(
-                "model.shuffle_warmup_inputs = true needs model.no_grad_warmup_loops, which have"
-                " the inputs, and model.inject_input = true, by which a loop has one"
+                f"model.state_noise = {self.state_noise} needs model.normalize_state = true: it is"
+                " measured by a normalised state"
             )
         return self
 

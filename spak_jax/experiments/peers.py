@@ -13,13 +13,18 @@ from spak_jax.models import flops
 # Blocks of a stack of as many weights: each is half as wide, and so has a quarter of them.
 NARROW_LAYERS = 4
 MOST_LAYERS = 1_000
+# Of a looped model's rate, the one that suits as many blocks of their own best: of parity's stack
+# 86% of 16 bits are right in one seed, and 77% at the looped model's own rate; with first weights
+# of 0.02 27% and 2%, at 0.5 and 1.5 times the rate.
+DEEP_RATE = 0.25
 
 
 def peers(config: Config) -> list[Config]:
     """A looped model's peers, of the names `NAME-stack`, `NAME-stack-narrow` and `NAME-gru`.
 
     - A stack of blocks as wide, as many as make a training step cost as many operations
-      (`models.flops`), or up to one block more.
+      (`models.flops`), or up to one block more; at a quarter of the learning rate, which suits it
+      better.
     - A stack of four blocks half as wide, which have as many weights.
     - A GRU of the width that makes its weights as many as can be: what reads tokens one by one.
 
@@ -47,7 +52,7 @@ def _stack(config: Config, name: str, layers: int, like: str = "", narrower: int
     hidden = shared["hidden"] and shared["hidden"] // narrower
     width = shared["width"] // narrower
     model = shared | {"kind": "gpt", "layers": layers, "width": width, "hidden": hidden}
-    return _peer(config, name, "GPT", like, model)
+    return _peer(config, name, "GPT", like, model, 1.0 if narrower > 1 else DEEP_RATE)
 
 
 def _gru(config: Config) -> Config:
@@ -69,9 +74,16 @@ def _nearest(choices: range, wanted: int, value: Callable[[int], int]) -> int:
     return min(around, key=lambda choice: abs(value(choice) - wanted))
 
 
-def _peer(config: Config, name: str, kind: str, like: str, model: dict[str, Any]) -> Config:
-    """The same training of another model: "LoopLM (parity)" becomes "GPT (parity, as many ...)"."""
+def _peer(
+    config: Config, name: str, kind: str, like: str, model: dict[str, Any], rate: float = 1.0
+) -> Config:
+    """The same training of another model: "LoopLM (parity)" becomes "GPT (parity, as many ...)".
+
+    rate: times the learning rate.
+    """
     system = config.system.replace("LoopLM", kind, 1)
     system = system.removesuffix(")") + like + ")" if like else system
-    changes = {"name": f"{config.name}-{name}", "system": system, "model": model}
-    return parse_config(config.model_dump(mode="json") | changes, str(changes["name"]))
+    name = f"{config.name}-{name}"
+    values = config.model_dump(mode="json")
+    values["train"]["learning_rate"] *= rate
+    return parse_config(values | {"name": name, "system": system, "model": model}, name)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels import shards
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.ops import reference
 from spak_jax.models import fused
@@ -21,9 +22,9 @@ class LoopedArchitecture(Architecture, Protocol):
     loops: int
     inject_input: bool
     normalize_state: bool
+    state_noise: float
     shared_step: bool
     no_grad_warmup_loops: int
-    shuffle_warmup_inputs: bool
     supervised_loops: int | None
 
 
@@ -106,10 +107,7 @@ class LoopLM(Transformer):
         With `config.no_grad_warmup_loops` and a key, the state has gone through a random number of
         loops before, which the gradient does not go back through (as Bansal et al. 2022 train
         networks to think longer, End-to-end Algorithm Synthesis with Recurrent Networks): so the
-        loops that count are not always the first ones. With `config.shuffle_warmup_inputs` the
-        first of these loops, a random number, have the input of another row, the next one: whatever
-        state a loop finds, the answer is to come out of it (path independence, Anil et al. 2022,
-        Path Independent Equilibrium Models Can Better Exploit Test-Time Computation).
+        loops that count are not always the first ones.
 
         Args:
           tokens: int `[batch, length]`.
@@ -153,31 +151,16 @@ class LoopLM(Transformer):
         definition, weights = nnx.split(self)
         # A loop whose length is not known cannot be gone back through: nothing may ask for it.
         fixed = nnx.merge(definition, jax.lax.stop_gradient(weights))
+        step, first, inputs = fixed._loop(tokens, 1, None, position_ids, key, progress)
+        shift, keys = jax.tree.map(lambda x: x[0], inputs)
+
+        def one(i, stream):
+            fresh = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+            return step(stream, (shift, fresh))[0]
+
         most = self.config.no_grad_warmup_loops
         count = jax.random.randint(jax.random.fold_in(key, 1), (), 0, most + 1)
-
-        def loops(tokens, position_ids, first, begin, end):
-            """The stream after the loops from `begin` to `end`; None is the embedded input."""
-            step, embedded, inputs = fixed._loop(tokens, 1, None, position_ids, key, progress)
-            shift, keys = jax.tree.map(lambda x: x[0], inputs)
-
-            def one(i, stream):
-                fresh = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
-                return step(stream, (shift, fresh))[0]
-
-            return jax.lax.fori_loop(begin, end, one, embedded if first is None else first)
-
-        begin, first = 0, None
-        if self.config.shuffle_warmup_inputs:
-            begin = jax.random.randint(jax.random.fold_in(key, 2), (), 0, count + 1)
-            rows = jnp.arange(len(tokens))
-            other = jnp.minimum(rows ^ 1, len(rows) - 1)
-            ids = None if position_ids is None else position_ids[other]
-            elsewhere = loops(tokens[other], ids, None, 0, begin)
-            first = jax.tree.map(lambda x, y: jnp.where(begin > 0, x, y), elsewhere, stream)
-            # Nothing goes back through these, nor through where they begin.
-            first = jax.lax.stop_gradient(first)
-        moved = loops(tokens, position_ids, first, begin, count)
+        moved = jax.lax.fori_loop(0, count, one, first)
         return jax.tree.map(lambda x, y: jnp.where(count > 0, x, y), moved, stream)
 
     def halting_logits(
@@ -372,6 +355,14 @@ class LoopLM(Transformer):
         """
         if self.config.normalize_state:
             x = fused.apply_pending(stream, None if keys is None else keys[0], self.dropout)
-            stream = Stream(reference.layer_norm(x, 1.0, EPSILON))
+            x = reference.layer_norm(x, 1.0, EPSILON)
+            if self.config.state_noise and keys is not None:
+                x += self.config.state_noise * _noise(jax.random.fold_in(keys[0], 1), x)
+            stream = Stream(x)
         x, pending = stream
         return Stream(x + first, pending) if self.config.inject_input else stream
+
+
+def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Standard normal numbers, float32 as x: on several devices those that one would draw."""
+    return shards.drawn(lambda every: jax.random.normal(key, every.shape, jnp.float32), x)

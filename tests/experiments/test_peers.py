@@ -21,8 +21,11 @@ def test_peers_cost_as_many_operations_or_have_as_many_weights(name):
     assert deep.model.width == config.model.width
     for same in (narrow, gru):
         assert parameters(same) == pytest.approx(parameters(config), rel=0.03)
-    for peer in (deep, narrow, gru):
-        assert (peer.data, peer.train) == (config.data, config.train)
+    slower = {"learning_rate": config.train.learning_rate / 4}
+    for peer, train in (
+        (deep, config.train.model_copy(update=slower)), (narrow, config.train), (gru, config.train)
+    ):  # fmt: skip
+        assert (peer.data, peer.train) == (config.data, train)
         assert peer.model.causal == config.model.causal
     assert [peer.system for peer in (deep, narrow, gru)] == [
         config.system.replace("LoopLM", "GPT").replace(")", ", as many operations)"),
