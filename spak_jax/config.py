@@ -14,7 +14,15 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from spak_jax.config_files import specification_file, values_of
-from spak_jax.config_sections import Length, Name, Positive, RunSections, Section
+from spak_jax.config_sections import (
+    Evaluation,
+    Length,
+    Name,
+    Positive,
+    RunSections,
+    Section,
+    Train,
+)
 from spak_jax.config_validation import validated
 
 # The name in tables and figures.
@@ -40,6 +48,12 @@ class Config(RunSections):
           InputError: there is no such file, or a key or value is not allowed.
         """
         return read_config(specification_file(str(name)), overrides)
+
+    def model_only(self) -> Self:
+        """The same model of the same task without a name, its training and scoring the defaults:
+        equal for all configurations whose models are computed by the same program."""
+        beside = {"name": "any", "system": "any", "train": Train(), "evaluation": Evaluation()}
+        return self.model_copy(update=beside)
 
 
 class System(Section):

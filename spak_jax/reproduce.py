@@ -7,7 +7,7 @@ seeds in one program, scores each run, and draws figures and tables from all of 
     RUN/SYSTEM[/seedN]/                       the run folder of a training (`run_folder`)
     RUN/SYSTEM[/seedN]/SYSTEM-seedN....json   its results files, one for each scoring
     RUN/SYSTEM/commits                        whose code trained it, a commit a line
-    RUN/figures/                              figures and tables
+    RUN/figures/                              figures and tables, of several tasks a folder each
 
 RUN is `runs/STUDY` unless another is named. Nothing outside it is read or written: the results that
 this repository comes with are no run's own. `--out DIR` publishes, as `figures/` was made here.
@@ -106,8 +106,9 @@ def main() -> None:
             console.print(f"{system}, {experiment.config.train.seeds} seeds")
             reproduce(experiment, runs_path / system, account)
             # After each system there is a table to look at.
-            found = results_there(experiments, runs_path, account)
-            figures.export(found, out)
+            together = [each for each in experiments if each.drawn == experiment.drawn]
+            found = results_there(together, runs_path, account)
+            figures.export(found, out / experiment.drawn)
             if arguments.out:
                 for path in found:
                     write_file(out / "results" / path.name, path.read_bytes())
@@ -130,7 +131,7 @@ def _experiments(name: str, arguments: argparse.Namespace) -> list[Experiment]:
     if arguments.examples:
         words.append(f"evaluation.examples={arguments.examples}")
     experiments = studies.STUDIES[name]([*words, *arguments.overrides])
-    for config, _ in experiments:
+    for config, *_ in experiments:
         for option, key, asked, given in (
             ("--seeds", "train.seeds", arguments.seeds, config.train.seeds),
             ("--examples", "evaluation.examples", arguments.examples, config.evaluation.examples),

@@ -19,7 +19,7 @@ import numpy as np
 from spak_jax import data, jax_settings
 from spak_jax.command_line import or_a_gpu, progress
 from spak_jax.config import Config
-from spak_jax.config_sections import Evaluation, LoopedModel, Train
+from spak_jax.config_sections import Evaluation, LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.evaluation.batching import batch_of, calls, power_of_two, rows_per_call
 from spak_jax.evaluation.forward import Halting, forward, generate_fn
@@ -81,10 +81,8 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel, settings: Settings):
         self.task, self._weights = loaded.task, loaded.weights
-        # What the model computes does not depend on its name, how it was trained, or what its file
-        # has scored: one program for all seeds.
-        beside = {"name": "any", "system": "any", "train": Train(), "evaluation": Evaluation()}
-        config = loaded.config.model_copy(update=beside)
+        # One program for all seeds.
+        config = loaded.config.model_only()
         self._config, self._settings = config, settings
         loops, decode = settings.loops, settings.decode and not self.task.one_pass
         if self.task.one_pass and isinstance(loops, int) and not settings.halt:

@@ -19,40 +19,37 @@ MOST_LAYERS = 1_000
 DEEP_RATE = 0.25
 
 
-def peers(config: Config) -> list[Config]:
+def peers(config: Config, deep_rate: float = DEEP_RATE) -> list[Config]:
     """A looped model's peers, of the names `NAME-stack`, `NAME-stack-narrow` and `NAME-gru`.
 
     - A stack of blocks as wide, as many as make a training step cost as many operations
-      (`models.flops`), or up to one block more; at a quarter of the learning rate, which suits it
-      better.
+      (`models.flops`), or up to one block more; at another learning rate, which suits it better.
     - A stack of four blocks half as wide, which have as many weights.
     - A GRU of the width that makes its weights as many as can be: what reads tokens one by one.
 
     Args:
       config: of the looped model.
+      deep_rate: the learning rate of the first, as a share of the looped model's.
     """
     operations = flops.operations_a_step(config)
     layers = range(1, MOST_LAYERS)
-    at_least = lambda count: flops.operations_a_step(_stack(config, "stack", count))  # noqa: E731
-    deep = layers[bisect.bisect_left(layers, operations, key=at_least)]
+    cost = lambda count: flops.operations_a_step(_stack(config, "stack", "", count))  # noqa: E731
+    deep = layers[bisect.bisect_left(layers, operations, key=cost)]
     return [
-        _stack(config, "stack", deep, ", as many operations"),
-        _stack(config, "stack-narrow", NARROW_LAYERS, ", as many parameters", narrower=2),
+        _stack(config, "stack", ", as many operations", deep, rate=deep_rate),
+        _stack(config, "stack-narrow", ", as many parameters", NARROW_LAYERS, narrower=2),
         _gru(config),
     ]
 
 
-def parameters(config: Config) -> int:
-    """The number of weights of a configuration's model; none are made."""
-    return models.parameter_count(models.abstract(config)[1])
-
-
-def _stack(config: Config, name: str, layers: int, like: str = "", narrower: int = 1) -> Config:
+def _stack(
+    config: Config, name: str, like: str, layers: int, *, narrower: int = 1, rate: float = 1.0
+) -> Config:
     shared = config.model.model_dump(include=set(Architecture.model_fields))
     hidden = shared["hidden"] and shared["hidden"] // narrower
     width = shared["width"] // narrower
     model = shared | {"kind": "gpt", "layers": layers, "width": width, "hidden": hidden}
-    return _peer(config, name, "GPT", like, model, 1.0 if narrower > 1 else DEEP_RATE)
+    return _peer(config, name, "GPT", like, model, rate)
 
 
 def _gru(config: Config) -> Config:
@@ -61,10 +58,11 @@ def _gru(config: Config) -> Config:
     def of_width(width: int) -> Config:
         return _peer(config, "gru", "GRU", "", shared | {"kind": "gru", "width": width})
 
+    size = lambda width: models.parameters_of(of_width(width))  # noqa: E731
     # One that reads from both ends has half of its width for each.
     step = 1 if config.model.causal else 2
     widths = range(step, 8 * config.model.width, step)
-    return of_width(_nearest(widths, parameters(config), lambda width: parameters(of_width(width))))
+    return of_width(_nearest(widths, models.parameters_of(config), size))
 
 
 def _nearest(choices: range, wanted: int, value: Callable[[int], int]) -> int:

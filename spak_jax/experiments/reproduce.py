@@ -175,7 +175,7 @@ def results_there(
     out, and noted.
     """
     found = []
-    for config, scorings in experiments:
+    for config, scorings, _ in experiments:
         folders = run_folders(config, runs_path / config.name)
         for one, folder in zip(per_seed_configs(config), folders, strict=True):
             for scoring in scorings:

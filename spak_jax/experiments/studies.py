@@ -34,11 +34,13 @@ class Scoring(NamedTuple):
 class Experiment(NamedTuple):
     """One system's trainings, all seeds together, and their scorings in the order of steps.
 
-    At which lengths, and how many problems of each, the configuration says (`evaluation`).
+    At which lengths, and how many problems of each, the configuration says (`evaluation`). drawn:
+    the folder of figures that shows it, beside others of the same; empty for that of the study.
     """
 
     config: Config
     scorings: tuple[Scoring, ...]
+    drawn: str = ""
 
 
 def table(width: int, overrides: Sequence[str]) -> list[Experiment]:
@@ -211,15 +213,15 @@ def ideas(overrides: Sequence[str]) -> list[Experiment]:
 # is given for each of its symbols, with a few more for all.
 DEPTH = {
     "parity": ((4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), Loops(16, 2.0)),
-    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 1.0)),
+    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 2.0)),
     "s3": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 2.0)),
     "s4": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 2.0)),
     "s5": ((2, 4, 8, 16, 32, 64, 128, 256, 512), Loops(16, 2.0)),
 }
-# So many, less where problems are longer, that 10,000 have 128 symbols and 1,250 have 1,024.
-DEPTH_EXAMPLES = 12_800
+# Of each seed: five have 12,800 problems of up to 100 symbols, 10,000 of 128, 1,250 of 1,024.
+DEPTH_EXAMPLES = 2_560
 # In the picture of lengths and loops: problems of each, and the most loops.
-GRID_EXAMPLES, GRID_LOOPS = 500, 1_024
+GRID_EXAMPLES, GRID_LOOPS = 256, 1_024
 
 
 def depth(overrides: Sequence[str]) -> list[Experiment]:
@@ -230,8 +232,11 @@ def depth(overrides: Sequence[str]) -> list[Experiment]:
         config = _config(name, overrides, sizes=_scored_at(lengths, DEPTH_EXAMPLES))
         factors = [2**n for n in range((GRID_LOOPS // config.model.loops).bit_length())]
         grid = (each._replace(examples=GRID_EXAMPLES) for each in _at_other_loops(config, factors))
-        experiments.append(Experiment(config, (Scoring(loops=grown, kinds=True), *grid)))
-        experiments += (Experiment(peer, (Scoring(kinds=True),)) for peer in peers(config))
+        experiments.append(Experiment(config, (Scoring(loops=grown, kinds=True), *grid), name))
+        # A learning rate that is asked for is that of all.
+        asked = config.train.learning_rate != _config(name, []).train.learning_rate
+        compared = peers(config, 1.0) if asked else peers(config)
+        experiments += (Experiment(peer, (Scoring(kinds=True),), name) for peer in compared)
     return experiments
 
 

@@ -16,6 +16,8 @@ Weights and the residual stream are float32; products run in the compute dtype. 
 arguments: a call without one is deterministic.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -40,6 +42,7 @@ __all__ = [
     "compute_dtype",
     "hidden_width",
     "parameter_count",
+    "parameters_of",
 ]
 
 KINDS = {"gpt": GPT, "loop": LoopLM, "gru": GRU}
@@ -79,3 +82,13 @@ def compute_dtype(name: str) -> jnp.dtype:
 def parameter_count(weights) -> int:
     """The number of weights in a pytree."""
     return sum(leaf.size for leaf in jax.tree.leaves(weights))
+
+
+def parameters_of(config: Config) -> int:
+    """The number of weights of a configuration's model; none are made."""
+    return _parameters_of(config.model_only())
+
+
+@functools.cache
+def _parameters_of(config: Config) -> int:
+    return parameter_count(abstract(config)[1])

@@ -73,7 +73,7 @@ def weights_of_a_layer(config: Config) -> int:
     Those of the layers of one model are as large.
     """
     layers = 1 if isinstance(config.model, LoopedModel) else config.model.depth()
-    return _weights_of_kernels(config) // layers
+    return _weights_of_kernels(config.model_only()) // layers
 
 
 @functools.cache

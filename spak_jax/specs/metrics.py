@@ -101,7 +101,7 @@ class Metrics:
             case ("system", "zero_shot"):
                 return self._specification.system.zero_shot
             case ("parameters",):
-                return _parameters(self._config)
+                return models.parameters_of(self._config)
             case ("operations", "step"):
                 return flops.operations_a_step(self._config)
             case ("operations", "training"):
@@ -237,12 +237,6 @@ def _compiled_step(config: Config, target: str) -> Mapping[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise Impossible(f"a training step does not compile for {target}: {reason}") from None
-
-
-@functools.cache
-def _parameters(config: Config) -> int:
-    _, weights = models.abstract(config)
-    return models.parameter_count(weights)
 
 
 @functools.cache

@@ -4,9 +4,9 @@ import pytest
 
 from spak_jax.config import read_config
 from spak_jax.config_files import specification_file
-from spak_jax.experiments.peers import parameters, peers
+from spak_jax.experiments.peers import peers
 from spak_jax.experiments.studies import DEPTH
-from spak_jax.models import flops
+from spak_jax.models import flops, parameters_of
 
 
 @pytest.mark.parametrize("name", [*DEPTH, "mazes"])
@@ -20,7 +20,7 @@ def test_peers_cost_as_many_operations_or_have_as_many_weights(name):
     assert flops.operations_a_step(one_less) < operations <= flops.operations_a_step(deep)
     assert deep.model.width == config.model.width
     for same in (narrow, gru):
-        assert parameters(same) == pytest.approx(parameters(config), rel=0.03)
+        assert parameters_of(same) == pytest.approx(parameters_of(config), rel=0.03)
     slower = {"learning_rate": config.train.learning_rate / 4}
     for peer, train in (
         (deep, config.train.model_copy(update=slower)), (narrow, config.train), (gru, config.train)
