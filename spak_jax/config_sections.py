@@ -127,11 +127,6 @@ class LoopedModel(Architecture):
     # Whether each loop starts from the last one's state under a LayerNorm, so that states stay as
     # large as they were however often the block is applied.
     normalize_state: bool = False
-    # Standard deviation of the noise that a normalised state has at the start of each loop of
-    # training: what is passed on from loop to loop must be found again out of what is near it
-    # (noise in the state of recurrent networks, Jim et al. 1996, An Analysis of Noise in Recurrent
-    # Neural Networks).
-    state_noise: Annotated[float, Field(ge=0, le=10)] = 0.0
     # Whether all loops share one step embedding.
     shared_step: bool = False
     # Training first runs a random number of loops, up to this, that no gradient passes.
@@ -153,15 +148,6 @@ class LoopedModel(Architecture):
             raise ValueError(
                 f"model.supervised_loops = {self.supervised_loops}: at most model.loops ="
                 f" {self.loops}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _noise_has_a_measure(self) -> Self:
-        if self.state_noise and not self.normalize_state:
-            raise ValueError(
-                f"model.state_noise = {self.state_noise} needs model.normalize_state = true: it is"
-                " measured by a normalised state"
             )
         return self
 

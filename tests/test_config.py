@@ -226,7 +226,6 @@ def test_any_text_is_itself_as_an_override_or_is_refused(text):
             "model.no_grad_warmup_loops=3",
             ["model.no_grad_warmup_loops = 3", "model.shared_step = true"],
         ),
-        ("model.state_noise=0.1", ["model.state_noise = 0.1", "model.normalize_state = true"]),
         ("model.causal=false", ["model.causal = false", 'data.answers = "one-pass"']),
         ("model.supervised_loops=4", ["model.supervised_loops = 4", "at most model.loops = 3"]),
         ("data.curriculum=0.5", ["data.curriculum = 0.5", "data.examples = 0"]),

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import shards
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.ops import reference
 from spak_jax.models import fused
@@ -22,7 +21,6 @@ class LoopedArchitecture(Architecture, Protocol):
     loops: int
     inject_input: bool
     normalize_state: bool
-    state_noise: float
     shared_step: bool
     no_grad_warmup_loops: int
     supervised_loops: int | None
@@ -355,14 +353,6 @@ class LoopLM(Transformer):
         """
         if self.config.normalize_state:
             x = fused.apply_pending(stream, None if keys is None else keys[0], self.dropout)
-            x = reference.layer_norm(x, 1.0, EPSILON)
-            if self.config.state_noise and keys is not None:
-                x += self.config.state_noise * _noise(jax.random.fold_in(keys[0], 1), x)
-            stream = Stream(x)
+            stream = Stream(reference.layer_norm(x, 1.0, EPSILON))
         x, pending = stream
         return Stream(x + first, pending) if self.config.inject_input else stream
-
-
-def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Standard normal numbers, float32 as x: on several devices those that one would draw."""
-    return shards.drawn(lambda every: jax.random.normal(key, every.shape, jnp.float32), x)

@@ -353,25 +353,6 @@ def test_each_warmup_loop_drops_other_numbers():
     assert min(error(found, twice(network, key, np.array([i, i]))) for i in (0, 1)) > 0.1
 
 
-def test_training_alone_has_noise_in_its_states():
-    """As much as is asked for: other numbers at each loop, token and channel."""
-    network = random_model(**STABLE | {"state_noise": 0.3})
-    tokens = jnp.asarray(random_batch().tokens)
-    step, stream, inputs = network._loop(tokens, 2, None, None, jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), stream.x.shape)
-    quiet = network._enter(fused.Stream(x), 0.0, None).x
-    noisy = [network._enter(fused.Stream(x), 0.0, keys).x for keys in inputs[1]]
-    first, second = (np.asarray(each - quiet) for each in noisy)
-    for noise in (first, second):
-        assert abs(noise.mean()) < 0.05 and abs(noise.std() - 0.3) < 0.03
-    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
-    assert len(np.unique(first)) > 0.99 * first.size
-    plain = random_model(**STABLE)
-    for run in (logits_of, supervised_of):
-        given = random_batch() if run is supervised_of else tokens
-        np.testing.assert_array_equal(run(network, given), run(plain, given))
-
-
 def test_no_gradient_goes_back_through_warmup_loops():
     """The gradient is that of the loops that count, from the state that the others left."""
     batch = random_batch()
