@@ -40,10 +40,12 @@ def draw_reach(evaluated: Sequence[Evaluated]) -> Figure | None:
     ]
     if not families:
         return None
+    # Beside the grids what has no loops to choose, at the lengths that these show.
+    shown = {n for _, lines in families for n in _shared_lengths(lines)}
     stacks = [
         (line.label, [line])
         for line in evaluated
-        if line.first.loops is None and len(line.lengths) >= LEAST
+        if line.first.loops is None and len(shown & set(line.lengths)) >= LEAST
     ]
     panels = families + stacks
     columns = 1 if len(panels) == 1 else 2
@@ -69,7 +71,7 @@ def draw_reach(evaluated: Sequence[Evaluated]) -> Figure | None:
             left = LABELS + column * (panel_width + LABELS)
             own = len(lines) * CELL
             box = left / width, (top - own) / total, panel_width / width, own / total
-            image = _draw_panel(figure.add_axes(box), label, lines)
+            image = _draw_panel(figure.add_axes(box), label, lines, shown)
         top -= height + BELOW
     bar = figure.add_axes(
         ((width - BAR + 0.05) / width, (total - ABOVE - heights[0]) / total, 0.1 / width,
@@ -81,9 +83,12 @@ def draw_reach(evaluated: Sequence[Evaluated]) -> Figure | None:
     return figure
 
 
-def _draw_panel(axes: Axes, label: str, lines: Sequence[Evaluated]):
-    """The colours of one system, a row for each number of loops; gives the image."""
-    lengths = _shared_lengths(lines)
+def _draw_panel(axes: Axes, label: str, lines: Sequence[Evaluated], shown: set[int]):
+    """The colours of one system, a row for each number of loops; gives the image.
+
+    shown: the lengths that may be.
+    """
+    lengths = [n for n in _shared_lengths(lines) if n in shown]
     cells = np.array([[line.at_length(n).mean for n in lengths] for line in lines])
     image = axes.imshow(
         100 * cells, origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis"

@@ -84,14 +84,22 @@ def test_answers_are_read_out_at_their_blanks(tmp_path):
         assert trace.first == trace.text.index("_") and answer.text == written[::-1]
 
 
-def test_released_weights_think_longer_on_longer_problems():
-    """Trained on 16 bits at most, with 16 loops: six times as many bits are right, with loops for
-    them alone."""
-    loaded = load(ROOT / "released" / "parity")
-    assert loaded.config.data.longest == 16 and loaded.config.model.loops == 16
-    problems = loaded.task.sample_exact(jax.random.key(0), 96, 4)
-    for loops, right in ((16, 0), (Loops(16, 2.0), 4)):
-        assert Scorer(loaded, Settings((1,), 1, 0, loops))(problems).correct.sum() == right
+@pytest.mark.parametrize(
+    "name, trained, loops, length", [("parity", 16, 16, 96), ("s4", 8, 12, 40)]
+)
+def test_released_weights_think_longer_on_longer_problems(name, trained, loops, length):
+    """Far longer ones than any in training are right, with loops for them alone."""
+    loaded = load(ROOT / "released" / name)
+    assert loaded.config.data.longest == trained and loaded.config.model.loops == loops
+    problems = loaded.task.sample_exact(jax.random.key(0), length, 4)
+    for given, right in ((loops, 0), (Loops(16, 2.0), 4)):
+        assert Scorer(loaded, Settings((1,), 1, 0, given))(problems).correct.sum() == right
+
+
+def test_released_weights_carry_through_any_sum_in_one_pass():
+    loaded = load(ROOT / "released" / "addition-one-pass")
+    nines = loaded.task.sample_kind(np.random.default_rng(0), "nines", 40, 2)
+    assert Scorer(loaded, Settings((1,), 1, 0, Loops(16, 2.0)))(nines).correct.all()
 
 
 def test_a_problem_takes_its_own_loops(parity):
