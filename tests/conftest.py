@@ -143,6 +143,23 @@ def tiny_config(**sections) -> Config:
     return parse_config(values | {"system": values["system"]["name"]}, "test")
 
 
+def with_slow(cases, *kept):
+    """Cases for `parametrize`: those `kept` by default, the others where `-m slow` asks."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+def in_turn(rows, columns, first: int = 0):
+    """Pairs for `parametrize`: by default each row with one column, which take turns; the others
+    where `-m slow` asks."""
+    return [
+        pytest.param(
+            row, column, marks=[] if (i + first) % len(columns) == j else [pytest.mark.slow]
+        )
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
+
+
 def run_program(*words: str, env=None, input: str = "") -> subprocess.CompletedProcess:
     """`python -m WORDS...`, or `python FILE.py ...`, from the root, its output as text.
 

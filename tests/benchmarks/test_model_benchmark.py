@@ -6,7 +6,7 @@ import tomllib
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, assert_refused, run_program
+from conftest import ROOT, TINY, assert_refused, run_program, with_slow
 from flax import nnx
 
 from benchmarks import generation, inference, profiling
@@ -63,7 +63,7 @@ def test_inference_is_timed(tiny, monkeypatch, capsys):
     assert json.loads(json.dumps(results)) == results
 
 
-@pytest.mark.parametrize("kind", ["loop", "gpt"])
+@pytest.mark.parametrize("kind", with_slow(["loop", "gpt"], "gpt"))
 def test_generation_is_timed(kind, tmp_path, monkeypatch):
     sizes = {"MANY": (3, 2, 12), "ONE": (1, 2, 12), "LONG_DIGITS": 7, "ROUNDS": 3}
     for name, value in sizes.items():
@@ -146,6 +146,7 @@ except aot.Unavailable as error:
     MISSING = str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
     file = tmp_path / "estimate.json"

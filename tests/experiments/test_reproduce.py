@@ -142,7 +142,7 @@ def fresh_clone(tmp_path, monkeypatch):
     ("words", "name"),
     [
         # Once it went its own way, whatever train.steps said.
-        ("--width 256 --system loop30", "reproduced-256"),
+        pytest.param("--width 256 --system loop30", "reproduced-256", marks=pytest.mark.slow),
         ("--study pointer", "pointer"),
     ],
 )

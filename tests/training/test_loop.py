@@ -173,7 +173,7 @@ def test_seeds_differ_and_repeat(tiny, tmp_path):
 
 def test_several_seeds_in_one_program_are_their_own_trainings(tiny, tmp_path):
     """Each is what it would have been alone, goes on alone, and is a run folder like any other."""
-    together = tiny_config(train={"seeds": 3, "seed": 4})
+    together = tiny_config(train={"seeds": 2, "seed": 4})
     states = train(together, tmp_path / "all")
     for state, one in zip(states, per_seed_configs(together), strict=True):
         assert one == tiny_config(train={"seed": int(state.seed)})
@@ -189,7 +189,7 @@ def test_several_seeds_in_one_program_are_their_own_trainings(tiny, tmp_path):
             for path in (folder, tmp_path / f"alone{state.seed}")
         ]
         np.testing.assert_allclose(*losses, rtol=1e-3)
-    assert len({float(jax.tree.leaves(state.weights)[0].sum()) for state in states}) == 3
+    assert len({float(jax.tree.leaves(state.weights)[0].sum()) for state in states}) == 2
 
 
 def test_several_seeds_go_on_from_their_last_common_checkpoint(tmp_path, monkeypatch):
