@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import in_turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -83,8 +84,7 @@ def assert_equals_reference(shape, dtype="float32", scale=1.0, bias_table=None, 
         assert error <= TOLERANCE[dtype] * amplified, (name, error)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", [1, 7, 24, 63, 64])
+@pytest.mark.parametrize(("length", "dtype"), in_turn([1, 7, 24, 63, 64], list(TOLERANCE)))
 def test_rope_attention(length, dtype):
     assert_equals_reference((2, length, 2, 32), dtype, positions=np.arange(length))
 
@@ -169,10 +169,13 @@ def test_keys_without_an_id_have_a_bias_of_their_own(length):
     np.testing.assert_allclose(found, truth, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
-@pytest.mark.parametrize(("length", "heads", "head_dim"), [(24, 3, 32), (33, 1, 20), (130, 2, 16)])
-def test_q_k_and_v_side_by_side(length, heads, head_dim, implementation):
+@pytest.mark.parametrize(
+    ("sizes", "implementation"),
+    in_turn([(24, 3, 32), (33, 1, 20), (130, 2, 16)], ["pallas", "xla"]),
+)
+def test_q_k_and_v_side_by_side(sizes, implementation):
     """The same output, and the same gradients in one array, as of three arrays."""
+    length, heads, head_dim = sizes
     qkv = normal(0, (2, length, 3, heads, head_dim))
     d_out = normal(1, (2, length, heads, head_dim))
     options = {
