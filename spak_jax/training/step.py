@@ -18,6 +18,7 @@ from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config
 from spak_jax.config_sections import Data, Evaluation, Parallel, Train
 from spak_jax.data import FixedDataset, make_dataset, training_batch
+from spak_jax.registry import POSITIONS
 from spak_jax.tasks import Batch, Task
 from spak_jax.training import parallel
 
@@ -230,11 +231,15 @@ def _dataset_maker(data: Data, devices: Parallel) -> Callable[[], FixedDataset]:
 
 
 def _that_makes_steps(config: Config, seed: int) -> Config:
-    """Without what no program knows: names, how a run is scored, when it is saved."""
+    """Without what no program knows: names, how a run is scored, when it is saved, and when it
+    ends, unless a step goes by the share of the training that is done."""
+    unknown = {"seed": seed, "checkpoint_every": 1}
+    if not (config.data.curriculum or POSITIONS.get(config.model.positions).anneals_until):
+        unknown["steps"] = 1
     of_steps = {
         "name": "any",
         "system": "any",
-        "train": config.train.model_copy(update={"seed": seed, "checkpoint_every": 1}),
+        "train": config.train.model_copy(update=unknown),
         "evaluation": Evaluation(),
     }
     return config.model_copy(update=of_steps)
@@ -244,7 +249,7 @@ def compiled(config: Config) -> tuple[Callable, Callable]:
     """The programs of `make_training`, which takes its state's memory, and `make_validation`.
 
     Those of the last configurations are kept. No program knows its seed, which its state has: a
-    training of another seed, by another name or scored otherwise runs the same one.
+    training of another seed, by another name, for longer or scored otherwise runs the same one.
     """
     return _compiled(_that_makes_steps(config, seed=0))
 

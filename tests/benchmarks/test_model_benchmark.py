@@ -23,6 +23,7 @@ from spak_jax.training.step import initial_state, loss
 ADDITION = Addition()
 
 
+@pytest.mark.slow
 def test_training_and_scoring_are_timed(tiny_toml, tmp_path):
     file = tmp_path / "times.json"
     result = run_program(

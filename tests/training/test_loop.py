@@ -29,7 +29,15 @@ from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint, loggers, run_folder, runs
 from spak_jax.training.loop import train
 from spak_jax.training.runs import _consecutive_seeds, per_seed_configs
-from spak_jax.training.step import compiled, initial_state, loss, make_training, optimizer, schedule
+from spak_jax.training.step import (
+    _that_makes_steps,
+    compiled,
+    initial_state,
+    loss,
+    make_training,
+    optimizer,
+    schedule,
+)
 
 ADDITION = Addition()
 
@@ -385,6 +393,15 @@ def test_gates_that_became_firm_do_not_soften_again():
                 assert f"train.steps is {one} there and {other} here" in difference
                 assert "become firm" in difference
         assert runs._difference(of(12), of(12), step) is None
+
+
+def test_a_program_knows_when_a_training_ends_where_its_steps_go_by_that():
+    def of(steps, **more):
+        return _that_makes_steps(tiny_config(train={"steps": steps}, **more), seed=0)
+
+    assert of(12) == of(24)
+    for more in ({"model": {"positions": "learned"}}, {"data": {"examples": 0, "curriculum": 0.5}}):
+        assert of(12, **more) != of(24, **more)
 
 
 @given(
