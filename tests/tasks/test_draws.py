@@ -6,6 +6,7 @@ import hashlib
 import jax
 import numpy as np
 import pytest
+from conftest import in_turn
 
 from spak_jax import jax_settings
 from spak_jax.config_sections import Data
@@ -117,12 +118,7 @@ def drawn(name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("task", "setting"),
-    [
-        *((task, "as they are") for task in ("addition", "subtraction", "three-operands")),
-        ("subtraction", "others"),
-        pytest.param("addition", "others", marks=pytest.mark.slow),
-        pytest.param("three-operands", "others", marks=pytest.mark.slow),
-    ],
+    in_turn(("addition", "subtraction", "three-operands"), list(SETTINGS)),
 )
 def test_a_seed_draws_what_it_always_drew(task, setting):
     with contextlib.ExitStack() as stack:
