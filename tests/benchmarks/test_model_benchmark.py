@@ -162,6 +162,7 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.slow
 def test_inference_is_estimated_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
     file = tmp_path / "estimate.json"
     words = "model.width=64", "--inference", "--target", "rtx5070", "--json", file

@@ -142,15 +142,20 @@ def test_it_is_drawn(found):
     assert {"+", "="} <= texts
 
 
-def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
-    # The shapes of `found`, whose programs are there.
-    monkeypatch.setattr(calibration, "CALIBRATED_ON", 400)
-    monkeypatch.setattr(calibration, "DOUBTS", dict.fromkeys(RULES, (0.1, 0.01)))
-
-    def command(*words):
+@pytest.fixture
+def command(monkeypatch):
+    def run(*words):
         monkeypatch.setattr(sys, "argv", ["halting", *map(str, words)])
         halting.main()
 
+    return run
+
+
+@pytest.mark.slow
+def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys, command):
+    # The shapes of `found`, whose programs are there.
+    monkeypatch.setattr(calibration, "CALIBRATED_ON", 400)
+    monkeypatch.setattr(calibration, "DOUBTS", dict.fromkeys(RULES, (0.1, 0.01)))
     command(half_trained, "--lengths", "1", "--examples", "60", "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "halting.json").read_text())
     assert list(found["lengths"]) == ["1"] and found["examples"] == 60
@@ -171,6 +176,9 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
     drawn.unlink()
     command(tmp_path / "out" / "halting.json")
     assert drawn.read_bytes() == before
+
+
+def test_the_command_line_refuses(half_trained, tmp_path, command):
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(InputError, match="old.json: not what `halting` writes"):
         command(tmp_path / "old.json")

@@ -114,6 +114,7 @@ def test_kernels_of_each_kind_compile_and_fit():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_kernels_of_each_kind_compile_for_the_data_centre_too():
     """In bfloat16, whose products its own tensor cores make."""
     scored, looped = "add_layer_norm_cross_entropy", standard_cases()[-1].operation

@@ -155,7 +155,8 @@ def test_a_training_step_has_the_same_gradients(name, taken):
         np.testing.assert_allclose(one, other, atol=2e-6 + 2e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("most", with_slow([2 * 128, 128], 2 * 128))
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [2 * 128, 128])
 def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
     """Whether the products of two are kernels, as those of one, or XLA's."""
     monkeypatch.setattr(matmul, "MOST_OF_A_PRODUCT", most)

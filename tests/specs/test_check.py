@@ -353,6 +353,7 @@ def test_scoring_in_another_format_breaks_its_invariant(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs JAX's GPU plugin and NVIDIA's assembler")
+@pytest.mark.slow
 def test_tiles_too_large_for_the_card_break_the_invariant_of_the_kernels(tmp_path):
     check_text = "kernel.attention.shared_memory <= target.shared_memory_per_block"
     path = with_invariant(tmp_path, check_text)
