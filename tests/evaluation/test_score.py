@@ -476,7 +476,9 @@ def test_solve_writes_what_scoring_finds_right(half_trained):
         assert all(1 <= loops <= 3 for loops in answer.settled)
 
 
-@pytest.mark.parametrize("name", ["frontier", "frontier-tiny", "pointer"])
+@pytest.mark.parametrize(
+    "name", with_slow(["frontier", "frontier-tiny", "pointer"], "frontier-tiny")
+)
 def test_released_weights_add_a_hundred_digits(name):
     trained = load(ROOT / "released" / name)
     draw = random.Random(0).randrange

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import in_turn
+from conftest import in_turn, with_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -104,8 +104,7 @@ def test_rows_of_a_language_model(length, dtype):
     assert_equals_reference((1, length, 2, 64), dtype, positions=np.arange(length))
 
 
-@pytest.mark.parametrize("target", targets.TARGETS)
-@pytest.mark.parametrize("length", [24, 90])
+@pytest.mark.parametrize(("target", "length"), in_turn(targets.TARGETS, [24, 90]))
 def test_tiles_of_every_target(length, target):
     """On a CPU, with the tiles that each GPU would take."""
     options = Options(
@@ -400,7 +399,7 @@ def of_what_is_unseen(implementation, masks, rate, q, k, v, d_out, seeing):
         return jax.grad(projected, (0, 1, 2), has_aux=True)(q, k, v)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas", "streamed"])
+@pytest.mark.parametrize("implementation", with_slow(["xla", "pallas", "streamed"], "pallas"))
 @settings(deadline=None, max_examples=4)
 @given(
     masks=st.sampled_from(list(MASKS)),
