@@ -32,11 +32,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # GPU gets what users get.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # A program here is no work for several threads: splitting it took a tenth longer.
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
     # Its older emitters of code compile twice as fast; jaxlib 0.11 has no others than the new ones.
     if version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] = " ".join(
-            (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
-        ).strip()
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
 # On a GPU the workers share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -140,6 +141,23 @@ def tiny_config(**sections) -> Config:
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes
     return parse_config(values | {"system": values["system"]["name"]}, "test")
+
+
+def with_slow(cases, *kept):
+    """Cases for `parametrize`: those `kept` by default, the others where `-m slow` asks."""
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+def in_turn(rows, columns, first: int = 0):
+    """Pairs for `parametrize`: by default each row with one column, which take turns; the others
+    where `-m slow` asks."""
+    return [
+        pytest.param(
+            row, column, marks=[] if (i + first) % len(columns) == j else [pytest.mark.slow]
+        )
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
 
 
 def run_program(*words: str, env=None, input: str = "") -> subprocess.CompletedProcess:

@@ -1,4 +1,5 @@
-"""What `test_parallel` looks at: trainings on up to 8 simulated devices, as JSON.
+"""What `test_parallel` looks at: trainings on up to 8 simulated devices, as JSON:
+`eight_devices.py FOLDER PART ...`.
 
 A program of its own, as the number of devices is fixed when JAX starts.
 """
@@ -174,18 +175,21 @@ def too_many_devices() -> dict:
     return {}
 
 
+PARTS = {
+    "gone_on_with": gone_on_with,
+    "seeds": seeds_on_devices,
+    "shares": lambda folder: shares_of_weights(),
+    "random_places": lambda folder: random_places(),
+    "kernels": lambda folder: kernels(),
+    "gradients_at_once": lambda folder: gradients_at_once(),
+    "too_many": lambda folder: too_many_devices(),
+}
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
-    found = {
-        "gone_on_with": gone_on_with(folder),
-        "seeds": seeds_on_devices(folder),
-        "shares": shares_of_weights(),
-        "random_places": random_places(),
-        "kernels": kernels(),
-        "gradients_at_once": gradients_at_once(),
-        "too_many": too_many_devices(),
-    }
-    (folder / "found.json").write_text(json.dumps(found))
+    folder, *names = sys.argv[1:]
+    found = {name: PARTS[name](Path(folder)) for name in names}
+    (Path(folder) / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ def test_every_program_lives_without_standard_output(program):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_training_whose_reader_has_gone_leaves_its_results(tiny_toml, tmp_path):
     run = tmp_path / "run"
     name = f"system.name={HOSTILE}"

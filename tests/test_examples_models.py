@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, tiny_config
+from conftest import ROOT, tiny_config, with_slow
 from flax import nnx
 from random_models import LENGTH, build, error, logits_of, make_config, random_batch, random_weights
 
@@ -44,7 +44,7 @@ OURS = {"block": {"block": "qk-norm"}, "scheme": {"positions": "absolute"}}
 KINDS = {"loop": {"kind": "loop", "loops": 3}, "gpt": {"kind": "gpt", "layers": 2}}
 
 
-@pytest.mark.parametrize("own", OURS)
+@pytest.mark.parametrize("own", with_slow(OURS, "block"))
 def test_it_trains_resumes_scores_and_writes(own, tmp_path):
     config = tiny_config(model=OURS[own], data={"examples": 0})
     train(config, tmp_path / "at once")

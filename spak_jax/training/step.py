@@ -16,8 +16,9 @@ from flax import nnx
 from pallas_kernels import shards
 from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config
-from spak_jax.config_sections import Evaluation, Train
+from spak_jax.config_sections import Data, Evaluation, Parallel, Train
 from spak_jax.data import FixedDataset, make_dataset, training_batch
+from spak_jax.registry import POSITIONS
 from spak_jax.tasks import Batch, Task
 from spak_jax.training import parallel
 
@@ -210,29 +211,47 @@ def shardings(config: Config) -> TrainState | None:
 
 def init_sharded_state(config: Config) -> TrainState:
     """`initial_state` on its devices, compiled as one program: a weight at a time takes seconds."""
-    return jax.jit(lambda: initial_state(config), out_shardings=shardings(config))()
+    return _initializer(_that_makes_steps(config, config.train.seed))()
 
 
 def sharded_dataset(config: Config) -> FixedDataset:
     """`make_dataset`, whole on every device."""
-    return jax.jit(
-        lambda: make_dataset(config.data), out_shardings=parallel.replicated(config.parallel)
-    )()
+    return _dataset_maker(config.data, config.parallel)()
+
+
+# A program that is kept is not traced again by the next training of a process.
+@functools.lru_cache(maxsize=8)
+def _initializer(config: Config) -> Callable[[], TrainState]:
+    return jax.jit(lambda: initial_state(config), out_shardings=shardings(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _dataset_maker(data: Data, devices: Parallel) -> Callable[[], FixedDataset]:
+    return jax.jit(lambda: make_dataset(data), out_shardings=parallel.replicated(devices))
+
+
+def _that_makes_steps(config: Config, seed: int) -> Config:
+    """Without what no program knows: names, how a run is scored, when it is saved, and when it
+    ends, unless a step goes by the share of the training that is done."""
+    unknown = {"seed": seed, "checkpoint_every": 1}
+    if not (config.data.curriculum or POSITIONS.get(config.model.positions).anneals_until):
+        unknown["steps"] = 1
+    of_steps = {
+        "name": "any",
+        "system": "any",
+        "train": config.train.model_copy(update=unknown),
+        "evaluation": Evaluation(),
+    }
+    return config.model_copy(update=of_steps)
 
 
 def compiled(config: Config) -> tuple[Callable, Callable]:
     """The programs of `make_training`, which takes its state's memory, and `make_validation`.
 
     Those of the last configurations are kept. No program knows its seed, which its state has: a
-    training of another seed, by another name or scored otherwise runs the same one.
+    training of another seed, by another name, for longer or scored otherwise runs the same one.
     """
-    of_steps = {
-        "name": "any",
-        "system": "any",
-        "train": config.train.model_copy(update={"seed": 0, "checkpoint_every": 1}),
-        "evaluation": Evaluation(),
-    }
-    return _compiled(config.model_copy(update=of_steps))
+    return _compiled(_that_makes_steps(config, seed=0))
 
 
 @functools.lru_cache(maxsize=8)

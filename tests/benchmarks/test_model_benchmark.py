@@ -6,7 +6,7 @@ import tomllib
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, assert_refused, run_program
+from conftest import ROOT, TINY, assert_refused, run_program, with_slow
 from flax import nnx
 
 from benchmarks import generation, inference, profiling
@@ -23,6 +23,7 @@ from spak_jax.training.step import initial_state, loss
 ADDITION = Addition()
 
 
+@pytest.mark.slow
 def test_training_and_scoring_are_timed(tiny_toml, tmp_path):
     file = tmp_path / "times.json"
     result = run_program(
@@ -63,7 +64,7 @@ def test_inference_is_timed(tiny, monkeypatch, capsys):
     assert json.loads(json.dumps(results)) == results
 
 
-@pytest.mark.parametrize("kind", ["loop", "gpt"])
+@pytest.mark.parametrize("kind", with_slow(["loop", "gpt"], "gpt"))
 def test_generation_is_timed(kind, tmp_path, monkeypatch):
     sizes = {"MANY": (3, 2, 12), "ONE": (1, 2, 12), "LONG_DIGITS": 7, "ROUNDS": 3}
     for name, value in sizes.items():
@@ -146,6 +147,7 @@ except aot.Unavailable as error:
     MISSING = str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
     file = tmp_path / "estimate.json"
@@ -160,6 +162,7 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.slow
 def test_inference_is_estimated_for_a_gpu_that_is_not_there(tiny_toml, tmp_path):
     file = tmp_path / "estimate.json"
     words = "model.width=64", "--inference", "--target", "rtx5070", "--json", file

@@ -7,6 +7,7 @@ from benchmarks import race
 from spak_jax.command_line import Failure
 
 
+@pytest.mark.slow
 def test_a_race_ends_where_the_digits_are_right(monkeypatch):
     config = tiny_config(
         data={"max_length": 1, "bridge_fraction": 0.0, "row_length": 8, "examples": 0},

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import in_turn, with_slow
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,15 +107,15 @@ def assert_both_say_the_same(scheme, kind, seed, halt=False):
     return taken
 
 
-@pytest.mark.parametrize("kind", ["loop", "gpt"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+# By default each scheme with the kind that `test_neighbours` leaves out.
+@pytest.mark.parametrize(("scheme", "kind"), in_turn(SCHEMES, ("loop", "gpt")))
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_caches_say_what_recomputing_says(scheme, kind, seed):
     assert_both_say_the_same(scheme, kind, seed)
 
 
-@pytest.mark.parametrize("scheme", ["rope", "coupled-bias"])
+@pytest.mark.parametrize("scheme", with_slow(["rope", "coupled-bias"], "coupled-bias"))
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_halted_tokens_are_seen_as_they_halted(scheme, seed):

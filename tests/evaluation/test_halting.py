@@ -142,17 +142,23 @@ def test_it_is_drawn(found):
     assert {"+", "="} <= texts
 
 
-def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(calibration, "CALIBRATED_ON", 64)
-    monkeypatch.setattr(calibration, "DOUBTS", dict.fromkeys(RULES, (0.1, 0.01)))
-
-    def command(*words):
+@pytest.fixture
+def command(monkeypatch):
+    def run(*words):
         monkeypatch.setattr(sys, "argv", ["halting", *map(str, words)])
         halting.main()
 
-    command(half_trained, "--lengths", "1", "--examples", "20", "--out", tmp_path / "out")
+    return run
+
+
+@pytest.mark.slow
+def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys, command):
+    # The shapes of `found`, whose programs are there.
+    monkeypatch.setattr(calibration, "CALIBRATED_ON", 400)
+    monkeypatch.setattr(calibration, "DOUBTS", dict.fromkeys(RULES, (0.1, 0.01)))
+    command(half_trained, "--lengths", "1", "--examples", "60", "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "halting.json").read_text())
-    assert list(found["lengths"]) == ["1"] and found["examples"] == 20
+    assert list(found["lengths"]) == ["1"] and found["examples"] == 60
     assert (
         set(found["milliseconds"])
         == set(found["ways"])
@@ -162,7 +168,7 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
     assert "convergence: threshold" in capsys.readouterr().out
     run = shutil.copytree(half_trained, tmp_path / "run")
-    command(run, "--lengths", "1", "--examples", "5")
+    command(run, "--lengths", "1", "--examples", "60")
     assert (run / "halting" / "halting.json").is_file()
     # Drawn again, the figures are the same bytes.
     drawn = tmp_path / "out" / "loops-by-depth.png"
@@ -170,6 +176,9 @@ def test_the_command_line(half_trained, tmp_path, monkeypatch, capsys):
     drawn.unlink()
     command(tmp_path / "out" / "halting.json")
     assert drawn.read_bytes() == before
+
+
+def test_the_command_line_refuses(half_trained, tmp_path, command):
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(InputError, match="old.json: not what `halting` writes"):
         command(tmp_path / "old.json")

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conftest import in_turn, with_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import config_of, weights_of
@@ -55,8 +56,8 @@ def rows_of(prompts, length):
 @pytest.mark.parametrize(
     ("scheme", "way"),
     [
-        *((scheme, way) for scheme in SCHEMES for way in ("gpt", "loop")),
-        *((scheme, way) for scheme in ("random-rope", "learned") for way in list(WAYS)[2:]),
+        *in_turn(SCHEMES, ("gpt", "loop")),
+        *in_turn(("random-rope", "learned"), list(WAYS)[2:]),
     ],
 )
 @settings(deadline=None, max_examples=4)
@@ -87,7 +88,7 @@ def test_every_scheme_answers_alone_as_among_others(scheme, way, problems, order
             assert not others[i, room[i] :].any()
 
 
-@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("decode", with_slow([False, True], False))
 def test_scores_and_answers_are_those_of_each_problem_alone(decode, half_trained):
     trained = load(half_trained)
     own = [(str(a), str(b)) for a in range(10) for b in range(10)]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, run_program, tiny_config
+from conftest import ROOT, assert_refused, run_program, tiny_config, with_slow
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,16 +56,23 @@ def erring_model(strength):
     return run
 
 
+@jax.jit
+def forced_and_decoded(problems, strength, salt):
+    weights, run = (problems, salt), erring_model(strength)
+    batch = ADDITION.batch(problems, LENGTH - 1)
+    write = functools.partial(generate.generate, generate.without_cache(run), ADDITION.end)
+    forced = score_module._teacher_forced(run, weights, batch)
+    return *forced, *score_module._decoded(write, weights, batch)
+
+
 @settings(deadline=None, max_examples=5)
 @given(st.sampled_from([0.5, 2.0, 2.5, 4.0]), st.integers(0, 2**20))
 def test_teacher_forcing_equals_generation(strength, salt):
     """Any causal model, right or wrong: the same problems count, with the same loops."""
     problems = ADDITION.sample_exact(jax.random.key(salt), 9, 64)
-    weights, run = (problems, salt), erring_model(strength)
-    batch = ADDITION.batch(problems, LENGTH - 1)
-    forced, forced_steps = score_module._teacher_forced(run, weights, batch)
-    write = functools.partial(generate.generate, generate.without_cache(run), ADDITION.end)
-    decoded, decoded_steps = score_module._decoded(write, weights, batch)
+    forced, forced_steps, decoded, decoded_steps = map(
+        np.asarray, forced_and_decoded(problems, strength, salt)
+    )
     assert (forced == decoded).all()
     # Where a generation went wrong it read other text from there on, and so did the counts.
     np.testing.assert_array_equal(forced_steps[forced], decoded_steps[decoded])
@@ -106,7 +113,8 @@ def test_scores_count_whole_answers_by_hand(half_trained, tmp_path):
     problems = ADDITION.sample_exact(jax.random.fold_in(jax.random.key(3), 1), 1, 150)
     definition, _ = models.abstract(trained.config)
     batch = ADDITION.batch(problems, 32)
-    chosen = np.asarray(nnx.merge(definition, trained.weights)(batch.tokens).argmax(-1))
+    run = jax.jit(lambda weights, tokens: nnx.merge(definition, weights)(tokens).argmax(-1))
+    chosen = np.asarray(run(trained.weights, batch.tokens))
     right = [
         all(c == t for c, t, m in zip(*row, strict=True) if m)
         for row in zip(chosen, np.asarray(batch.targets), np.asarray(batch.answer), strict=True)
@@ -257,7 +265,13 @@ def test_the_command_line(half_trained, tmp_path):
     assert written == solve(load(half_trained), [("99", "1")])[0].text != "100"
 
 
-@pytest.mark.parametrize(("words", "rule"), [((), "convergence"), (("confidence",), "confidence")])
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        ((), "convergence"),
+        pytest.param(("confidence",), "confidence", marks=pytest.mark.slow),
+    ],
+)
 def test_halting_is_calibrated_for_the_model(words, rule, half_trained, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "CALIBRATED_ON", 200)
     command = ("spak_jax.evaluate", half_trained, "--lengths", "1", "--examples", "20")
@@ -408,7 +422,7 @@ def test_decoding_takes_no_more_rows_than_caches_hold(half_trained, monkeypatch)
     assert (scorer(problems).correct == forced.correct).all()
 
 
-@pytest.mark.parametrize("task", ["subtraction", "three-operands"])
+@pytest.mark.parametrize("task", with_slow(["subtraction", "three-operands"], "three-operands"))
 def test_other_tasks_are_scored_and_solved(task, tmp_path):
     config = tiny_config(data={"task": task, "row_length": 40})
     state = jax.jit(lambda: initial_state(config))()
@@ -462,7 +476,9 @@ def test_solve_writes_what_scoring_finds_right(half_trained):
         assert all(1 <= loops <= 3 for loops in answer.settled)
 
 
-@pytest.mark.parametrize("name", ["frontier", "frontier-tiny", "pointer"])
+@pytest.mark.parametrize(
+    "name", with_slow(["frontier", "frontier-tiny", "pointer"], "frontier-tiny")
+)
 def test_released_weights_add_a_hundred_digits(name):
     trained = load(ROOT / "released" / name)
     draw = random.Random(0).randrange

@@ -146,7 +146,7 @@ def fresh_clone(tmp_path, monkeypatch):
     ("words", "name"),
     [
         # Once it went its own way, whatever train.steps said.
-        ("--width 256 --system loop30", "reproduced-256"),
+        pytest.param("--width 256 --system loop30", "reproduced-256", marks=pytest.mark.slow),
         ("--study pointer", "pointer"),
     ],
 )
@@ -276,6 +276,7 @@ def test_results_are_published_only_where_it_is_asked(tiny_system, monkeypatch):
     assert {path.name for path in (tiny_system / "runs").iterdir()} == {"mine"}
 
 
+@pytest.mark.slow
 def test_systems_that_were_made_otherwise_are_not_drawn(tiny_system, undrawn, monkeypatch, capsys):
     """As when another process makes them, with other changes."""
 

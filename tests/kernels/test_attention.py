@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import in_turn, with_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -83,8 +84,7 @@ def assert_equals_reference(shape, dtype="float32", scale=1.0, bias_table=None, 
         assert error <= TOLERANCE[dtype] * amplified, (name, error)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", [1, 7, 24, 63, 64])
+@pytest.mark.parametrize(("length", "dtype"), in_turn([1, 7, 24, 63, 64], list(TOLERANCE)))
 def test_rope_attention(length, dtype):
     assert_equals_reference((2, length, 2, 32), dtype, positions=np.arange(length))
 
@@ -104,8 +104,7 @@ def test_rows_of_a_language_model(length, dtype):
     assert_equals_reference((1, length, 2, 64), dtype, positions=np.arange(length))
 
 
-@pytest.mark.parametrize("target", targets.TARGETS)
-@pytest.mark.parametrize("length", [24, 90])
+@pytest.mark.parametrize(("target", "length"), in_turn(targets.TARGETS, [24, 90]))
 def test_tiles_of_every_target(length, target):
     """On a CPU, with the tiles that each GPU would take."""
     options = Options(
@@ -169,10 +168,13 @@ def test_keys_without_an_id_have_a_bias_of_their_own(length):
     np.testing.assert_allclose(found, truth, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
-@pytest.mark.parametrize(("length", "heads", "head_dim"), [(24, 3, 32), (33, 1, 20), (130, 2, 16)])
-def test_q_k_and_v_side_by_side(length, heads, head_dim, implementation):
+@pytest.mark.parametrize(
+    ("sizes", "implementation"),
+    in_turn([(24, 3, 32), (33, 1, 20), (130, 2, 16)], ["pallas", "xla"]),
+)
+def test_q_k_and_v_side_by_side(sizes, implementation):
     """The same output, and the same gradients in one array, as of three arrays."""
+    length, heads, head_dim = sizes
     qkv = normal(0, (2, length, 3, heads, head_dim))
     d_out = normal(1, (2, length, heads, head_dim))
     options = {
@@ -397,7 +399,7 @@ def of_what_is_unseen(implementation, masks, rate, q, k, v, d_out, seeing):
         return jax.grad(projected, (0, 1, 2), has_aux=True)(q, k, v)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas", "streamed"])
+@pytest.mark.parametrize("implementation", with_slow(["xla", "pallas", "streamed"], "pallas"))
 @settings(deadline=None, max_examples=4)
 @given(
     masks=st.sampled_from(list(MASKS)),

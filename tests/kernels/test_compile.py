@@ -9,7 +9,7 @@ import sys
 
 import jax
 import pytest
-from conftest import ROOT, assert_refused, run_program
+from conftest import ROOT, assert_refused, in_turn, run_program
 from jax import export
 
 from pallas_kernels import programs, targets, tiles
@@ -49,6 +49,8 @@ NO_PRODUCT = tuple(
 TRITON = "__gpu$xla.gpu.triton"
 # For which kernels are compiled, not lowered alone.
 COMPILED = "rtx5070"
+# Where it can be, it is compiled from beginning to end.
+LOWERED = [name for name in targets.TARGETS if name != COMPILED or MISSING]
 # Keys and values of two stages alone fill more shared memory than an RTX 5070 has.
 TOO_LARGE = {"block_q": 64, "block_k": 256, "num_warps": 8, "num_stages": 3}
 
@@ -112,6 +114,7 @@ def test_kernels_of_each_kind_compile_and_fit():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_kernels_of_each_kind_compile_for_the_data_centre_too():
     """In bfloat16, whose products its own tensor cores make."""
     scored, looped = "add_layer_norm_cross_entropy", standard_cases()[-1].operation
@@ -153,6 +156,7 @@ def test_a_spilling_kernel_is_reported():
     assert report.problem == f"spills {report.spilled} B a thread, more than {aot.MOST_SPILLED}"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
     shutil.copytree(ROOT / "pallas_kernels", tmp_path / "pallas_kernels")
@@ -172,21 +176,9 @@ def test_one_bad_tile_in_the_table_fails_the_command_and_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.skipif(
-                name == COMPILED and MISSING is None, reason="is compiled from beginning to end"
-            ),
-        )
-        for name in targets.TARGETS
-    ],
-)
-@pytest.mark.parametrize(
-    "case",
-    standard_cases(),
-    ids=lambda c: f"{c.operation} {c.shape} {c.asked()}",
+    ("case", "target"),
+    in_turn(standard_cases(), LOWERED),
+    ids=lambda x: x if isinstance(x, str) else f"{x.operation} {x.shape} {x.asked()}",
 )
 def test_all_kernels_lower_to_triton_without_a_gpu(case, target):
     function, arguments = case.program(target)

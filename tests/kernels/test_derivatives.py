@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import in_turn, with_slow
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,7 +195,9 @@ def test_one_argument_is_traced_while_the_others_are_numpy_arrays(operation, imp
         assert jax.eval_shape(around, argument) == shapes
 
 
-@pytest.mark.parametrize("kind", [gradient, forward_mode, of_a_gradient, in_a_scan])
+@pytest.mark.parametrize(
+    "kind", with_slow([gradient, forward_mode, of_a_gradient, in_a_scan], of_a_gradient)
+)
 def test_outside_of_jit_too(kind):
     def derived_of(implementation):
         function, arguments = adding_and_norming(implementation, 0.0, True)
@@ -237,8 +240,7 @@ def loss(network, how, tokens, thresholds):
     return jnp.sin(logits).mean()
 
 
-@pytest.mark.parametrize("halting", [False, True])
-@pytest.mark.parametrize("kind", ["swiglu", "frontier"])
+@pytest.mark.parametrize(("kind", "halting"), in_turn(["swiglu", "frontier"], [False, True]))
 def test_the_gradient_of_a_call_in_one_launch(kind, halting):
     """As of the scanned model, of every weight; also of logits where tokens halt."""
     frontier = FRONTIER | {"width": 24, "heads": 2, "hidden": 40}
@@ -261,8 +263,7 @@ def a_training_loss(network, tokens):
     return network.supervised_losses(tokens, tokens, weights, key=KEY).sum()
 
 
-@pytest.mark.parametrize("function", [a_call, a_training_loss])
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(("order", "function"), in_turn([0, 1, 2], [a_call, a_training_loss]))
 def test_models_lower_for_a_gpu(function, order):
     """To Triton's code, differentiated never, once and twice; a mere call to one launch."""
     network = network_of(width=64, heads=4, loops=2, dtype="bfloat16")

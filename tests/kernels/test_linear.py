@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_slow
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +43,7 @@ def test_a_product_and_its_gradients(leading, inputs, outputs, seed):
     assert_same(kernels, lambda x, weights: x @ weights, given, draw(*leading, outputs))
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=3)
 @given(st.sampled_from([(128,), (4, 64)]), SIZES, SIZES, st.integers(0, 2**31 - 1))
 def test_an_mlp_and_its_gradients(leading, width, hidden, seed):
     draw = drawer(seed)
@@ -140,11 +141,11 @@ def test_bfloat16_is_added_up_in_float32():
     np.testing.assert_allclose(made, x @ weights, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["loop12", "gpt12"])
+@pytest.mark.parametrize("name", with_slow(["loop12", "gpt12"], "loop12"))
 def test_a_training_step_has_the_same_gradients(name, taken):
     """With all gradients of matrices made at once, as with no kernel at all."""
     layers = "layers" if name == "gpt12" else "loops"
-    config = small(name, f"model.{layers}=3")
+    config = small(name, f"model.{layers}=2")
     weights = weights_of(config)
     kernels = jax.jit(value_and_gradient(config))(weights)
     taken.setattr(linear, "supports", lambda *sizes: False)
@@ -154,6 +155,7 @@ def test_a_training_step_has_the_same_gradients(name, taken):
         np.testing.assert_allclose(one, other, atol=2e-6 + 2e-5 * np.abs(other).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [2 * 128, 128])
 def test_seeds_side_by_side_have_their_own_gradients(most, monkeypatch):
     """Whether the products of two are kernels, as those of one, or XLA's."""

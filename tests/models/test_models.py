@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_slow
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,7 +99,7 @@ def reference_states(reference, config: Config, weights, tokens, loops=None):
 # Against the equations in PyTorch.
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", with_slow(ARCHITECTURES, "gpt", "loop", "loop-injected-swiglu"))
 def test_logits_loss_and_all_gradients_equal_the_reference(name, reference):
     import torch
 

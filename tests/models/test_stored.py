@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, tiny_config
+from conftest import ROOT, tiny_config, with_slow
 
 from spak_jax import models
 from spak_jax.command_line import InputError
@@ -61,7 +61,7 @@ def of_before(values: dict) -> dict:
     return stored
 
 
-@pytest.mark.parametrize("scheme", ["learned", "coupled-embedding"])
+@pytest.mark.parametrize("scheme", with_slow(["learned", "coupled-embedding"], "learned"))
 def test_a_run_that_was_begun_before_goes_on(scheme, tmp_path, monkeypatch):
     """Weights and the optimizer's arrays, by the names that they have ever had."""
     config = tiny_config(model={"positions": scheme}, data={"examples": 0})

@@ -12,15 +12,21 @@ from spak_jax.command_line import InputError
 @pytest.mark.parametrize(
     ("name", "times", "became"),
     [
-        ("killed", 2, "killed"),
-        ("signals", 3, "ended with a checkpoint of the last step"),
+        ("killed", 1, "killed"),
         ("damage", 1, "refused, the checkpoint and the good one before it named"),
-        ("disk-full", 2, "one message, and the training went on to the same bits"),
         ("read-only", 2, "refused, nothing changed"),
-        ("vanished", 1, "one message, checkpoints good"),
-        ("second", 1, "the second refused"),
-        ("lost-process", 1, "the other ended"),
         ("pickle", 15, "refused, nothing run"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("killed", 2, "killed"),
+                ("signals", 3, "ended with a checkpoint of the last step"),
+                ("disk-full", 2, "one message, and the training went on to the same bits"),
+                ("vanished", 1, "one message, checkpoints good"),
+                ("second", 1, "the second refused"),
+                ("lost-process", 1, "the other ended"),
+            )
+        ),
     ],
 )
 def test_a_promise_is_kept(name, times, became, tmp_path):

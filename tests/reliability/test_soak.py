@@ -28,6 +28,7 @@ def test_growth_is_that_of_later_rounds():
     assert found["checkpoint_bytes_most"] == 11 and found["minutes"] == pytest.approx(54)
 
 
+@pytest.mark.slow
 def test_a_round_trains_saves_and_scores(tmp_path):
     config = tiny_config(train={"steps": 1_000_000, "decay_steps": 12})
     found = soak.soak(config, 1e-6, tmp_path / "run")

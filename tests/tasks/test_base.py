@@ -41,6 +41,13 @@ one_pass_batch = jax.jit(
 answers = jax.jit(lambda problems, task: task.answers(problems), static_argnums=1)
 written_lengths = jax.jit(lambda problems, task: task.written_lengths(problems), static_argnums=1)
 depths = jax.jit(lambda problems, task: task.depths(problems), static_argnums=1)
+position_ids = jax.jit(lambda tokens, task: task.position_ids(tokens), static_argnums=1)
+answering = jax.jit(lambda tokens, task: task.answering(tokens), static_argnums=1)
+drawn_for_training = jax.jit(sample_training, static_argnums=(1, 2))
+
+
+def on_host(problems) -> Problems:
+    return Problems(*map(np.asarray, problems))
 
 
 def problems_of(task: Task, problems) -> list[tuple[str, ...]]:
@@ -76,11 +83,11 @@ def test_arrays_are_what_plain_python_says(task, seed):
     for row, count, problem in zip(symbols, lengths, problems_of(task, problems), strict=True):
         answer = "".join(task.symbols[i] for i in row[:count])
         assert task.in_written_order(answer) == task.solve(problem)
-    sizes = np.asarray(task.lengths(problems)).tolist()
+    sizes = np.asarray(task.lengths(on_host(problems))).tolist()
     assert sizes == list(map(task.length, problems_of(task, problems)))
     found = np.asarray(depths(problems, task))
     assert found.dtype == np.int32 and task.depth_unit
-    host = task.depths(Problems(*map(np.asarray, problems)))
+    host = task.depths(on_host(problems))
     assert isinstance(host, np.ndarray) and host.tolist() == found.tolist()
 
 
@@ -125,7 +132,7 @@ def test_texts_have_room_and_are_as_long_as_is_said(task):
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
 def test_training_shows_nothing_longer_than_configured(task):
     data = tiny_config(data={"task": task.name, "row_length": task.row_length(6)}).data
-    sizes = np.asarray(task.lengths(sample_training(jax.random.key(0), data, (2_000,))))
+    sizes = task.lengths(on_host(drawn_for_training(jax.random.key(0), data, (2_000,))))
     assert sizes.max() == data.longest == 6 and sizes.min() == 1
 
 
@@ -136,7 +143,7 @@ def test_ids_do_not_depend_on_what_follows(task):
     tokens, answer = map(np.asarray, render(drawn(task, 5), length, task))
     there = np.tri(length, dtype=bool)[:, None]
     prompt = np.arange(length) < answer.argmax(-1)[:, None]
-    found = jax.jit(task.position_ids)(np.where(there | prompt, tokens, task.end))
+    found = position_ids(np.where(there | prompt, tokens, task.end), task)
     if found is not None:
         found = np.asarray(found)
         assert ((found == found[-1]) | ~there).all()
@@ -171,16 +178,14 @@ def test_in_one_pass_blanks_hide_the_answer_and_nothing_else(task, seed):
         assert set(task.decode(tokens[answer])) == {"_"}
         asked, blanks = prompt.split("=")
         assert len(blanks) == task.answer_length(task.length(problem)) + 1
-    rows = one_pass_batch(problems, length, task)
-    places = np.arange(length)
-    expected = (rows.tokens == task.blank) & (places < length)
-    np.testing.assert_array_equal(task.answering(rows.tokens), expected)
-    ids = task.position_ids(rows.tokens)
+    rows, _, answer = batch
+    np.testing.assert_array_equal(answering(rows, task), rows == task.blank)
+    ids = position_ids(rows, task)
     if ids is not None:
         # The blanks have the ids that the answer's symbols have where it is written.
         text, _ = render(problems, length, type(task)())
-        written = np.asarray(type(task)().position_ids(text))
-        symbols = np.asarray(rows.answer) & (np.asarray(text) != task.end)
+        written = np.asarray(position_ids(text, type(task)()))
+        symbols = answer & (np.asarray(text) != task.end)
         np.testing.assert_array_equal(np.asarray(ids)[symbols], written[symbols])
 
 
@@ -205,7 +210,7 @@ def test_in_place_each_symbol_is_answered_where_it_stands(task, seed, share):
         assert task.decode(tokens) == prompt.ljust(length, "\n")[:length]
         assert task.decode(targets) == f"\n{right}".ljust(length, "\n")[:length]
         assert np.flatnonzero(answer).tolist() == [*range(1, min(length, len(prompt)))]
-    np.testing.assert_array_equal(task.answering(rows.tokens), rows.answer)
+    np.testing.assert_array_equal(answering(rows.tokens, task), rows.answer)
     assert task.answer_start(task.example) == 1 and "_" not in task.vocabulary
 
 

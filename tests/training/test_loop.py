@@ -14,6 +14,7 @@ from conftest import assert_refused, run_program, tiny_config
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 from spak_jax import models
 from spak_jax.command_line import Failure, InputError
@@ -23,11 +24,20 @@ from spak_jax.data import make_dataset, training_batch
 from spak_jax.evaluation.loaded import load
 from spak_jax.positions import learned
 from spak_jax.release import release
+from spak_jax.tasks import Batch
 from spak_jax.tasks.arithmetic import Addition
 from spak_jax.training import checkpoint, loggers, run_folder, runs
 from spak_jax.training.loop import train
 from spak_jax.training.runs import _consecutive_seeds, per_seed_configs
-from spak_jax.training.step import initial_state, loss, make_training, optimizer, schedule
+from spak_jax.training.step import (
+    _that_makes_steps,
+    compiled,
+    initial_state,
+    loss,
+    make_training,
+    optimizer,
+    schedule,
+)
 
 ADDITION = Addition()
 
@@ -52,18 +62,21 @@ def test_schedule_warms_up_decays_and_stays():
 
 
 def test_loss_counts_answer_tokens_of_supervised_readouts_only(tiny):
-    network = models.build(tiny, jax.random.key(0))
-    batch = training_batch(jax.random.key(1), tiny.data, 4, None)
-    value = loss(network, batch, ADDITION, None)
+    network = jax.jit(lambda: models.build(tiny, jax.random.key(0)))()
+    make = jax.jit(lambda key: training_batch(key, tiny.data, 4, None))
+    batch = Batch(*map(np.asarray, make(jax.random.key(1))))
+    loss_of = nnx.jit(lambda network, batch: loss(network, batch, ADDITION, None))
+    value = loss_of(network, batch)
     # By hand: loops 2 and 3 of 3, every answer token alike.
+    logits = nnx.jit(lambda network, loops: network(batch.tokens, loops=loops), static_argnums=1)
     entropies = []
     for loops in (2, 3):
-        log_p = jax.nn.log_softmax(network(batch.tokens, loops=loops))
-        picked = jnp.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
+        log_p = log_softmax(np.asarray(logits(network, loops)), axis=-1)
+        picked = np.take_along_axis(log_p, batch.targets[..., None], axis=-1)[..., 0]
         entropies += (-picked[batch.answer]).tolist()
     np.testing.assert_allclose(value, np.mean(entropies), rtol=1e-6)
-    changed = batch._replace(targets=jnp.where(batch.answer, batch.targets, 5))
-    assert loss(network, changed, ADDITION, None) == value
+    changed = batch._replace(targets=np.where(batch.answer, batch.targets, 5))
+    assert loss_of(network, changed) == value
 
 
 def test_the_optimizer_is_adamw_behind_a_clip():
@@ -85,13 +98,14 @@ def begun(config):
 
 def test_one_compiled_call_equals_single_steps(tiny):
     """The same program takes any number of steps, and each is the plain one."""
-    run_steps = jax.jit(make_training(tiny))
-    first, dataset = begun(tiny)
-    together, metrics = run_steps(first, dataset, jnp.int32(4))
+    # The program that trains, which takes its state's memory.
+    run_steps, _ = compiled(tiny)
+    first, dataset = jax.tree.map(np.asarray, begun(tiny))
+    together, metrics = jax.tree.map(np.asarray, run_steps(first, dataset, np.int32(4)))
     assert all((x[4:] == 0).all() and (x[:4] > 0).all() for x in metrics)
     state = first
     for i in range(4):
-        state, alone = run_steps(state, dataset, jnp.int32(1))
+        state, alone = jax.tree.map(np.asarray, run_steps(state, dataset, np.int32(1)))
         assert [x[0] for x in alone] == [x[i] for x in metrics]
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(together), strict=True):
         assert (one == other).all()
@@ -173,7 +187,7 @@ def test_seeds_differ_and_repeat(tiny, tmp_path):
 
 def test_several_seeds_in_one_program_are_their_own_trainings(tiny, tmp_path):
     """Each is what it would have been alone, goes on alone, and is a run folder like any other."""
-    together = tiny_config(train={"seeds": 3, "seed": 4})
+    together = tiny_config(train={"seeds": 2, "seed": 4})
     states = train(together, tmp_path / "all")
     for state, one in zip(states, per_seed_configs(together), strict=True):
         assert one == tiny_config(train={"seed": int(state.seed)})
@@ -189,7 +203,7 @@ def test_several_seeds_in_one_program_are_their_own_trainings(tiny, tmp_path):
             for path in (folder, tmp_path / f"alone{state.seed}")
         ]
         np.testing.assert_allclose(*losses, rtol=1e-3)
-    assert len({float(jax.tree.leaves(state.weights)[0].sum()) for state in states}) == 3
+    assert len({float(jax.tree.leaves(state.weights)[0].sum()) for state in states}) == 2
 
 
 def test_several_seeds_go_on_from_their_last_common_checkpoint(tmp_path, monkeypatch):
@@ -379,6 +393,15 @@ def test_gates_that_became_firm_do_not_soften_again():
                 assert f"train.steps is {one} there and {other} here" in difference
                 assert "become firm" in difference
         assert runs._difference(of(12), of(12), step) is None
+
+
+def test_a_program_knows_when_a_training_ends_where_its_steps_go_by_that():
+    def of(steps, **more):
+        return _that_makes_steps(tiny_config(train={"steps": steps}, **more), seed=0)
+
+    assert of(12) == of(24)
+    for more in ({"model": {"positions": "learned"}}, {"data": {"examples": 0, "curriculum": 0.5}}):
+        assert of(12, **more) != of(24, **more)
 
 
 @given(

@@ -13,21 +13,32 @@ from spak_jax.command_line import InputError
 from spak_jax.config import first_difference
 
 
-@pytest.fixture(scope="module")
-def found(made_once):
-    """What `eight_devices` tells."""
+def told(made_once, name: str, *parts: str):
+    """What `eight_devices` tells of some of its parts, once."""
 
     def tell(folder):
         flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
         result = subprocess.run(
-            [sys.executable, ROOT / "tests" / "eight_devices.py", folder],
+            [sys.executable, ROOT / "tests" / "eight_devices.py", folder, *parts],
             capture_output=True,
             text=True,
             env=os.environ | {"XLA_FLAGS": " ".join(flags).strip()},
         )
         assert result.returncode == 0, result.stderr
 
-    return json.loads((made_once("devices", tell) / "found.json").read_text())
+    return json.loads((made_once(name, tell) / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(made_once):
+    return told(
+        made_once, "devices", "gone_on_with", "shares", "random_places", "kernels", "too_many"
+    )
+
+
+@pytest.fixture(scope="module")
+def found_of_more_programs(made_once):
+    return told(made_once, "more-devices", "seeds", "gradients_at_once")
 
 
 def test_losses_are_those_of_one_device_and_runs_go_on_with_others(found):
@@ -38,11 +49,13 @@ def test_losses_are_those_of_one_device_and_runs_go_on_with_others(found):
     assert trained["largest_difference"] < 1e-6
 
 
-def test_seeds_on_devices_of_their_own_exchange_nothing(found):
-    first, second = found["seeds"]["seeds"]
+@pytest.mark.slow
+def test_seeds_on_devices_of_their_own_exchange_nothing(found, found_of_more_programs):
+    seeds = found_of_more_programs["seeds"]
+    first, second = seeds["seeds"]
     np.testing.assert_allclose(first, found["gone_on_with"]["one"], rtol=1e-5)
-    assert second != first and found["seeds"]["devices_of_a_result"] == 1
-    program = found["seeds"]["program"]
+    assert second != first and seeds["devices_of_a_result"] == 1
+    program = seeds["program"]
     # But for the losses, once a call; the axis of the rows has one device a seed.
     assert program.count(" all-gather(") <= 2
     assert "all-to-all" not in program and "reduce-scatter" not in program
@@ -60,8 +73,9 @@ def test_kernels_drop_and_sum_over_devices_as_on_one(found):
     assert max(found["kernels"]["differences"]) < 1e-5
 
 
-def test_gradients_made_at_once_are_those_of_one_device(found):
-    assert max(found["gradients_at_once"]["differences"]) < 1e-5
+@pytest.mark.slow
+def test_gradients_made_at_once_are_those_of_one_device(found_of_more_programs):
+    assert max(found_of_more_programs["gradients_at_once"]["differences"]) < 1e-5
 
 
 def test_too_few_devices_are_an_error(found):
