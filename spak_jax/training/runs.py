@@ -120,14 +120,19 @@ def _difference(stored: Config, asked: Config, step: int) -> str | None:
     steps = sorted((stored.train.steps, asked.train.steps))
     if difference or steps[0] == steps[1]:
         return difference
-    # The one part of a step that goes by how many there will be.
+    differing = f"train.steps is {stored.train.steps:,} there and {asked.train.steps:,} here"
+    # What goes by the share of the training that is done.
+    if asked.data.curriculum:
+        return (
+            f"{differing}, and says how fast data.curriculum = {asked.data.curriculum} lets lengths"
+            f" grow: not as in the {step:,} steps done"
+        )
     anneals_until = POSITIONS.get(asked.model.positions).anneals_until
     if step < anneals_until * steps[0] or not anneals_until:
         return None
     return (
-        f"train.steps is {stored.train.steps:,} there and {asked.train.steps:,} here, and says when"
-        f" the ids of model.positions = {asked.model.positions!r} become firm: not after step"
-        f" {step:,} as trained"
+        f"{differing}, and says when the ids of model.positions = {asked.model.positions!r} become"
+        f" firm: not after step {step:,} as trained"
     )
 
 

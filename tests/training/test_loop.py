@@ -395,6 +395,17 @@ def test_gates_that_became_firm_do_not_soften_again():
         assert runs._difference(of(12), of(12), step) is None
 
 
+def test_lengths_that_have_grown_do_not_grow_otherwise():
+    of = lambda steps: tiny_config(  # noqa: E731
+        data={"examples": 0, "curriculum": 0.5}, train={"steps": steps}
+    )
+    for step in (1, 12):
+        difference = runs._difference(of(12), of(24), step)
+        assert "train.steps is 12 there and 24 here" in difference
+        assert "data.curriculum = 0.5" in difference
+        assert runs._difference(of(12), of(12), step) is None
+
+
 def test_a_program_knows_when_a_training_ends_where_its_steps_go_by_that():
     def of(steps, **more):
         return _that_makes_steps(tiny_config(train={"steps": steps}, **more), seed=0)
