@@ -148,13 +148,11 @@ def with_slow(cases, *kept):
     return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
-def in_turn(rows, columns, first: int = 0):
+def in_turn(rows, columns):
     """Pairs for `parametrize`: by default each row with one column, which take turns; the others
     where `-m slow` asks."""
     return [
-        pytest.param(
-            row, column, marks=[] if (i + first) % len(columns) == j else [pytest.mark.slow]
-        )
+        pytest.param(row, column, marks=[] if i % len(columns) == j else [pytest.mark.slow])
         for i, row in enumerate(rows)
         for j, column in enumerate(columns)
     ]

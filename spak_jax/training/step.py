@@ -16,7 +16,7 @@ from flax import nnx
 from pallas_kernels import shards
 from spak_jax import jax_settings, models, tasks
 from spak_jax.config import Config
-from spak_jax.config_sections import Data, Evaluation, Parallel, Train
+from spak_jax.config_sections import Data, Parallel, Train
 from spak_jax.data import FixedDataset, make_dataset, training_batch
 from spak_jax.registry import POSITIONS
 from spak_jax.tasks import Batch, Task
@@ -236,13 +236,8 @@ def _that_makes_steps(config: Config, seed: int) -> Config:
     unknown = {"seed": seed, "checkpoint_every": 1}
     if not (config.data.curriculum or POSITIONS.get(config.model.positions).anneals_until):
         unknown["steps"] = 1
-    of_steps = {
-        "name": "any",
-        "system": "any",
-        "train": config.train.model_copy(update=unknown),
-        "evaluation": Evaluation(),
-    }
-    return config.model_copy(update=of_steps)
+    train = config.train.model_copy(update=unknown)
+    return config.model_only().model_copy(update={"train": train})
 
 
 def compiled(config: Config) -> tuple[Callable, Callable]:

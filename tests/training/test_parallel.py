@@ -13,7 +13,7 @@ from spak_jax.command_line import InputError
 from spak_jax.config import first_difference
 
 
-def told(made_once, name: str, *parts: str):
+def outcome_of(made_once, name: str, *parts: str):
     """What `eight_devices` tells of some of its parts, once."""
 
     def tell(folder):
@@ -31,14 +31,14 @@ def told(made_once, name: str, *parts: str):
 
 @pytest.fixture(scope="module")
 def found(made_once):
-    return told(
+    return outcome_of(
         made_once, "devices", "gone_on_with", "shares", "random_places", "kernels", "too_many"
     )
 
 
 @pytest.fixture(scope="module")
 def found_of_more_programs(made_once):
-    return told(made_once, "more-devices", "seeds", "gradients_at_once")
+    return outcome_of(made_once, "more-devices", "seeds", "gradients_at_once")
 
 
 def test_losses_are_those_of_one_device_and_runs_go_on_with_others(found):
