@@ -127,6 +127,11 @@ class LoopedModel(Architecture):
     # Whether each loop starts from the last one's state under a LayerNorm, so that states stay as
     # large as they were however often the block is applied.
     normalize_state: bool = False
+    # Whether a loop is handed what the last one's state reads out in place of that state: each
+    # symbol's probability, embedded (self-conditioning, Chen et al. 2023, Analog Bits, arXiv
+    # 2208.04202; here with nothing beside it). What is all but certain is the same however it came
+    # about, so small errors of a state do not add up along a row.
+    answer_feedback: bool = False
     # Whether all loops share one step embedding.
     shared_step: bool = False
     # Training first runs a random number of loops, up to this, that no gradient passes.

@@ -23,7 +23,8 @@ def peers(config: Config, deep_rate: float = DEEP_RATE) -> list[Config]:
 
     - A stack of blocks as wide, as many as make a training step cost as many operations
       (`models.flops`), or up to one block more; at another learning rate, which suits it better.
-    - A stack of four blocks half as wide, which have as many weights.
+    - A stack of four blocks half as wide, with as many MLP channels as make its weights as many as
+      can be.
     - A GRU of the width that makes its weights as many as can be: what reads tokens one by one.
 
     Args:
@@ -36,19 +37,30 @@ def peers(config: Config, deep_rate: float = DEEP_RATE) -> list[Config]:
     deep = layers[bisect.bisect_left(layers, operations, key=cost)]
     return [
         _stack(config, "stack", ", as many operations", deep, rate=deep_rate),
-        _stack(config, "stack-narrow", ", as many parameters", NARROW_LAYERS, narrower=2),
+        _narrow(config),
         _gru(config),
     ]
 
 
 def _stack(
-    config: Config, name: str, like: str, layers: int, *, narrower: int = 1, rate: float = 1.0
+    config: Config, name: str, like: str, layers: int, rate: float = 1.0, **own: int
 ) -> Config:
     shared = config.model.model_dump(include=set(Architecture.model_fields))
-    hidden = shared["hidden"] and shared["hidden"] // narrower
-    width = shared["width"] // narrower
-    model = shared | {"kind": "gpt", "layers": layers, "width": width, "hidden": hidden}
+    model = shared | {"kind": "gpt", "layers": layers} | own
     return _peer(config, name, "GPT", like, model, rate)
+
+
+def _narrow(config: Config) -> Config:
+    width = config.model.width // 2
+
+    def of_hidden(hidden: int) -> Config:
+        own = {"width": width, "hidden": hidden}
+        return _stack(config, "stack-narrow", ", as many parameters", NARROW_LAYERS, **own)
+
+    size = lambda hidden: models.parameters_of(of_hidden(hidden))  # noqa: E731
+    # Kernels take channels by sixteens.
+    widths = range(16, 16 * width, 16)
+    return of_hidden(_nearest(widths, models.parameters_of(config), size))
 
 
 def _gru(config: Config) -> Config:

@@ -209,29 +209,47 @@ def ideas(overrides: Sequence[str]) -> list[Experiment]:
     return experiments
 
 
-# Of the study of depth, by configuration: the lengths that are scored, and the loops that a problem
-# is given for each of its symbols, with a few more for all.
+class Reach(NamedTuple):
+    """How the study of depth scores a configuration.
+
+    lengths: of problems. loops: what a problem is given for each of its symbols, with a few more
+    for all. examples: problems a length, of each seed; the picture of lengths and loops has a tenth
+    of them.
+    """
+
+    lengths: tuple[int, ...]
+    loops: Loops
+    # Five seeds have 12,800 problems of up to 100 symbols, 10,000 of 128, 1,250 of 1,024.
+    examples: int = 2_560
+
+
+ELEMENTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DEPTH = {
-    "parity": ((4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), Loops(16, 2.0)),
-    "addition-one-pass": ((1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 2.0)),
-    "s3": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 2.0)),
-    "s4": ((2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), Loops(16, 2.0)),
-    "s5": ((2, 4, 8, 16, 32, 64, 128, 256, 512), Loops(16, 2.0)),
+    "parity": Reach((4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), Loops(16, 2.0)),
+    "addition-one-pass": Reach(
+        (1, 2, 4, 6, 8, 12, 16, 32, 64, 100, 200, 500, 1000), Loops(16, 2.0)
+    ),
+    "s3": Reach(ELEMENTS, Loops(16, 2.0)),
+    "s4": Reach(ELEMENTS, Loops(16, 2.0)),
+    "s5": Reach(ELEMENTS, Loops(16, 2.0)),
+    "hops": Reach((1, 2, 3, 4, 6, 8, 12, 16), Loops(16, 2.0)),
+    # By rooms a side: paths grow with the square of it, and so does what a problem costs.
+    "mazes": Reach((3, 4, 5, 7, 10, 15, 20, 30), Loops(64, 8.0), 500),
+    "multiplication": Reach((2, 4, 8, 12, 16, 24, 32), Loops(48, 4.0)),
 }
-# Of each seed: five have 12,800 problems of up to 100 symbols, 10,000 of 128, 1,250 of 1,024.
-DEPTH_EXAMPLES = 2_560
-# In the picture of lengths and loops: problems of each, and the most loops.
-GRID_EXAMPLES, GRID_LOOPS = 256, 1_024
+# In the picture of lengths and loops.
+GRID_LOOPS = 1_024
 
 
 def depth(overrides: Sequence[str]) -> list[Experiment]:
     """Answers in one pass, where loops alone carry information along: with loops that grow with a
     problem, and how far each number of them reaches; and what a looped block is compared with."""
     experiments = []
-    for name, (lengths, grown) in DEPTH.items():
-        config = _config(name, overrides, sizes=_scored_at(lengths, DEPTH_EXAMPLES))
+    for name, (lengths, grown, examples) in DEPTH.items():
+        config = _config(name, overrides, sizes=_scored_at(lengths, examples))
         factors = [2**n for n in range((GRID_LOOPS // config.model.loops).bit_length())]
-        grid = (each._replace(examples=GRID_EXAMPLES) for each in _at_other_loops(config, factors))
+        grid = _at_other_loops(config, factors)
+        grid = (each._replace(examples=examples // 10) for each in grid)
         experiments.append(Experiment(config, (Scoring(loops=grown, kinds=True), *grid), name))
         # A learning rate that is asked for is that of all.
         asked = config.train.learning_rate != _config(name, []).train.learning_rate

@@ -5,7 +5,7 @@ What is counted are products, two operations for a multiplication and its additi
     weights       2 a token for each weight of a matrix, as often as it is applied
     attention     4 * width * row length a token and block, for scores and values; half of it where
                   a mask cuts the later half of each row, whatever a window cuts besides
-    readouts      2 * width * vocabulary a token
+    readouts      2 * width * vocabulary a token, and as much again where they are fed back
     training      3 times a pass, the way back being two (Kaplan et al. 2020, arXiv 2001.08361)
 
 Lookups of embeddings, norms, gates, activations, softmax and the optimizer are not: a few percent
@@ -64,6 +64,8 @@ def operations_a_pass(
     of_layer = 2 * weights_of_a_layer(config)
     if isinstance(model, Architecture):
         of_layer += (2 if model.causal else 4) * model.width * length
+    if isinstance(model, LoopedModel) and model.answer_feedback:
+        of_layer += 4 * model.width * vocabulary
     return round(rows * length * (depth * of_layer + 2 * readouts * model.width * vocabulary))
 
 

@@ -293,6 +293,7 @@ def supports_fused(model: nnx.Module, tokens: jax.Array) -> bool:
     return (
         is_known(block)
         and block.causal
+        and not model.config.answer_feedback
         and block.attention_implementation is None
         and looped.supports_fused(
             tokens.shape[1],
@@ -334,6 +335,8 @@ def fused_forward(
         raise ValueError(f"model.block is a {type(block).__name__}: one launch knows Block alone")
     if not block.causal:
         raise ValueError("model.causal = false: one launch knows causal attention alone")
+    if model.config.answer_feedback:
+        raise ValueError("model.answer_feedback = true: one launch hands states on alone")
     weights = looped.Weights(
         norm1=block.norm1.scale[...],
         qkv=kernel(block.qkv),

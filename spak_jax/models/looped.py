@@ -21,6 +21,7 @@ class LoopedArchitecture(Architecture, Protocol):
     loops: int
     inject_input: bool
     normalize_state: bool
+    answer_feedback: bool
     shared_step: bool
     no_grad_warmup_loops: int
     supervised_loops: int | None
@@ -47,6 +48,14 @@ class LoopLM(Transformer):
         super().__init__(config, vocabulary, dtype, rngs)
         self.loops = config.loops
         self.block = make_block(config, 1, dtype, attention, rngs)
+        if config.answer_feedback:
+            # Not those of the input: a symbol that was given is no answer.
+            self.answer_embedding = nnx.Embed(
+                vocabulary,
+                config.width,
+                embedding_init=nnx.initializers.normal(config.init_std),
+                rngs=rngs,
+            )
         self.steps = 1 if config.shared_step else config.loops
         self.step_embedding = nnx.Embed(
             self.steps,
@@ -346,13 +355,26 @@ class LoopLM(Transformer):
         """The step embedding of some loops, counted from 0: `[loops]` to `[loops, width]`."""
         return self.step_embedding(jnp.minimum(loops, self.steps - 1))
 
+    def _embed_answer(self, logits):
+        """What stands for an answer, float32 `[..., width]`: the mean of its symbols' vectors."""
+        return jnp.einsum(
+            "...v,vd->...d",
+            jax.nn.softmax(logits).astype(self.dtype),
+            self.answer_embedding.embedding[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
     def _enter(self, stream, first, keys):
         """The stream as a loop's block takes it.
 
         first: the embedded input. keys: of the loop's block.
         """
-        if self.config.normalize_state:
+        if self.config.normalize_state or self.config.answer_feedback:
             x = fused.apply_pending(stream, None if keys is None else keys[0], self.dropout)
-            stream = Stream(reference.layer_norm(x, 1.0, EPSILON))
+            if self.config.answer_feedback:
+                x = self._embed_answer(self.unembed(x))
+            if self.config.normalize_state:
+                x = reference.layer_norm(x, 1.0, EPSILON)
+            stream = Stream(x)
         x, pending = stream
         return Stream(x + first, pending) if self.config.inject_input else stream

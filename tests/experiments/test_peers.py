@@ -9,7 +9,7 @@ from spak_jax.experiments.studies import DEPTH
 from spak_jax.models import flops, parameters_of
 
 
-@pytest.mark.parametrize("name", [*DEPTH, "mazes"])
+@pytest.mark.parametrize("name", DEPTH)
 def test_peers_cost_as_many_operations_or_have_as_many_weights(name):
     config = read_config(specification_file(name))
     deep, narrow, gru = peers(config)

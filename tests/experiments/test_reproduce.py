@@ -53,7 +53,8 @@ def run(monkeypatch, words: str) -> None:
 
 
 # Of tasks that are not trained on at most 6 digits.
-LONGEST = {"parity": 16} | dict.fromkeys(("s3", "s4", "s5"), 8)
+LONGEST = {"parity": 16, "hops": 4, "mazes": 5, "binary-multiplication": 12}
+LONGEST |= dict.fromkeys(("s3", "s4", "s5"), 8)
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)

@@ -43,10 +43,12 @@ ARCHITECTURES = {
     "loop": LOOP | {"dropout": 0.2},
     "loop, injected": LOOP | {"inject_input": True, "normalize_state": True} | WINDOWED,
     "learned": LOOP | {"positions": "learned", "window": True},
+    "answers fed back": LOOP
+    | {"inject_input": True, "normalize_state": True, "answer_feedback": True, "dropout": 0.2},
     "warmed up": LOOP | {"shared_step": True, "no_grad_warmup_loops": 2},
 }
 # Dropout, gates, windows, stacks and loops are among them.
-KEPT = "loop", "gpt, gated", "learned"
+KEPT = "loop", "gpt, gated", "learned", "answers fed back"
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ from random_models import (
 from spak_jax import models
 from spak_jax.config import Config, read_config
 from spak_jax.models import fused
-from spak_jax.models.block import Block, dropout
+from spak_jax.models.block import EPSILON, Block, dropout
 from spak_jax.models.fused import Stream
 from spak_jax.positions.base import PositionInputs
 from spak_jax.tasks.arithmetic import Addition
@@ -301,6 +301,61 @@ def test_states_keep_their_size_however_many_loops():
     assert error(many, few) < 2
     config = make_config(**STABLE)
     assert random_weights(config)["step_embedding.embedding"].shape == (1, WIDTH)
+
+
+ANSWERING = STABLE | {"inject_input": True, "answer_feedback": True}
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_answers_are_fed_back_in_place_of_states(normalized):
+    """Logits and gradients against the equations: between two loops the symbols' probabilities,
+    embedded, are all that is handed on."""
+    network = random_model(**ANSWERING | {"normalize_state": normalized})
+    batch = random_batch()
+    tokens = jnp.asarray(batch.tokens)
+
+    def by_hand(network):
+        x = first = network.embedding.embedding[...][tokens]
+        for _ in range(3):
+            answers = jnp.exp(network.unembed(x))
+            answers /= answers.sum(-1, keepdims=True)
+            x = answers @ network.answer_embedding.embedding[...]
+            if normalized:
+                x -= x.mean(-1, keepdims=True)
+                x /= jnp.sqrt((x * x).mean(-1, keepdims=True) + EPSILON)
+            shift = network.step_embedding.embedding[0]
+            x = network.block(x + first + shift, position_inputs=IN_ORDER)
+        return network.unembed(x)
+
+    def checked(logits):
+        return nnx.jit(nnx.value_and_grad(lambda network: loss_of_logits(logits(network), batch)))
+
+    loss, gradient = checked(lambda network: network(tokens, loops=3))(network)
+    expected, wanted = checked(by_hand)(network)
+    assert error(loss, expected) < 1e-6
+    # What the last logits come from does not hang on states before, but by what was read of them.
+    assert np.abs(gradient["answer_embedding"]["embedding"][...]).max() > 1e-6
+    for found, value in zip(*map(jax.tree.leaves, (gradient, wanted)), strict=True):
+        assert error(found, value) < 1e-4
+
+
+def test_states_that_read_out_alike_go_on_alike():
+    """A final norm does not see how large a state is: nor does the next loop."""
+    network = random_model(**ANSWERING)
+    x, first = jax.random.normal(jax.random.key(0), (2, 3, LENGTH, WIDTH))
+    one, other = (network._enter(Stream(factor * x), first, None).x for factor in (1, 3))
+    assert error(one, other) < 1e-5
+    assert error(network._enter(Stream(x[::-1]), first, None).x, one) > 0.1
+
+
+def test_one_launch_hands_states_on_alone(monkeypatch):
+    tokens = random_batch().tokens
+    monkeypatch.setattr(fused.looped, "supports_fused", lambda *given, **more: True)
+    assert fused.supports_fused(random_model(**STABLE), tokens)
+    network = random_model(**ANSWERING)
+    assert not fused.supports_fused(network, tokens)
+    with pytest.raises(ValueError, match="answer_feedback"):
+        network.fused_forward(jnp.asarray(tokens))
 
 
 def test_warmup_loops_come_before_those_that_count():
