@@ -47,38 +47,38 @@ def draw_reach(evaluated: Sequence[Evaluated]) -> Figure | None:
         for line in evaluated
         if line.first.loops is None and len(shown & set(line.lengths)) >= LEAST
     ]
-    panels = families + stacks
-    columns = 1 if len(panels) == 1 else 2
-    width = SINGLE if columns == 1 else WIDE
-    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    heights = [max(len(lines) for _, lines in row) * CELL for row in rows]
-    results = [each for _, lines in panels for line in lines for each in line.results]
+    # Grids stand one above another, and beside them, if there are any, rows.
+    sides = [side for side in (families, stacks) if side]
+    width = SINGLE if len(sides) == 1 else WIDE
+    results = [
+        each for side in sides for _, lines in side for line in lines for each in line.results
+    ]
     caption = (
         f"{origin(results)}, {problem_counts(results)}. Line: the fewest loops that solve at least"
         f" {REACHED:.0%} of a length's problems. Dashed: the longest trained length."
     )
     text = "\n".join(lines_of(caption, int(width / 0.0435)))
     foot = CAPTION_LINE * (text.count("\n") + 1) + 2 * PAD
-    total = sum(heights) + len(rows) * (ABOVE + BELOW) + foot
+    total = foot + max(
+        sum(len(lines) * CELL + ABOVE + BELOW for _, lines in side) for side in sides
+    )
     figure = Figure(figsize=(width, total))
     FigureCanvasAgg(figure)
-    panel_width = (width - BAR - columns * LABELS - 0.1) / columns
-    top = total
-    image = None
-    for row, height in zip(rows, heights, strict=True):
-        top -= ABOVE
-        for column, (label, lines) in enumerate(row):
-            left = LABELS + column * (panel_width + LABELS)
+    panel_width = (width - BAR - len(sides) * LABELS - 0.1) / len(sides)
+    for column, side in enumerate(sides):
+        left, top = LABELS + column * (panel_width + LABELS), total
+        for label, lines in side:
             own = len(lines) * CELL
-            box = left / width, (top - own) / total, panel_width / width, own / total
+            box = left / width, (top - ABOVE - own) / total, panel_width / width, own / total
             image = _draw_panel(figure.add_axes(box), label, lines, shown)
-        top -= height + BELOW
+            top -= ABOVE + own + BELOW
+    height = len(families[0][1]) * CELL
     bar = figure.add_axes(
-        ((width - BAR + 0.05) / width, (total - ABOVE - heights[0]) / total, 0.1 / width,
-         heights[0] / total)
+        ((width - BAR + 0.05) / width, (total - ABOVE - height) / total, 0.1 / width,
+         height / total)
     )  # fmt: skip
     figure.colorbar(image, cax=bar, ticks=[0, 50, 100])
-    bar.set_title("%", fontsize=6)
+    bar.set_xlabel("%", fontsize=6)
     figure.text(PAD / width, PAD / total, text, color=GREY, fontsize=6, va="bottom")
     return figure
 
@@ -94,8 +94,8 @@ def _draw_panel(axes: Axes, label: str, lines: Sequence[Evaluated], shown: set[i
         100 * cells, origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis"
     )
     title = label + seed_note(len(line.results) for line in lines)
-    axes.set_title("\n".join(lines_of(title, 40)), pad=4)
-    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axes.set_title("\n".join(lines_of(title, 46)), pad=4, fontsize=7)
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=4.5)
     axes.set_xlabel(f"{length_unit(lines)} of a problem")
     if lines[0].first.loops is None:
         axes.set_yticks([])
