@@ -7,7 +7,6 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from pallas_kernels.ops.looped import RULES
 from spak_jax.command_line import (
     InputError,
     check_range,
@@ -49,10 +48,11 @@ def main() -> None:
         "--halt",
         nargs="?",
         const="convergence",
-        choices=[*reversed(RULES), "published"],
+        choices=["convergence", "agreement", "confidence", "published"],
         help="stop each token by a rule: convergence (the default), once its state has come to"
-        " rest; confidence, once it is sure; both calibrated on trained lengths first; published:"
-        " once it is sure by the original's thresholds, which lose answers",
+        " rest; agreement, once what it reads out has; confidence, once it is sure; all calibrated"
+        " on trained lengths first; published: once it is sure by the original's thresholds, which"
+        " lose answers",
     )
     parser.add_argument("--decode", action="store_true", help="generate instead of teacher forcing")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Whether looping only as long as needed pays: `python -m spak_jax.halting RUN [options]`.
 
-Both rules are calibrated (`spak_jax.evaluation.calibration`); then they, and the baseline's
+All rules are calibrated (`spak_jax.evaluation.calibration`); then they, and the baseline's
 thresholds, are scored at lengths that were not looked at for it: answers right, and loops by token,
 by what the task measures, by row and by the depth that a problem needs. A row's loops are those of
 its slowest token: so many a program of `pallas_kernels.ops.looped` runs.
@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.ops.looped import RULES
 from spak_jax.command_line import (
     InputError,
     Table,
@@ -27,6 +26,7 @@ from spak_jax.config_sections import MAX_LENGTH
 from spak_jax.evaluation.calibration import CALIBRATED_ON, NONE, measure
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.loops import asked_loops
+from spak_jax.models.halting import RULES
 from spak_jax.reports.scores import warn_of_loops
 
 
@@ -109,7 +109,7 @@ def show(found: dict[str, Any]) -> None:
             )
         table.add_section()
     console.print(table)
-    for rule in RULES:
+    for rule in filter(found["ways"].__contains__, RULES):
         way = found["ways"][rule]
         console.print(
             f"{rule}: threshold {way['after']:.8g}, calibrated on {CALIBRATED_ON:,} problems of the"

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, assert_refused, run_program
 
 import spak_jax as spak
-from pallas_kernels.ops.looped import RULES
 from spak_jax.evaluation import calibration
+from spak_jax.models.halting import RULES
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHORT = (

@@ -1,11 +1,13 @@
 """Halting: rules that stop a token once it has been looped enough, calibrated, and what they save.
 
-Two rules stop a token (`LoopLM.halting_logits`): by confidence, or by convergence. Each has one
-number here, the doubt that is left: a confident token's largest probability is at least one minus
-the doubt, a converged one's state and those of all before it have moved by no more than that share
-of themselves in a loop. The number is calibrated on problems of the training distribution alone, as
-the one that saves most loops and loses at most a tenth of a point there, or the least that is tried
-where none loses so little.
+Three rules stop a token (`LoopLM.halting_logits`): by confidence, by convergence, or by agreement.
+Each has one number here, the doubt that is left: a confident token's largest probability is at
+least one minus the doubt, a converged one's state and those of all before it have moved by no more
+than that share of themselves in a loop, an agreeing one's probabilities and theirs by no more than
+that much of one. The number is calibrated on problems of the training distribution alone. Of those
+that lose at most a tenth of a point there it is the least that takes at most a tenth more loops
+than the one that saves most: a longer problem has more chances to stop too early. Where none loses
+so little, it is the least that is tried.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pallas_kernels.ops.looped import RULES
 from pallas_kernels.tuning import timing
 from spak_jax import jax_settings
 from spak_jax.command_line import InputError, or_a_gpu, progress
@@ -26,6 +27,7 @@ from spak_jax.evaluation.batching import batch_of, padded_length, rows_per_call
 from spak_jax.evaluation.forward import PUBLISHED_HALTING, Halting, forward
 from spak_jax.evaluation.loaded import LoadedModel
 from spak_jax.evaluation.loops import Loops
+from spak_jax.models.halting import RULES
 from spak_jax.tasks import Batch, Problems, Task
 
 # Tried in the calibration, and drawn.
@@ -33,10 +35,13 @@ DOUBTS = {
     "confidence": tuple(
         float(f"{digit}e{power}") for power in range(-1, -8, -1) for digit in (3, 1)
     ),
+    "agreement": (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4),
     "convergence": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01),
 }
 # A share of the answers, against no halting, on problems of the training distribution.
 MOST_LOST = 0.001
+# A share of the fewest loops, which less doubt may take besides.
+SPARED = 0.1
 CALIBRATED_ON = 4_000
 CALIBRATION_SEED = 0
 # Numbers of loops for all rows that are tried, at most.
@@ -178,7 +183,7 @@ def calibrated(loaded: LoadedModel, rule: str, loops: int | Loops | None = None)
             found = {"doubt": doubt, **outcome(Halting.with_doubt(rule, doubt))}
             calibration[rule].append(found)
             kept = _keeping(calibration, rule)
-            if kept and found["row_loops"] > min(x["row_loops"] for x in kept):
+            if kept and found["row_loops"] > _allowed(kept):
                 break
     return Halting.with_doubt(rule, _chosen(calibration, rule))
 
@@ -290,11 +295,16 @@ def _keeping(calibration: dict[str, Any], rule: str) -> list[dict[str, float]]:
 
 
 def _chosen(calibration: dict[str, Any], rule: str) -> float:
-    """The doubt with the fewest loops of those that lose little; the least of all if none does."""
+    """The least doubt that takes few loops of those that lose little; of all if none does."""
     kept = _keeping(calibration, rule)
     if not kept:
         return min(DOUBTS[rule])
-    return min(kept, key=lambda x: (x["row_loops"], x["doubt"]))["doubt"]
+    return min(x["doubt"] for x in kept if x["row_loops"] <= _allowed(kept))
+
+
+def _allowed(kept: list[dict[str, float]]) -> float:
+    """The most loops that the chosen doubt takes."""
+    return (1 + SPARED) * min(x["row_loops"] for x in kept)
 
 
 def _scored(outcome: HaltingPredictions, task: Task, problems: Problems) -> dict[str, Any]:

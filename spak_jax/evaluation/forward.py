@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.ops.looped import AT_ONCE
 from spak_jax import models, tasks
 from spak_jax.command_line import InputError
 from spak_jax.config import Config
 from spak_jax.config_sections import LoopedModel
 from spak_jax.evaluation import generate
 from spak_jax.evaluation.loops import Loops
+from spak_jax.models.halting import AT_ONCE
 from spak_jax.tasks import Task
 
 
 class Halting(NamedTuple):
-    """A rule that stops tokens, of `pallas_kernels.ops.looped.RULES`, and its thresholds before the
+    """A rule that stops tokens, of `spak_jax.models.halting.RULES`, and its thresholds before the
     `=` of a problem and from it on."""
 
     rule: str
@@ -120,8 +120,8 @@ def generate_fn(
     sure, task = None, tasks.of(config.data)
     if halt:
         sure = functools.partial(halting_thresholds, halting=halt, task=task)
-    # Whether a token has converged hangs on all before it, of which a cache keeps nothing.
-    decoder = generate.WITHOUT_CACHE if halt and halt.rule == "convergence" else None
+    # Whether a token has come to rest hangs on all before it, of which a cache keeps nothing.
+    decoder = generate.WITHOUT_CACHE if halt and halt.rule != "confidence" else None
     return generate.make_generate_fn(
         config, forward(config, loops, halt), loops=loops, thresholds=sure, decoder=decoder
     )

@@ -9,6 +9,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.ops import looped
 
+# When a token halts: by the rules of one launch, or when what it reads out of its state, and what
+# all before it do, agrees with what it read out a loop ago. Geiping et al. 2025 (Scaling up
+# Test-Time Compute with Latent Reasoning, arXiv 2502.05171) stop so, each token by itself.
+RULES = (*looped.RULES, "agreement")
+# Thresholds of what is not waited for. No two distributions differ by more than 1.
+AT_ONCE = looped.AT_ONCE | {"agreement": 2.0}
+
 
 class HaltingState(NamedTuple):
     """x: the stream, float32 `[batch, length, width]`. halted: bool `[batch, length]`. steps: int32
@@ -53,8 +60,12 @@ def update_halting(
     if thresholds is not None and rule == "confidence":
         halted |= jax.nn.softmax(unembed(x)).max(-1) >= thresholds
     elif thresholds is not None:
-        moved, size = ((v * v).sum(-1) for v in (x - state.x, x))
-        settled = looped.has_converged(moved, size, thresholds)
+        if rule == "agreement":
+            before, now = (jax.nn.softmax(unembed(v)) for v in (state.x, x))
+            settled = jnp.abs(now - before).sum(-1) / 2 <= thresholds
+        else:
+            moved, size = ((v * v).sum(-1) for v in (x - state.x, x))
+            settled = looped.has_converged(moved, size, thresholds)
         # What still moves may move all that see it: those behind it, or the whole sequence.
         if causal:
             halted |= jax.lax.cummin(settled.astype(jnp.int32), axis=1) > 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.derivatives import differentiable
-from pallas_kernels.ops import reference
+from pallas_kernels.ops import looped, reference
 from spak_jax.models import fused
 from spak_jax.models.block import EPSILON
 from spak_jax.models.fused import Stream
@@ -186,9 +186,11 @@ class LoopLM(Transformer):
         still attend to it. By the rule "confidence" it halts when its largest probability reaches
         its threshold; by the rule "convergence", when its state has moved in the loop, as a share
         of the length that it has now, by no more than its threshold, as have those of all tokens
-        before it. Without these, it would halt before what it looks at has come to rest. Where
-        tokens see both sides (`config.causal = False`), a sequence converges as a whole, when all
-        of its tokens have come to rest in the same loop.
+        before it; by the rule "agreement", when its probabilities have, by their total variation,
+        and theirs: a state may go on in circles that no answer shows. Without those before it, a
+        token would halt before what it looks at has come to rest. Where tokens see both sides
+        (`config.causal = False`), a sequence halts as a whole, when all of its tokens have come to
+        rest in the same loop.
 
         Loops end with the last token of the batch that halts. Gradients go back through all that
         are allowed.
@@ -196,8 +198,8 @@ class LoopLM(Transformer):
         Args:
           tokens: int `[batch, length]`.
           thresholds: float, broadcastable to `[batch, length]`; a probability above 1, or a share
-            below 0, never halts.
-          rule: of `pallas_kernels.ops.looped.RULES`.
+            or variation below 0, never halts.
+          rule: of `spak_jax.models.halting.RULES`.
           loops: the most loops to run; None for as many as in training; an int32 array `[batch]`
             gives each sequence its own number, and has no gradient.
           positions, position_ids: as in a plain call.
@@ -207,7 +209,7 @@ class LoopLM(Transformer):
           token took, `[batch, length]`.
         """
         each = isinstance(loops, jax.Array)
-        if not each and fused.supports_fused(self, tokens):
+        if not each and rule in looped.RULES and fused.supports_fused(self, tokens):
             more = {"positions": positions, "position_ids": position_ids}
             return self.fused_forward(tokens, thresholds, rule=rule, loops=loops, **more)
         loops = self.loops if loops is None else loops

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pallas_kernels.ops.looped import RULES
 from spak_jax.evaluation.calibration import FIXED, NONE, PUBLISHED
+from spak_jax.models.halting import RULES
 from spak_jax.reports.canvas import WIDE, write_caption
 from spak_jax.reports.style import COLOURS, GREY, MARKERS
 
@@ -18,12 +18,14 @@ def draw(found: dict[str, Any]) -> Figure:
     tokens = max(len(problem["text"]) for problem in problems)
     # Without halting all problems of one length take as many.
     loops, width = round(found["swept"][NONE]["row_loops"]), WIDE + 1.6
+    # A file of an earlier version has fewer.
+    rules = [rule for rule in RULES if rule in found["ways"]]
     heat, curve, above, below = 0.17 * len(problems), 1.7, 0.25, 0.95
-    height = above + len(RULES) * (heat + 0.45) + curve + below
+    height = above + len(rules) * (heat + 0.45) + curve + below
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     left, right = 0.75 / width, 1 - 0.75 / width
-    for i, rule in enumerate(RULES):
+    for i, rule in enumerate(rules):
         bottom = height - above - (i + 1) * heat - i * 0.45
         axes = figure.add_axes((left, bottom / height, right - left, heat / height))
         steps = np.full((len(problems), tokens), np.nan)
@@ -45,7 +47,7 @@ def draw(found: dict[str, Any]) -> Figure:
     )
     figure.colorbar(image, cax=bar).set_ticks(sorted({1, loops}))
     axes = figure.add_axes((left, below / height, (right - left) * 0.6, (curve - 0.15) / height))
-    for i, rule in enumerate(RULES):
+    for i, rule in enumerate(rules):
         points = sorted((p["row_loops"], 100 * p["accuracy"]) for p in found["swept"][rule])
         style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 3}
         axes.plot(*zip(*points, strict=True), label=f"{rule}, threshold moved", **style)

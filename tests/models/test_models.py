@@ -358,6 +358,16 @@ def test_one_launch_hands_states_on_alone(monkeypatch):
         network.fused_forward(jnp.asarray(tokens))
 
 
+def test_one_launch_is_not_asked_for_rules_that_it_does_not_know(monkeypatch):
+    network, tokens = random_model(**STABLE), jnp.asarray(random_batch().tokens)
+    monkeypatch.setattr(fused, "supports_fused", lambda *given: True)
+    monkeypatch.setattr(fused, "fused_forward", lambda *given, **more: "launched")
+    thresholds = jnp.full(tokens.shape, 0.01)
+    assert network.halting_logits(tokens, thresholds, rule="convergence") == "launched"
+    _, steps = network.halting_logits(tokens, thresholds, rule="agreement", loops=2)
+    assert steps.shape == tokens.shape
+
+
 def test_warmup_loops_come_before_those_that_count():
     """As many as the key draws, then the supervised ones: by the losses of longer models."""
     batch, network = (
