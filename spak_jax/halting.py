@@ -47,6 +47,12 @@ def main() -> None:
         " length of each problem, such as 4x+64",
     )
     parser.add_argument(
+        "--rule",
+        action="append",
+        choices=RULES,
+        help="calibrate and score this one only; repeatable (all)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
@@ -67,7 +73,8 @@ def main() -> None:
     from spak_jax.reports.canvas import saved
     from spak_jax.reports.style import style
 
-    found = stored or measure(loaded, lengths, arguments.examples, arguments.seed, loops)
+    rules = arguments.rule or RULES
+    found = stored or measure(loaded, lengths, arguments.examples, arguments.seed, loops, rules)
     show(found)
     if not found["loops_per_symbol"]:
         warn_of_loops(found["config"]["model"], found["loops"])

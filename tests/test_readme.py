@@ -109,6 +109,10 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     'python -m spak_jax.solve released/addition-one-pass "99999999999999999999+1"'
     " --loops 2x+16": Ends("1" + 20 * "0"),
     "python -m spak_jax.solve released/s4 bcadbefgxxwqrstuvbca --loops 2x+16": Ends("right"),
+    "python -m spak_jax.solve released/s5 abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    " --loops 2x+16": Ends("right"),
+    "python -m spak_jax.evaluate released/addition-one-pass --loops 2x+16 --halt agreement"
+    " --lengths 16 --examples 50": Ends("halting by agreement"),
     "python -m spak_jax.reproduce --study depth": Lives(STEPS),
     r"printf '123+456\n99+1=100\n' | python -m spak_jax.evaluate runs/loop12 --problems -": Ends(
         "whole answers right"

@@ -171,21 +171,8 @@ def calibrated(loaded: LoadedModel, rule: str, loops: int | Loops | None = None)
     scorer = HaltingScorer(loaded, loops or _looped(loaded.config).loops)
     trained_on = _training_problems(loaded.config, jax_settings.key(CALIBRATION_SEED))
     with progress("calibrating", len(DOUBTS[rule]) + 1, unit="thresholds") as bar:
-
-        def outcome(way: Halting) -> dict[str, float]:
-            found = scorer(trained_on, way).summary()
-            bar.advance()
-            return found
-
-        calibration = {NONE: outcome(NEVER), rule: []}
-        # The less doubt, the more loops: once those that lose little take more, all the others do.
-        for doubt in sorted(DOUBTS[rule], reverse=True):
-            found = {"doubt": doubt, **outcome(Halting.with_doubt(rule, doubt))}
-            calibration[rule].append(found)
-            kept = _keeping(calibration, rule)
-            if kept and found["row_loops"] > _allowed(kept):
-                break
-    return Halting.with_doubt(rule, _chosen(calibration, rule))
+        found = _calibration(scorer, trained_on, [rule], bar.advance)
+    return Halting.with_doubt(rule, _chosen(found, rule))
 
 
 @jax_settings.fixed()
@@ -195,8 +182,9 @@ def measure(
     examples: int,
     seed: int,
     loops: int | Loops | None,
+    rules: Sequence[str] = RULES,
 ) -> dict[str, Any]:
-    """Calibrates both rules and scores them.
+    """Calibrates rules and scores them.
 
     Args:
       loaded: a looped model.
@@ -204,6 +192,7 @@ def measure(
       examples: problems a length.
       seed: of the problems.
       loops: at most; None for as many as in training, `Loops` for each problem's own number.
+      rules: of `RULES`.
 
     Returns:
       What `main` writes: `calibration`, `lengths`, `trends` (how loops follow depth over all
@@ -218,7 +207,7 @@ def measure(
     key, task = jax_settings.key(seed), loaded.task
     trained_on = _training_problems(config, key)
     scored = {n: task.sample_exact(jax.random.fold_in(key, n), n, examples) for n in lengths}
-    total = 2 * (sum(map(len, DOUBTS.values())) + 1) + 4 * len(lengths)
+    total = 2 * (sum(len(DOUBTS[rule]) for rule in rules) + 1) + (2 + len(rules)) * len(lengths)
     instead = or_a_gpu("fewer problems (--examples) or shorter ones (--lengths) take less")
     with progress("halting", total, unit="scorings", instead=instead) as bar:
 
@@ -229,8 +218,8 @@ def measure(
                 bar.advance()
             return found
 
-        calibration = _swept(scorer, trained_on, outcomes)
-        chosen = {rule: _chosen(calibration, rule) for rule in RULES}
+        calibration = _calibration(scorer, trained_on, rules, bar.advance)
+        chosen = {rule: _chosen(calibration, rule) for rule in rules}
         ways = {NONE: NEVER, PUBLISHED: PUBLISHED_HALTING} | {
             rule: Halting.with_doubt(rule, doubt) for rule, doubt in chosen.items()
         }
@@ -241,7 +230,7 @@ def measure(
             }
             for n, problems in scored.items()
         }
-        swept = _swept(scorer, scored[lengths[-1]], outcomes) | {"length": lengths[-1]}
+        swept = _swept(scorer, scored[lengths[-1]], rules, outcomes) | {"length": lengths[-1]}
     return loaded.describe() | {
         **(loops if isinstance(loops, Loops) else Loops(loops)).described(),
         "examples": examples,
@@ -256,7 +245,7 @@ def measure(
             for name in ways
         },
         "swept": swept,
-        "drawn": _drawn(scorer, task, lengths[-1], ways, seed),
+        "drawn": _drawn(scorer, task, lengths[-1], {rule: ways[rule] for rule in rules}, seed),
         "milliseconds": _milliseconds(scorer, scored[lengths[-1]], ways),
     }
 
@@ -272,12 +261,38 @@ def _training_problems(config: Config, key: jax.Array) -> Problems:
     return sample_training(jax.random.fold_in(key, 0), config.data, (CALIBRATED_ON,))
 
 
-def _swept(scorer: HaltingScorer, problems: Problems, outcomes: Callable) -> dict[str, Any]:
+def _calibration(
+    scorer: HaltingScorer, problems: Problems, rules: Sequence[str], advance: Callable[[], None]
+) -> dict[str, Any]:
+    """What is left of the answers, and of the loops, without halting and by doubt of each rule:
+    from the most doubt on, as far as is needed to choose one."""
+
+    def outcome(way: Halting) -> dict[str, float]:
+        found = scorer(problems, way).summary()
+        advance()
+        return found
+
+    found: dict[str, Any] = {NONE: outcome(NEVER)}
+    for rule in rules:
+        found[rule] = []
+        # The less doubt, the more loops: once one takes too many, all the others do.
+        for doubt in sorted(DOUBTS[rule], reverse=True):
+            one = {"doubt": doubt, **outcome(Halting.with_doubt(rule, doubt))}
+            found[rule].append(one)
+            kept = _keeping(found, rule)
+            if kept and one["row_loops"] > _allowed(kept):
+                break
+    return found
+
+
+def _swept(
+    scorer: HaltingScorer, problems: Problems, rules: Sequence[str], outcomes: Callable
+) -> dict[str, Any]:
     """What every doubt leaves of the answers, and of the loops, by rule; without halting; and with
     as many loops for all."""
     [plain] = outcomes(problems, [NEVER])
     found: dict[str, Any] = {NONE: plain.summary(), FIXED: scorer.after_loops(problems)}
-    for rule in RULES:
+    for rule in rules:
         doubts = DOUBTS[rule]
         tried = outcomes(problems, [Halting.with_doubt(rule, doubt) for doubt in doubts])
         found[rule] = [
@@ -347,12 +362,13 @@ def _drawn(
     order = np.argsort(measure, kind="stable")
     picked = order[np.linspace(0, len(order) - 1, DRAWN_PROBLEMS).astype(int)]
     problems = Problems(*(np.asarray(x)[picked] for x in many))
-    outcomes = {rule: scorer(problems, ways[rule]) for rule in RULES}
-    width = outcomes[RULES[0]].read.shape[1]
+    outcomes = {rule: scorer(problems, way) for rule, way in ways.items()}
+    read = next(iter(outcomes.values())).read
+    width = read.shape[1]
     batch = task.batch(problems, width)
     drawn = []
     for i, value in enumerate(measure[picked].tolist()):
-        count = int(outcomes[RULES[0]].read[i].sum())
+        count = int(read[i].sum())
         steps = {rule: outcome.steps[i, :count].tolist() for rule, outcome in outcomes.items()}
         text = task.decode(np.asarray(batch.tokens[i, :count]))
         drawn.append({"text": text, "measure": value, "steps": steps})
