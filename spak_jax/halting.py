@@ -53,6 +53,11 @@ def main() -> None:
         help="calibrate and score this one only; repeatable (all)",
     )
     parser.add_argument(
+        "--kinds",
+        action="store_true",
+        help="at each length also the task's hard problems, such as long chains of carries",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
@@ -73,8 +78,12 @@ def main() -> None:
     from spak_jax.reports.canvas import saved
     from spak_jax.reports.style import style
 
-    rules = arguments.rule or RULES
-    found = stored or measure(loaded, lengths, arguments.examples, arguments.seed, loops, rules)
+    if stored:
+        found = stored
+    else:
+        kinds = loaded.task.kinds if arguments.kinds else ()
+        asked = arguments.examples, arguments.seed, loops, arguments.rule or RULES, kinds
+        found = measure(loaded, lengths, *asked)
     show(found)
     if not found["loops_per_symbol"]:
         warn_of_loops(found["config"]["model"], found["loops"])
@@ -103,10 +112,14 @@ def show(found: dict[str, Any]) -> None:
     table = Table(
         found["length_unit"], "halting", "right", "loops: answer", "all tokens", "row", "saved"
     )
-    for length, ways in found["lengths"].items():
+    # A file of an earlier version has no kinds.
+    kinds = found.get("kinds", {}).items()
+    every = [*found["lengths"].items()]
+    every += [(f"{kind} {n}", ways) for kind, lines in kinds for n, ways in lines.items()]
+    for what, ways in every:
         for name, line in ways.items():
             table.add_row(
-                length,
+                what,
                 name,
                 f"{line['accuracy']:.2%}",
                 f"{line['answer_steps']:.2f}",

@@ -183,6 +183,7 @@ def measure(
     seed: int,
     loops: int | Loops | None,
     rules: Sequence[str] = RULES,
+    kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Calibrates rules and scores them.
 
@@ -193,10 +194,11 @@ def measure(
       seed: of the problems.
       loops: at most; None for as many as in training, `Loops` for each problem's own number.
       rules: of `RULES`.
+      kinds: of the task's hard problems, scored at each length, too (`Task.kinds`).
 
     Returns:
-      What `main` writes: `calibration`, `lengths`, `trends` (how loops follow depth over all
-      lengths), `swept`, `drawn`, and where it comes from.
+      What `main` writes: `calibration`, `lengths`, `kinds`, `trends` (how loops follow depth over
+      all lengths and kinds), `swept`, `drawn`, and where it comes from.
 
     Raises:
       InputError: the model does not loop.
@@ -207,7 +209,9 @@ def measure(
     key, task = jax_settings.key(seed), loaded.task
     trained_on = _training_problems(config, key)
     scored = {n: task.sample_exact(jax.random.fold_in(key, n), n, examples) for n in lengths}
-    total = 2 * (sum(len(DOUBTS[rule]) for rule in rules) + 1) + (2 + len(rules)) * len(lengths)
+    hard = {kind: _of_kind(task, kind, lengths, examples, seed) for kind in kinds}
+    total = 2 * (sum(len(DOUBTS[rule]) for rule in rules) + 1)
+    total += (2 + len(rules)) * (1 + len(kinds)) * len(lengths)
     instead = or_a_gpu("fewer problems (--examples) or shorter ones (--lengths) take less")
     with progress("halting", total, unit="scorings", instead=instead) as bar:
 
@@ -223,13 +227,18 @@ def measure(
         ways = {NONE: NEVER, PUBLISHED: PUBLISHED_HALTING} | {
             rule: Halting.with_doubt(rule, doubt) for rule, doubt in chosen.items()
         }
-        by_length = {
-            str(n): {
-                name: _scored(outcome, task, problems)
-                for name, outcome in zip(ways, outcomes(problems, ways.values()), strict=True)
+
+        def lines_of(drawn: dict[int, Problems]) -> dict[str, dict[str, Any]]:
+            return {
+                str(n): {
+                    name: _scored(outcome, task, problems)
+                    for name, outcome in zip(ways, outcomes(problems, ways.values()), strict=True)
+                }
+                for n, problems in drawn.items()
             }
-            for n, problems in scored.items()
-        }
+
+        by_length = lines_of(scored)
+        by_kind = {kind: lines_of(drawn) for kind, drawn in hard.items()}
         swept = _swept(scorer, scored[lengths[-1]], rules, outcomes) | {"length": lengths[-1]}
     return loaded.describe() | {
         **(loops if isinstance(loops, Loops) else Loops(loops)).described(),
@@ -239,9 +248,16 @@ def measure(
         "calibration": calibration | {"problems": CALIBRATED_ON, "most_lost": MOST_LOST},
         "length_unit": task.unit,
         "lengths": by_length,
+        "kinds": by_kind,
         "depth_unit": task.depth_unit,
         "trends": {
-            name: depths.trend(depths.merged(line[name]["depths"] for line in by_length.values()))
+            name: depths.trend(
+                depths.merged(
+                    line[name]["depths"]
+                    for lines in (by_length, *by_kind.values())
+                    for line in lines.values()
+                )
+            )
             for name in ways
         },
         "swept": swept,
@@ -259,6 +275,14 @@ def _looped(config: Config) -> LoopedModel:
 def _training_problems(config: Config, key: jax.Array) -> Problems:
     """The problems that rules are calibrated on."""
     return sample_training(jax.random.fold_in(key, 0), config.data, (CALIBRATED_ON,))
+
+
+def _of_kind(
+    task: Task, kind: str, lengths: Sequence[int], examples: int, seed: int
+) -> dict[int, Problems]:
+    """The problems of one kind, by length."""
+    count = task.kind_count(kind, examples)
+    return {n: task.sample_kind(np.random.default_rng((seed, n)), kind, n, count) for n in lengths}
 
 
 def _calibration(

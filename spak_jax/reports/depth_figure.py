@@ -41,10 +41,12 @@ def draw(found: dict[str, Any]) -> Figure:
     figure, panels = canvas(WIDE, HEIGHT, above, len(rules), entries, caption)
     for rule, axes in zip(rules, panels, strict=True):
         for length, colour in colours.items():
-            line = found["lengths"][length][rule]
-            depths, loops, problems = np.array(line["depths"]).T
-            size = LARGEST * problems / line["total"]
-            axes.scatter(depths, loops, s=size, color=colour, alpha=0.7, linewidths=0)
+            # Of hard problems, too, where they were scored.
+            for lines in (found["lengths"], *found.get("kinds", {}).values()):
+                line = lines[length][rule]
+                depths, loops, problems = np.array(line["depths"]).T
+                size = LARGEST * problems / line["total"]
+                axes.scatter(depths, loops, s=size, color=colour, alpha=0.7, linewidths=0)
         trend, said = found["trends"][rule], "all of one depth"
         if trend["slope"] is not None:
             ends = np.array(axes.get_xlim())

@@ -35,6 +35,7 @@ NOTES_ON_KINDS = {
     "all-carry": "every place carries",
     "no-carry": "none does",
     "lopsided": "one operand has at most 3 digits",
+    "chains": "the lowest place carries and all others hand it on",
 }
 NOTE_ON_COLUMNS = (
     "The published columns go by the longer operand, and hold more than their names say: 5-6 really"

@@ -122,7 +122,7 @@ class Arithmetic(Numbers):
 class Addition(Arithmetic):
     """`123+456`, with kinds of problems that chance leaves out: `sample_kind`."""
 
-    kinds = ("nines", "all-carry", "no-carry", "lopsided")
+    kinds = ("nines", "all-carry", "no-carry", "lopsided", "chains")
 
     def sample_kind(
         self, random: np.random.Generator, kind: str, length: int, count: int
@@ -133,8 +133,9 @@ class Addition(Arithmetic):
           random: draws them.
           kind: "nines", 99...9 + 1 and 1 + 99...9 in turns; "all-carry", where every place carries
             into the next; "no-carry", where none does; "lopsided", where the other number has at
-            most 3 digits; of the last three, both orders.
-          length: digits of the longer number; of both, for all-carry and no-carry.
+            most 3 digits; "chains", where the lowest place carries and all others sum to nine, so
+            that they hand it on; of the last four, both orders.
+          length: digits of the longer number; of both, for all-carry, no-carry and chains.
           count: of problems.
         """
         shape, place = (count, length), np.arange(length)
@@ -151,6 +152,9 @@ class Addition(Arithmetic):
         elif kind == "no-carry":
             a = random.integers(np.broadcast_to(top, shape), np.where(top, 9, 10))
             b = random.integers(np.broadcast_to(top, shape), 10 - a)
+        elif kind == "chains":
+            a = random.integers(np.broadcast_to(top | low, shape), np.where(top & ~low, 9, 10))
+            b = 9 - a + low
         else:
             return super().sample_kind(random, kind, length, count)
         swap = (np.arange(count) % 2 == 1)[:, None]

@@ -28,7 +28,8 @@ def found(half_trained):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "CALIBRATED_ON", 400)
         patch.setattr(calibration, "DOUBTS", dict.fromkeys(RULES, (0.3, 0.1, 0.01, 1e-4)))
-        return calibration.measure(load(half_trained), (1, 2), 60, 3, None)
+        given = load(half_trained), (1, 2), 60, 3, None, RULES, ("all-carry",)
+        return calibration.measure(*given)
 
 
 @pytest.mark.parametrize("way", ["none", "published"])
@@ -136,18 +137,20 @@ def test_loops_are_counted_by_token_row_and_carries(found, half_trained):
 def test_loops_are_set_against_depth(found, half_trained):
     """By counts that a file holds, from which the figure is drawn again."""
     stored = json.loads(json.dumps(found))
-    for length, ways in stored["lengths"].items():
+    hard = stored["kinds"]["all-carry"]
+    for length, ways in (*stored["lengths"].items(), *hard.items()):
         for way in ways.values():
             depth, loops, problems = np.array(way["depths"]).T
-            assert problems.sum() == 60 and set(depth) <= set(range(int(length) + 2))
-            assert (loops * problems).sum() / 60 == pytest.approx(way["row_loops"])
+            assert problems.sum() == way["total"] and set(depth) <= set(range(int(length) + 2))
+            assert (loops * problems).sum() / way["total"] == pytest.approx(way["row_loops"])
     assert stored["trends"]["none"]["correlation"] is None
     figure = depth_figure.draw(stored)
     for rule, axes in zip(RULES, figure.axes, strict=True):
         trend = stored["trends"][rule]
         assert f"slope {trend['slope']:.2f}" in axes.get_title(loc="left")
         drawn = {tuple(point) for each in axes.collections for point in each.get_offsets().data}
-        counted = [line for ways in stored["lengths"].values() for line in ways[rule]["depths"]]
+        every = (*stored["lengths"].values(), *hard.values())
+        counted = [line for ways in every for line in ways[rule]["depths"]]
         assert drawn == {(depth, loops) for depth, loops, _ in counted}
 
 

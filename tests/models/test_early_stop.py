@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import LOOP, build, error, make_config, random_batch, random_weights
 
-from spak_jax.models.halting import init_halting, until_halted, update_halting
+from spak_jax.models.halting import PATIENCE, init_halting, until_halted, update_halting
 
-ROWS, TOKENS, STEPS = 2, 4, 6
+ROWS, TOKENS, STEPS = 2, 4, 8
 STABLE = LOOP | {"inject_input": True, "normalize_state": True, "shared_step": True}
 ENDLESS = 10**9
 RULE = "convergence"
@@ -59,7 +59,8 @@ def rests(rule, before, now, threshold):
 def halted_by_hand(streams, thresholds, most, causal, rule):
     steps, last = np.zeros((ROWS, TOKENS), int), np.zeros_like(streams[0])
     for row in range(ROWS):
-        done = [False] * TOKENS
+        done, rested = [False] * TOKENS, [0] * TOKENS
+        patience = PATIENCE if rule == "agreement" else 1
         for k in range(most[row]):
             before = last[row].copy()
             for t in range(TOKENS):
@@ -69,7 +70,8 @@ def halted_by_hand(streams, thresholds, most, causal, rule):
                 rests(rule, before[t], last[row, t], thresholds[row, t]) for t in range(TOKENS)
             ]
             for t in range(TOKENS):
-                done[t] |= all(at_rest[: t + 1] if causal else at_rest)
+                rested[t] = rested[t] + 1 if all(at_rest[: t + 1] if causal else at_rest) else 0
+                done[t] |= rested[t] >= patience
     return steps, last
 
 
@@ -104,7 +106,7 @@ def test_a_state_may_go_in_circles_that_no_answer_shows():
         with jax.disable_jit():
             return until_halted(step, init_halting(jnp.zeros((1, 2, 3)))).steps.tolist()
 
-    assert steps("agreement") == [[2, 2]]
+    assert steps("agreement") == [[1 + PATIENCE] * 2]
     assert steps("convergence") == [[9, 9]]
 
 

@@ -211,11 +211,14 @@ def test_kinds_are_what_they_say(kind, digits):
         assert texts_of(problems)[:2] == [
             ADDITION.text(written(*pair)) for pair in [(10**digits - 1, 1), (1, 10**digits - 1)]
         ]
-    if kind in ("nines", "all-carry"):
+    if kind in ("nines", "all-carry", "chains"):
         assert (found == digits).all()
+    if kind in ("nines", "chains"):
+        # One carry goes through all places.
+        assert (np.asarray(depths(problems, ADDITION)) == digits).all()
     if kind == "no-carry":
         assert (found == 0).all()
-    if kind in ("all-carry", "no-carry"):
+    if kind in ("all-carry", "no-carry", "chains"):
         assert (lengths == digits).all()
     if kind == "lopsided":
         assert lengths.min(-1).max() == min(3, digits)
