@@ -53,9 +53,11 @@ def main() -> None:
         help="calibrate and score this one only; repeatable (all)",
     )
     parser.add_argument(
-        "--kinds",
-        action="store_true",
-        help="at each length also the task's hard problems, such as long chains of carries",
+        "--kind",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="at each length also hard problems of the task, such as chains of carries; repeatable",
     )
     parser.add_argument(
         "--out",
@@ -70,6 +72,10 @@ def main() -> None:
     loops = asked_loops(arguments.loops)
     stored = _stored(arguments.run) if arguments.run.is_file() else None
     loaded = None if stored else load(arguments.run)
+    known = loaded.task.kinds if loaded else ()
+    for kind in arguments.kind:
+        if not stored and kind not in known:
+            raise InputError(f"--kind {kind}: must be of {', '.join(known) or 'none'}")
     beside = arguments.run.parent if stored else arguments.run / "halting"
     out = writable_folder(arguments.out or beside)
     # Before the work, as the folder is.
@@ -81,8 +87,7 @@ def main() -> None:
     if stored:
         found = stored
     else:
-        kinds = loaded.task.kinds if arguments.kinds else ()
-        asked = arguments.examples, arguments.seed, loops, arguments.rule or RULES, kinds
+        asked = arguments.examples, arguments.seed, loops, arguments.rule or RULES, arguments.kind
         found = measure(loaded, lengths, *asked)
     show(found)
     if not found["loops_per_symbol"]:

@@ -197,6 +197,8 @@ def test_the_command_line_refuses(half_trained, tmp_path, command):
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(InputError, match="old.json: not what `halting` writes"):
         command(tmp_path / "old.json")
+    with pytest.raises(InputError, match="--kind ones: must be of nines, all-carry"):
+        command(half_trained, "--kind", "ones")
     with pytest.raises(InputError, match="--loops 2y: must be"):
         command(half_trained, "--loops", "2y")
     with pytest.raises(InputError, match="--lengths .*upwards"):
