@@ -49,6 +49,7 @@ def main() -> None:
         nargs="?",
         const="convergence",
         choices=["convergence", "agreement", "confidence", "published"],
+        metavar="RULE",
         help="stop each token by a rule: convergence (the default), once its state has come to"
         " rest; agreement, once what it reads out has; confidence, once it is sure; all calibrated"
         " on trained lengths first; published: once it is sure by the original's thresholds, which"
