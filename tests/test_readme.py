@@ -113,6 +113,8 @@ EXPECTED: dict[str, Ends | Lives | Needs] = {
     " --loops 2x+16": Ends("right"),
     "python -m spak_jax.evaluate released/addition-one-pass --loops 2x+16 --halt agreement"
     " --lengths 16 --examples 50": Ends("halting by agreement"),
+    "python -m spak_jax.halting released/addition-one-pass --loops 2x+16 --rule agreement"
+    " --kind chains --lengths 6,16,32,64,100 --examples 60": Lives("halting: "),
     "python -m spak_jax.reproduce --study depth": Lives(STEPS),
     r"printf '123+456\n99+1=100\n' | python -m spak_jax.evaluate runs/loop12 --problems -": Ends(
         "whole answers right"
