@@ -24,6 +24,7 @@ from spak_jax.evaluation.loops import Loops, asked_loops
 from spak_jax.evaluation.problems_file import read_problems
 from spak_jax.evaluation.results import write_results
 from spak_jax.evaluation.score import Settings, score, score_own_problems
+from spak_jax.models.halting import RULES
 from spak_jax.reports.scores import print_over_seeds, print_results
 
 # Wrong answers that are shown.
@@ -48,7 +49,7 @@ def main() -> None:
         "--halt",
         nargs="?",
         const="convergence",
-        choices=["convergence", "agreement", "confidence", "published"],
+        choices=[*RULES, "published"],
         metavar="RULE",
         help="stop each token by a rule: convergence (the default), once its state has come to"
         " rest; agreement, once what it reads out has; confidence, once it is sure; all calibrated"

@@ -23,7 +23,7 @@ from spak_jax.command_line import (
     write_file,
 )
 from spak_jax.config_sections import MAX_LENGTH
-from spak_jax.evaluation.calibration import CALIBRATED_ON, NONE, measure
+from spak_jax.evaluation.calibration import CALIBRATED_ON, NONE, measure, rules_of
 from spak_jax.evaluation.loaded import load
 from spak_jax.evaluation.loops import asked_loops
 from spak_jax.models.halting import RULES
@@ -134,7 +134,7 @@ def show(found: dict[str, Any]) -> None:
             )
         table.add_section()
     console.print(table)
-    for rule in filter(found["ways"].__contains__, RULES):
+    for rule in rules_of(found):
         way = found["ways"][rule]
         console.print(
             f"{rule}: threshold {way['after']:.8g}, calibrated on {CALIBRATED_ON:,} problems of the"

@@ -268,6 +268,11 @@ def measure(
     }
 
 
+def rules_of(found: dict[str, Any]) -> list[str]:
+    """The rules that `measure` was asked for, or knew of when it was an earlier version."""
+    return [rule for rule in RULES if rule in found["ways"]]
+
+
 def _looped(config: Config) -> LoopedModel:
     if not isinstance(config.model, LoopedModel):
         raise InputError(f"{config.name} is {config.model.described}: it has no loops to stop")

@@ -57,10 +57,8 @@ def _narrow(config: Config) -> Config:
         own = {"width": width, "hidden": hidden}
         return _stack(config, "stack-narrow", ", as many parameters", NARROW_LAYERS, **own)
 
-    size = lambda hidden: models.parameters_of(of_hidden(hidden))  # noqa: E731
     # Kernels take channels by sixteens.
-    widths = range(16, 16 * width, 16)
-    return of_hidden(_nearest(widths, models.parameters_of(config), size))
+    return _of_as_many_weights(config, of_hidden, range(16, 16 * width, 16))
 
 
 def _gru(config: Config) -> Config:
@@ -69,18 +67,19 @@ def _gru(config: Config) -> Config:
     def of_width(width: int) -> Config:
         return _peer(config, "gru", "GRU", "", shared | {"kind": "gru", "width": width})
 
-    size = lambda width: models.parameters_of(of_width(width))  # noqa: E731
     # One that reads from both ends has half of its width for each.
     step = 1 if config.model.causal else 2
-    widths = range(step, 8 * config.model.width, step)
-    return of_width(_nearest(widths, models.parameters_of(config), size))
+    return _of_as_many_weights(config, of_width, range(step, 8 * config.model.width, step))
 
 
-def _nearest(choices: range, wanted: int, value: Callable[[int], int]) -> int:
-    """The choice whose value, which grows with it, is the nearest to what is wanted."""
-    above = bisect.bisect_left(choices, wanted, key=value)
-    around = choices[max(0, above - 1) : above + 1]
-    return min(around, key=lambda choice: abs(value(choice) - wanted))
+def _of_as_many_weights(config: Config, make: Callable[[int], Config], sizes: range) -> Config:
+    """What is made of the size whose weights, which grow with it, are nearest in number to those of
+    a configuration."""
+    wanted = models.parameters_of(config)
+    weights = lambda size: models.parameters_of(make(size))  # noqa: E731
+    above = bisect.bisect_left(sizes, wanted, key=weights)
+    around = sizes[max(0, above - 1) : above + 1]
+    return make(min(around, key=lambda size: abs(weights(size) - wanted)))
 
 
 def _peer(

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from spak_jax.evaluation.calibration import rules_of
 from spak_jax.evaluation.loops import Loops
-from spak_jax.models.halting import RULES
 from spak_jax.reports.canvas import TITLE_LINE, WIDE, canvas
 from spak_jax.reports.style import COLOURS, GREY
 
@@ -35,8 +35,7 @@ def draw(found: dict[str, Any]) -> Figure:
         f" Thresholds are calibrated on the training distribution. {found['device']},"
         f" {found['date']}."
     )
-    # A file of an earlier version has fewer.
-    rules = [rule for rule in RULES if rule in found["ways"]]
+    rules = rules_of(found)
     above = 2 * TITLE_LINE
     figure, panels = canvas(WIDE, HEIGHT, above, len(rules), entries, caption)
     for rule, axes in zip(rules, panels, strict=True):

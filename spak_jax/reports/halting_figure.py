@@ -6,8 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spak_jax.evaluation.calibration import FIXED, NONE, PUBLISHED
-from spak_jax.models.halting import RULES
+from spak_jax.evaluation.calibration import FIXED, NONE, PUBLISHED, rules_of
 from spak_jax.reports.canvas import WIDE, write_caption
 from spak_jax.reports.style import COLOURS, GREY, MARKERS
 
@@ -15,11 +14,9 @@ from spak_jax.reports.style import COLOURS, GREY, MARKERS
 def draw(found: dict[str, Any]) -> Figure:
     """Loops of each token of a few problems as a heat map, and accuracy over loops below it."""
     problems = found["drawn"]["problems"]
-    tokens = max(len(problem["text"]) for problem in problems)
+    tokens, rules = max(len(problem["text"]) for problem in problems), rules_of(found)
     # Without halting all problems of one length take as many.
     loops, width = round(found["swept"][NONE]["row_loops"]), WIDE + 1.6
-    # A file of an earlier version has fewer.
-    rules = [rule for rule in RULES if rule in found["ways"]]
     heat, curve, above, below = 0.17 * len(problems), 1.7, 0.25, 0.95
     height = above + len(rules) * (heat + 0.45) + curve + below
     figure = Figure(figsize=(width, height))

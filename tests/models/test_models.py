@@ -303,7 +303,7 @@ def test_states_keep_their_size_however_many_loops():
     assert random_weights(config)["step_embedding.embedding"].shape == (1, WIDTH)
 
 
-ANSWERING = STABLE | {"inject_input": True, "answer_feedback": True}
+ANSWERING = STABLE | {"answer_feedback": True}
 
 
 @pytest.mark.parametrize("normalized", [True, False])
